@@ -1,0 +1,5 @@
+"""The state of sequences: history (compressed entries, indexer keys) and tail (window, compressor remainders)."""
+
+from nautile.state.state import CompressorTail, LayerState, State
+
+__all__ = ["CompressorTail", "LayerState", "State"]

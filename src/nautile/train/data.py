@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nautile.train.losses import Batch
 
-__all__ = ["batches"]
+__all__ = ["batches", "synthetic_batch"]
 
 _WAIT = 0.2  # seconds between looks for a shard that another process is still writing
 
@@ -58,3 +58,10 @@ def _wait_for(path: Path, directory: Path, patience: float) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"{path} did not appear within {patience:.0f} s; is the data builder still running?")
         time.sleep(_WAIT)
+
+
+def synthetic_batch(rows: int, length: int, vocab_size: int, device: torch.device) -> Batch:
+    """Random ids in documents of 512 tokens, for measuring speed: [rows, length]."""
+    ids = torch.randint(0, vocab_size, (rows, length), device=device)
+    documents = (torch.arange(length, device=device) // 512 * 512).expand(rows, -1).contiguous()
+    return Batch(ids, documents, torch.ones(rows, length, device=device))

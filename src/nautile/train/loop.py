@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from nautile.engine.costs import train_flops_per_token
+from nautile.train.flops import train_flops_per_token
 from nautile.model import Transformer
 from nautile.model.layers import Linear
 from nautile.model.moe import Experts

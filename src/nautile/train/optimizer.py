@@ -34,8 +34,8 @@ class OptimizerConfig:
 
 
 def newton_schulz(matrices: Tensor) -> Tensor:
-    """Nearest (semi-)orthogonal matrix of each of [count, rows, columns], by HybridNS in bfloat16."""
-    x = matrices.bfloat16()
+    """Nearest (semi-)orthogonal matrix of each of [count, rows, columns], by HybridNS; bfloat16 on CUDA."""
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()  # bfloat16 products crawl on most CPUs
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.transpose(-1, -2)

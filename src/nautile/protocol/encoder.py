@@ -1,0 +1,334 @@
+"""Messages -> prompt, byte for byte as the published encoding does it.
+
+Merge tool results and users into turns, put tool results in the order of their calls, drop old reasoning where the rules say
+so, render. The result is a list of parts, text or special token; only the specials that this file emits are special, and all
+text between two of them is tokenised in one piece without the added vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nautile.protocol import texts
+from nautile.protocol.tokenizer import Tokenizer
+
+__all__ = ["Prompt", "ProtocolError", "Special", "encode"]
+
+Message = Mapping[str, Any]
+
+
+class ProtocolError(ValueError):
+    """The conversation cannot be rendered; the text says what to change."""
+
+
+class Special(str):
+    """A part of a prompt that is one special token."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered conversation. ``start`` says where the model's answer begins: in its reasoning, or in its content."""
+
+    parts: tuple[str, ...]
+    start: Literal["reasoning", "content", "calls"]
+    tokenizer: Tokenizer | None = field(default=None, repr=False)
+
+    @property
+    def text(self) -> str:
+        """The prompt as one string."""
+        return "".join(self.parts)
+
+    @property
+    def ids(self) -> list[int]:
+        """The prompt as token ids. Raises ProtocolError when ``encode`` was given no tokenizer."""
+        if self.tokenizer is None:
+            raise ProtocolError("pass tokenizer=... to encode to get ids")
+        ids: list[int] = []
+        text = ""
+        for part in self.parts:
+            if isinstance(part, Special):
+                ids += [*self.tokenizer.encode(text), self.tokenizer.special(part)] if text else [self.tokenizer.special(part)]
+                text = ""
+            else:
+                text += part
+        return ids + self.tokenizer.encode(text) if text else ids
+
+
+def encode(  # noqa: PLR0913  # the public signature
+    messages: Sequence[Message],
+    *,
+    tokenizer: Tokenizer | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    thinking: bool = True,
+    effort: str | None = None,
+    dialect: str = "0731",
+    drop_thinking: bool = True,
+    response_format: Mapping[str, Any] | None = None,
+    context: Sequence[Message] | None = None,
+    add_bos: bool = True,
+) -> Prompt:
+    """Render a conversation for V4.
+
+    ``tools`` and ``response_format`` go on the first system message (an empty one is made when there is none). ``context`` is
+    what an earlier call already rendered: it counts for the rules but is not rendered again. Raises ProtocolError.
+    """
+    prefix = _effort_prefix(dialect, effort) if thinking else ""
+    before = _sorted_results(_merged(context or ()))
+    turns = before + _merged(_with_tools(messages, tools, response_format))
+    turns = _sorted_results(turns)
+    dropping = drop_thinking and not any(turn.get("tools") for turn in turns)
+    rendered = len(before)
+    if thinking and dropping:
+        turns, rendered = _dropped(turns, rendered)
+    renderer = _Renderer(turns, thinking, dropping)
+    parts: list[str] = [Special(texts.BOS)] if add_bos and not before else []
+    if not before:
+        parts.append(prefix)
+    for index in range(rendered, len(turns)):
+        parts += renderer.message(index)
+        parts += renderer.transition(index)
+    return Prompt(tuple(part for part in parts if part), _start(parts), tokenizer)
+
+
+def _start(parts: Sequence[str]) -> Literal["reasoning", "content", "calls"]:
+    last = next((part for part in reversed(parts) if part), "")
+    return "reasoning" if isinstance(last, Special) and last == texts.THINK_OPEN else "content"
+
+
+def _effort_prefix(dialect: str, effort: str | None) -> str:
+    if dialect not in texts.EFFORTS:
+        raise ProtocolError(f"unknown dialect {dialect!r}; choose one of {', '.join(texts.EFFORTS)}")
+    if effort is None:
+        return ""
+    if effort not in texts.EFFORTS[dialect]:
+        known = ", ".join(texts.EFFORTS[dialect])
+        raise ProtocolError(f"dialect {dialect} has no effort {effort!r}; choose one of {known}")
+    return texts.EFFORTS[dialect][effort]
+
+
+def _with_tools(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, response_format: Mapping[str, Any] | None
+) -> Sequence[Message]:
+    if not tools and response_format is None:
+        return messages
+    added: dict[str, Any] = {}
+    if tools:
+        added["tools"] = tools
+    if response_format is not None:
+        added["response_format"] = response_format
+    for index, message in enumerate(messages):
+        if message.get("role") == "system":
+            return [*messages[:index], {**message, **added}, *messages[index + 1 :]]
+    return [{"role": "system", "content": "", **added}, *messages]
+
+
+_ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder", "direct_search_results")
+
+
+def _merged(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Tool results and user texts in a row become blocks of one user turn."""
+    turns: list[dict[str, Any]] = []
+    for message in messages:
+        role = message.get("role")
+        if role not in _ROLES:
+            raise ProtocolError(f"unknown role {role!r}; V4 has {', '.join(_ROLES)}")
+        if role not in ("tool", "user"):
+            turns.append(dict(message))
+            continue
+        if role == "tool":
+            block = {"type": "tool_result", "id": message.get("tool_call_id", ""), "content": message.get("content", "")}
+        else:
+            block = {"type": "text", "text": _text_of(message.get("content"))}
+        if turns and turns[-1]["role"] == "user" and not turns[-1].get("task"):
+            turns[-1]["blocks"].append(block)
+        else:
+            kept = {key: message[key] for key in ("task", "wo_eos") if role == "user" and key in message}
+            turns.append({"role": "user", "blocks": [block], **kept})
+    return turns
+
+
+def _sorted_results(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tool results of a turn in the order of the calls they answer; texts between them keep their places."""
+    order: dict[str, int] = {}
+    for turn in turns:
+        if turn["role"] == "assistant" and turn.get("tool_calls"):
+            order = {call.get("id") or "": index for index, call in enumerate(turn["tool_calls"])}
+        elif turn["role"] == "user" and order:
+            blocks = turn["blocks"]
+            slots = [index for index, block in enumerate(blocks) if block["type"] == "tool_result"]
+            results = sorted((blocks[slot] for slot in slots), key=lambda block: order.get(block["id"], 0))
+            for slot, block in zip(slots, results, strict=True):
+                blocks[slot] = block
+    return turns
+
+
+def _last_user(turns: Sequence[Message]) -> int:
+    return max((index for index, turn in enumerate(turns) if turn["role"] in ("user", "developer")), default=-1)
+
+
+def _dropped(turns: list[dict[str, Any]], rendered: int) -> tuple[list[dict[str, Any]], int]:
+    """Without tools, reasoning before the last user turn goes, and developer messages with it."""
+    last = _last_user(turns)
+    kept: list[dict[str, Any]] = []
+    removed = 0
+    for index, turn in enumerate(turns):
+        if index >= last or turn["role"] in ("user", "system", "tool", "latest_reminder", "direct_search_results"):
+            kept.append(turn)
+        elif turn["role"] == "assistant":
+            kept.append({key: value for key, value in turn.items() if key != "reasoning_content"})
+        elif index < rendered:
+            removed += 1
+    return kept, rendered - removed
+
+
+class _Renderer:
+    """Renders turns; knows the whole list because the rules look at neighbours and at the last user."""
+
+    def __init__(self, turns: Sequence[dict[str, Any]], thinking: bool, dropping: bool) -> None:
+        self.turns, self.thinking, self.dropping = turns, thinking, dropping
+        self.last_user = _last_user(turns)
+
+    def message(self, index: int) -> list[str]:
+        """The parts of one turn, without what leads over to the next."""
+        turn = self.turns[index]
+        role = turn["role"]
+        if role == "user":
+            return [Special(texts.USER), "\n\n".join(_block(block) for block in turn["blocks"])]
+        if role == "assistant":
+            return self._assistant(index)
+        content = _text_of(turn.get("content"))
+        if role == "latest_reminder":
+            return [Special(texts.REMINDER), content]
+        if role == "direct_search_results":
+            return []
+        if role == "developer" and not content:
+            raise ProtocolError("a developer message needs content")
+        header: list[str] = [Special(texts.USER)] if role == "developer" else []
+        return [*header, content, *_tools(turn.get("tools")), *_response_format(turn.get("response_format"))]
+
+    def _assistant(self, index: int) -> list[str]:
+        turn, parts = self.turns[index], []
+        after_task = index > 0 and self.turns[index - 1].get("task")
+        if self.thinking and not after_task and (not self.dropping or index > self.last_user):
+            parts += [turn.get("reasoning_content") or "", Special(texts.THINK_CLOSE)]
+        parts.append(_text_of(turn.get("content")))
+        calls = turn.get("tool_calls")
+        if calls:
+            parts += ["\n\n", *_marked(texts.CALLS_OPEN)]
+            for number, call in enumerate(calls):
+                parts += [*(["\n"] if number else []), *_invoke(call)]
+            parts += _marked(texts.CALLS_CLOSE)
+        return parts if turn.get("wo_eos") else [*parts, Special(texts.EOS)]
+
+    def transition(self, index: int) -> list[str]:
+        """What hands over to the assistant, or a task token; nothing when another turn's header follows."""
+        following = self.turns[index + 1]["role"] if index + 1 < len(self.turns) else None
+        if following not in (None, "assistant", "latest_reminder"):
+            return []
+        turn = self.turns[index]
+        task = turn.get("task")
+        if task is not None:
+            if task not in texts.TASKS:
+                raise ProtocolError(f"unknown task {task!r}; choose one of {', '.join(texts.TASKS)}")
+            if task != "action":
+                return [Special(texts.TASKS[task])]
+            opening = texts.THINK_OPEN if self.thinking else texts.THINK_CLOSE
+            return [Special(texts.ASSISTANT), Special(opening), Special(texts.TASKS[task])]
+        if turn["role"] not in ("user", "developer"):
+            return []
+        open_reasoning = self.thinking and (not self.dropping or index >= self.last_user)
+        return [Special(texts.ASSISTANT), Special(texts.THINK_OPEN if open_reasoning else texts.THINK_CLOSE)]
+
+
+def _text_of(content: Any) -> str:
+    """Message content: text, or a list of parts whose texts are joined by a blank line."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Sequence):
+        return "\n\n".join(_part(part) for part in content)
+    raise ProtocolError(f"message content must be text or a list of parts, got {type(content).__name__}")
+
+
+def _part(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping) and part.get("type") in ("text", None):
+        return str(part.get("text", ""))
+    return f"[Unsupported {part.get('type') if isinstance(part, Mapping) else type(part).__name__}]"
+
+
+def _block(block: Mapping[str, Any]) -> str:
+    if block["type"] == "text":
+        return str(block["text"])
+    return f"{texts.RESULT_OPEN}{_text_of(block['content'])}{texts.RESULT_CLOSE}"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _tools(tools: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    if not tools:
+        return []
+    schemas = "\n".join(_json(tool.get("function", tool)) for tool in tools)
+    before, after = texts.TOOLS_TEMPLATE.split("{tool_schemas}")
+    return ["\n\n", *_marked(before), schemas, *_marked(after)]
+
+
+def _response_format(schema: Any) -> list[str]:
+    return [] if not schema else ["\n\n" + texts.RESPONSE_FORMAT_TEMPLATE.replace("{schema}", _json(schema))]
+
+
+def _marked(template: str) -> list[str]:
+    """A text of the protocol itself: its ｜DSML｜ and thinking tags are special tokens."""
+    parts: list[str] = [template]
+    for special in (texts.DSML, texts.THINK_OPEN, texts.THINK_CLOSE):
+        split: list[str] = []
+        for part in parts:
+            if isinstance(part, Special):
+                split.append(part)
+                continue
+            first, *others = part.split(special)
+            split.append(first)
+            for other in others:
+                split += [Special(special), other]
+        parts = split
+    return [part for part in parts if part]
+
+
+def _invoke(call: Mapping[str, Any]) -> list[str]:
+    function = call.get("function", call)
+    parameters: list[str] = []
+    for key, value in _arguments(function.get("arguments")).items():
+        is_text = isinstance(value, str)
+        head = f'<{texts.DSML}parameter name="'
+        middle = f'" string="{"true" if is_text else "false"}">'
+        if parameters:
+            parameters.append("\n")
+        parameters += [*_marked(head), key, middle, value if is_text else _json(value), *_marked(f"</{texts.DSML}parameter>")]
+    opening = [*_marked(f'<{texts.DSML}invoke name="'), str(function.get("name", "")), '">\n']
+    return [*opening, *parameters, *_marked(f"\n</{texts.DSML}invoke>")]
+
+
+def _arguments(arguments: Any) -> dict[str, Any]:
+    """A call's arguments as an object; text that is not JSON becomes one parameter named ``arguments``."""
+    if arguments is None or arguments == "":
+        return {}
+    if isinstance(arguments, Mapping):
+        return dict(arguments)
+    try:
+        value = json.loads(arguments)
+    except (json.JSONDecodeError, TypeError):
+        return {"arguments": arguments}
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ProtocolError(f"tool call arguments must be a JSON object, got {arguments!r}")
+    return value

@@ -1,0 +1,210 @@
+"""Tasks -> training conversations: the expert's steps run through the real tools, encoded exactly as the agent loop will.
+
+A conversation holds one task or a few over one directory. Its ids are those of ``nautile.protocol.encode`` on the whole of
+it, which equal, piece by piece, what the loop feeds at inference (the pieces end at special tokens). The loss mask is 1 on
+every token the model must produce: reasoning, ``</think>``, content, calls, the end-of-sentence token.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nautile.agent.toolbox import execute
+from nautile.agent.tools import SYSTEM_PROMPT, TOOLS
+from nautile.protocol import Tokenizer, encode, texts
+from nautile.protocol.encoder import Special
+from nautile.train.tasks import KINDS, Kind, Pool, Task, Workspace
+
+__all__ = ["Trace", "TraceError", "TraceMaker", "TraceMix", "run_tasks", "tokenise"]
+
+
+class TraceError(RuntimeError):
+    """A tool did not answer as the task's generator expected: the two disagree about the directory."""
+
+
+@dataclass(frozen=True)
+class TraceMix:
+    """How conversations vary. Weights need not add up to one."""
+
+    kinds: Mapping[str, float] = field(default_factory=lambda: dict(_WEIGHTS))
+    chained: float = 0.55  # share of conversations with more than one task
+    longest: int = 6  # tasks in one conversation
+    thinking: float = 0.85
+    all_tools: float = 0.8  # share that offers every tool in the usual order
+    real_python: bool = True
+
+
+_WEIGHTS = {name: 1.0 for name in KINDS} | {"count_lines": 3.5, "find_definition": 3.5, "lookup_value": 4.5, "edit_value": 1.5}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One encoded conversation."""
+
+    ids: list[int]
+    loss: bytearray  # 1 where the token is the model's own, as long as ids
+    system: int  # leading tokens that hardly change between conversations (system prompt and tools)
+    kinds: tuple[str, ...]
+    messages: list[dict[str, Any]] = field(repr=False)
+
+
+def run_tasks(tasks: Sequence[Task], root: Path, thinking: bool = True) -> list[dict[str, Any]]:
+    """Run the experts of tasks that follow each other on one directory; the messages from the first user turn on.
+
+    ``root`` must be empty; the first task's files are written to it. Raises TraceError when a tool's output is not what the
+    task expects, or when a directory-changing task does not grade itself as done.
+    """
+    tasks[0].write(root)
+    messages: list[dict[str, Any]] = []
+    for task in tasks:
+        messages.append({"role": "user", "content": task.prompt})
+        for step in task.expert():
+            output = execute(step.tool, dict(step.arguments), root).output
+            if step.shows not in output:
+                raise TraceError(f"{task.kind}: {step.tool} {dict(step.arguments)} showed {output!r}, not {step.shows!r}")
+            function = {"name": step.tool, "arguments": json.dumps(dict(step.arguments), ensure_ascii=False)}
+            call = {"id": "call_00", "type": "function", "function": function}
+            messages.append(_assistant(step.reasoning if thinking else None, "", [call]))
+            messages.append({"role": "tool", "tool_call_id": "call_00", "content": output})
+        messages.append(_assistant(task.reasoning if thinking else None, task.final))
+        if (task.after or task.removed) and not task.grade(root, task.final):
+            raise TraceError(f"{task.kind}: the directory is not as the task wants it after {task.prompt!r}")
+    return messages
+
+
+def _assistant(reasoning: str | None, content: str, calls: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": content}
+    if reasoning is not None:
+        message["reasoning_content"] = reasoning
+    if calls:
+        message["tool_calls"] = calls
+    return message
+
+
+def tokenise(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    thinking: bool = True,
+    cache: dict[str, list[int]] | None = None,
+) -> tuple[list[int], bytearray, int]:
+    """Ids, loss mask and length of the system part of a conversation in the 0731 dialect.
+
+    ``cache`` keeps the ids of texts before the first user turn, which repeat; pass the same dictionary again.
+    """
+    parts = encode(messages, tools=tools, thinking=thinking, dialect="0731").parts
+    ids: list[int] = []
+    loss = bytearray()
+    text, system, own, opening = "", -1, False, False
+    for part in (*parts, None):
+        if part is not None and not isinstance(part, Special):
+            text += part
+            continue
+        if text:
+            piece = _piece(text, tokenizer, cache if system < 0 else None)
+            ids += piece
+            loss += bytes([own]) * len(piece)
+            text = ""
+        if part is None:
+            break
+        ids.append(tokenizer.special(part))
+        loss.append(own and not opening)
+        if part == texts.USER:
+            system = len(ids) - 1 if system < 0 else system
+        own = (own or part == texts.ASSISTANT) and part != texts.EOS
+        opening = part == texts.ASSISTANT  # the <think> or </think> that follows belongs to the header
+    return ids, loss, max(system, 0)
+
+
+def _piece(text: str, tokenizer: Tokenizer, cache: dict[str, list[int]] | None) -> list[int]:
+    if cache is None:
+        return tokenizer.encode(text)
+    if text not in cache:
+        cache[text] = tokenizer.encode(text)
+    return cache[text]
+
+
+class TraceMaker:
+    """Makes conversations from random numbers. Owns a scratch directory in memory; close it, or use ``with``."""
+
+    def __init__(self, tokenizer: Tokenizer, mix: TraceMix | None = None) -> None:
+        self.tokenizer, self.mix = tokenizer, mix or TraceMix()
+        memory = Path("/dev/shm")
+        self._scratch = Path(tempfile.mkdtemp(prefix="nautile-", dir=memory if memory.is_dir() else None))
+        self._system: dict[str, list[int]] = {}
+        self.rejected = 0  # conversations thrown away because a tool disagreed
+
+    def __enter__(self) -> TraceMaker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the scratch directory."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def make(self, seed: int | str) -> Trace:
+        """The conversation of a seed; the same on every call on one machine."""
+        rng = random.Random(f"trace:{seed}")
+        while True:
+            try:
+                return self._make(rng)
+            except TraceError:
+                self.rejected += 1
+                if self.rejected > 1000:
+                    raise
+
+    def _make(self, rng: random.Random) -> Trace:
+        tasks = self.tasks(rng)
+        thinking = rng.random() < self.mix.thinking
+        tools = _tools(rng, {step.tool for task in tasks for step in task.steps}, self.mix.all_tools)
+        root = self._scratch / "work"
+        root.mkdir()
+        try:
+            turns = run_tasks(tasks, root, thinking)
+        finally:
+            shutil.rmtree(root)
+        messages = [{"role": "system", "content": SYSTEM_PROMPT}, *turns]
+        if len(self._system) > 500:
+            self._system.clear()
+        ids, loss, system = tokenise(messages, tools, self.tokenizer, thinking, self._system)
+        return Trace(ids, loss, system, tuple(task.kind for task in tasks), messages)
+
+    def tasks(self, rng: random.Random) -> list[Task]:
+        """One task, or a chain of them over one directory."""
+        mix = self.mix
+        count = rng.randint(2, mix.longest) if rng.random() < mix.chained else 1
+        names = rng.choices(list(mix.kinds), list(mix.kinds.values()), k=count)
+        if count > 1 and rng.random() < 0.3:  # several questions of one kind: the answers before do not help
+            names = [names[0]] * count
+        kinds = [KINDS[name] for name in names]
+        if count == 1:
+            return [kinds[0].generate(rng, real_python=mix.real_python)]
+        pool = Pool(rng)
+        needs = tuple(sorted({kind.needs for kind in kinds}))
+        workspace = Workspace.random(pool, needs, mix.real_python)
+        tasks = [task for kind in kinds if (task := _try(kind, pool, workspace)) is not None]
+        return tasks or self.tasks(rng)
+
+
+def _try(kind: type[Kind], pool: Pool, workspace: Workspace) -> Task | None:
+    """A task of this kind on a directory that earlier tasks may have changed; None after ten vain attempts."""
+    if kind.needs != "any" and not workspace.paths(kind.needs):
+        return None
+    return next((task for _ in range(10) if (task := kind.make(pool, workspace)) is not None), None)
+
+
+def _tools(rng: random.Random, needed: set[str], all_tools: float) -> list[dict[str, Any]]:
+    if rng.random() < all_tools:
+        return list(TOOLS)
+    chosen = [tool for tool in TOOLS if tool["function"]["name"] in needed or rng.random() < 0.6]
+    rng.shuffle(chosen)
+    return chosen

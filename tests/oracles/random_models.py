@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 
-from nautile import ModelConfig
+from nautile import ModelConfig, Transformer
 from nautile.config import RopeScaling
-
-SCHEDULES = ((0, 0), (4, 4), (128, 128), (0, 0, 4, 128, 4))
 
 TINY: dict[str, Any] = {
     "vocab_size": 96,
@@ -73,6 +71,19 @@ def random_tensors(config: ModelConfig, seed: int, *, gain: float = 1.0) -> dict
         for name in ("enorm", "hnorm", "norm"):
             draw.scale(f"mtp.0.{name}.weight", d)
     return draw.tensors
+
+
+def network(config: ModelConfig, tensors: dict[str, torch.Tensor]) -> Transformer:
+    """The network under test with exactly these tensors: a missing, unexpected or misshapen name is an error."""
+    model = Transformer(config)
+    model.load_state_dict(tensors, strict=True)
+    return model.eval()
+
+
+def tiny_network(schedule: tuple[int, ...] = (0, 0, 4, 128, 4), seed: int = 0, **changes: Any) -> Transformer:
+    """``tiny_config`` with ``random_tensors``."""
+    config = tiny_config(schedule, **changes)
+    return network(config, random_tensors(config, seed))
 
 
 class _Draw:

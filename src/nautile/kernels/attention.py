@@ -25,6 +25,8 @@ def attend(
     Returns the outputs [B, T, H, c] and the probabilities of the entries [B, T, H, n], None without entries.
     """
     scale = q.shape[-1] ** -0.5
+    if q.shape[1] == 1 and not torch.is_grad_enabled():
+        return _attend_one(q, raw, entries, visible, sink, first_row)
     window = _window_logits(q, raw, first_row) * scale
     top = torch.maximum(window.detach().amax(-1), sink.detach().to(window.dtype))
     far = None
@@ -42,6 +44,24 @@ def attend(
         out = out + torch.matmul(far_weights.to(q.dtype).flatten(1, 2), entries).view(q.shape)
         far_weights = far_weights / total.unsqueeze(-1)
     return (out / total.unsqueeze(-1)).to(q.dtype), far_weights
+
+
+def _attend_one(
+    q: Tensor, raw: Tensor, entries: Tensor | None, visible: Tensor | None, sink: Tensor, first_row: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """One query per sequence: all keys in one row, so one product, one softmax, one product."""
+    near = raw.shape[1] - 1
+    keys = raw[:, 1:] if entries is None else torch.cat((raw[:, 1:], entries), dim=1)
+    logits = _wide(torch.matmul(q[:, 0], keys.transpose(1, 2))) * q.shape[-1] ** -0.5
+    if first_row is not None:
+        hidden = torch.arange(1, near + 1, device=q.device) < first_row
+        logits[..., :near].masked_fill_(hidden.unsqueeze(1), -torch.inf)
+    if entries is not None and visible is not None:
+        logits[..., near:].masked_fill_(~visible, -torch.inf)
+    column = sink.to(logits.dtype).view(1, -1, 1).expand(q.shape[0], -1, -1)
+    weights = torch.cat((logits, column), dim=-1).softmax(-1)[..., :-1]
+    out = torch.matmul(weights.to(q.dtype), keys).unsqueeze(1)
+    return out, None if entries is None else weights[..., near:].unsqueeze(1)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -40,7 +40,37 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
         return result.view(logits.shape)
     if torch.is_grad_enabled() and logits.requires_grad:
         return sinkhorn_reference(logits, iterations, eps)
+    if logits.numel() == 16 and n == 4 and logits.device.type == "cpu":
+        return _sinkhorn_single(logits, iterations, eps)
     return _sinkhorn_in_place(logits, iterations, eps)
+
+
+def _sinkhorn_single(logits: Tensor, iterations: int, eps: float) -> Tensor:
+    """One 4 x 4 matrix in plain Python floats: for a single decoded token, 80 tensor operations of 16 numbers cost five
+    times as much (66 against 310 microseconds on two Zen 3 cores)."""
+    m = (logits.softmax(-1) + eps).view(4, 4).tolist()
+    columns = [1.0 / (m[0][k] + m[1][k] + m[2][k] + m[3][k] + eps) for k in range(4)]
+    p, q, r, s = columns
+    rows = [[a * p, b * q, c * r, d * s] for a, b, c, d in m]
+    for _ in range(iterations - 1):
+        (a, b, c, d), (e, f, g, h), (i, j, k, l), (w, x, y, z) = rows  # noqa: E741
+        p = 1.0 / (a + b + c + d + eps)
+        q = 1.0 / (e + f + g + h + eps)
+        r = 1.0 / (i + j + k + l + eps)
+        s = 1.0 / (w + x + y + z + eps)
+        a, b, c, d, e, f, g, h = a * p, b * p, c * p, d * p, e * q, f * q, g * q, h * q
+        i, j, k, l, w, x, y, z = i * r, j * r, k * r, l * r, w * s, x * s, y * s, z * s  # noqa: E741
+        p = 1.0 / (a + e + i + w + eps)
+        q = 1.0 / (b + f + j + x + eps)
+        r = 1.0 / (c + g + k + y + eps)
+        s = 1.0 / (d + h + l + z + eps)
+        rows = [
+            [a * p, b * q, c * r, d * s],
+            [e * p, f * q, g * r, h * s],
+            [i * p, j * q, k * r, l * s],
+            [w * p, x * q, y * r, z * s],
+        ]
+    return torch.tensor(rows, dtype=logits.dtype).view(logits.shape)
 
 
 def _sinkhorn_in_place(logits: Tensor, iterations: int, eps: float) -> Tensor:

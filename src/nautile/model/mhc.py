@@ -53,6 +53,10 @@ def distribute(streams: Tensor, y: Tensor, post: Tensor, matrix: Tensor) -> Tens
     """X'_k = post_k y + sum_j M_jk X_j: streams [..., n, d], y [..., d] -> [..., n, d]."""
     if streams.is_cuda:
         mixed = (matrix.unsqueeze(-1) * streams.unsqueeze(-2)).sum(-3)
+    elif y.numel() == y.shape[-1] and streams.dtype == matrix.dtype:  # one token: two small products, no broadcasting
+        n = streams.shape[-2]
+        added = torch.outer(post.reshape(n), y.reshape(-1))
+        return torch.addmm(added, matrix.reshape(n, n).t(), streams.reshape(n, -1)).view(streams.shape)
     else:
         mixed = torch.matmul(matrix.transpose(-1, -2), streams.to(matrix.dtype))
     return (post.unsqueeze(-1) * y.unsqueeze(-2) + mixed).to(streams.dtype)

@@ -99,10 +99,14 @@ class Experts(nn.Module):
         return F.linear(hidden, w2.permute(1, 0, 2).flatten(1))
 
     def _one_token(self, x: Tensor, routing: Routing, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
-        row, out = x[0], torch.zeros_like(x[0])
-        for expert, weight in zip(routing.experts[0].tolist(), routing.weights[0], strict=True):
-            hidden = clamped_swiglu(torch.mv(w1[expert], row), torch.mv(w3[expert], row), self.limit)
-            out = out + torch.mv(w2[expert], hidden * weight)
+        """One token, read only the chosen experts' weights; elementwise work is done for all of them at once."""
+        row, chosen = x[0], routing.experts[0].tolist()
+        gate = torch.stack([torch.mv(w1[expert], row) for expert in chosen])
+        up = torch.stack([torch.mv(w3[expert], row) for expert in chosen])
+        hidden = clamped_swiglu(gate, up, self.limit) * routing.weights[0].unsqueeze(1)
+        out = torch.mv(w2[chosen[0]], hidden[0])
+        for index, expert in enumerate(chosen[1:], start=1):
+            out = torch.addmv(out, w2[expert], hidden[index])
         return out.unsqueeze(0)
 
     def _grouped(self, x: Tensor, routing: Routing, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ and sines keep amplitude one and the softmax scale stays c^-1/2 (tech report sec
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -24,6 +25,11 @@ class Rotation:
 
     cos: Tensor
     sin: Tensor
+
+    @functools.cached_property
+    def phase(self) -> Tensor:
+        """cos + i sin."""
+        return torch.complex(self.cos, self.sin)
 
     def inverse(self) -> Rotation:
         """The rotation by minus the angle, used to de-rotate attention outputs."""
@@ -63,8 +69,19 @@ def rotation(positions: Tensor, frequencies: Tensor) -> Rotation:
 
 def rotate(x: Tensor, turn: Rotation) -> Tensor:
     """Rotate the pairs (2i, 2i+1) of the last dimensions of x [..., c]; ``turn`` broadcasts over [..., rope_dim / 2]."""
+    if not torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == torch.float32:
+        return _rotate_complex(x, turn)
     dim = 2 * turn.cos.shape[-1]
     plain, turned = x[..., :-dim], x[..., -dim:].unflatten(-1, (-1, 2))
     even, odd = turned.unbind(-1)
     pairs = torch.stack((even * turn.cos - odd * turn.sin, even * turn.sin + odd * turn.cos), dim=-1)
     return torch.cat((plain, pairs.flatten(-2).to(x.dtype)), dim=-1)
+
+
+def _rotate_complex(x: Tensor, turn: Rotation) -> Tensor:
+    """The same as one complex product: a third of the operations, which is what a decode step on a CPU spends its time on."""
+    dim = 2 * turn.cos.shape[-1]
+    out = x.contiguous().clone()
+    pairs = torch.view_as_complex(out[..., -dim:].unflatten(-1, (-1, 2)))
+    pairs.mul_(turn.phase)
+    return out

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from nautile.agent.toolbox import execute
 from nautile.agent.tools import SYSTEM_PROMPT, TOOLS
@@ -22,7 +22,7 @@ from nautile.protocol import Tokenizer, encode, texts
 from nautile.protocol.encoder import Special
 from nautile.train.tasks import KINDS, Kind, Pool, Task, Workspace
 
-__all__ = ["Trace", "TraceError", "TraceMaker", "TraceMix", "run_tasks", "tokenise"]
+__all__ = ["Conversation", "Conversations", "Trace", "TraceError", "TraceMaker", "TraceMix", "run_tasks", "tokenise"]
 
 
 class TraceError(RuntimeError):
@@ -52,7 +52,6 @@ class Trace:
     loss: bytearray  # 1 where the token is the model's own, as long as ids
     system: int  # leading tokens that hardly change between conversations (system prompt and tools)
     kinds: tuple[str, ...]
-    messages: list[dict[str, Any]] = field(repr=False)
 
 
 def run_tasks(tasks: Sequence[Task], root: Path, thinking: bool = True) -> list[dict[str, Any]]:
@@ -131,17 +130,26 @@ def _piece(text: str, tokenizer: Tokenizer, cache: dict[str, list[int]] | None) 
     return cache[text]
 
 
-class TraceMaker:
+@dataclass(frozen=True)
+class Conversation:
+    """Messages from the system prompt on, and how they are to be encoded."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+    thinking: bool
+    kinds: tuple[str, ...]
+
+
+class Conversations:
     """Makes conversations from random numbers. Owns a scratch directory in memory; close it, or use ``with``."""
 
-    def __init__(self, tokenizer: Tokenizer, mix: TraceMix | None = None) -> None:
-        self.tokenizer, self.mix = tokenizer, mix or TraceMix()
+    def __init__(self, mix: TraceMix | None = None) -> None:
+        self.mix = mix or TraceMix()
         memory = Path("/dev/shm")
         self._scratch = Path(tempfile.mkdtemp(prefix="nautile-", dir=memory if memory.is_dir() else None))
-        self._system: dict[str, list[int]] = {}
-        self.rejected = 0  # conversations thrown away because a tool disagreed
+        self.made, self.rejected = 0, 0  # rejected: a tool did not agree with the generator
 
-    def __enter__(self) -> TraceMaker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -151,18 +159,22 @@ class TraceMaker:
         """Remove the scratch directory."""
         shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def make(self, seed: int | str) -> Trace:
-        """The conversation of a seed; the same on every call on one machine."""
+    def make(self, seed: int | str) -> Conversation:
+        """The conversation of a seed; the same on every call on one machine.
+
+        Raises TraceError when tools and generators disagree in more than one conversation of fifty.
+        """
         rng = random.Random(f"trace:{seed}")
         while True:
+            self.made += 1
             try:
                 return self._make(rng)
             except TraceError:
                 self.rejected += 1
-                if self.rejected > 1000:
+                if self.rejected > 20 + self.made / 50:
                     raise
 
-    def _make(self, rng: random.Random) -> Trace:
+    def _make(self, rng: random.Random) -> Conversation:
         tasks = self.tasks(rng)
         thinking = rng.random() < self.mix.thinking
         tools = _tools(rng, {step.tool for task in tasks for step in task.steps}, self.mix.all_tools)
@@ -173,10 +185,7 @@ class TraceMaker:
         finally:
             shutil.rmtree(root)
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, *turns]
-        if len(self._system) > 500:
-            self._system.clear()
-        ids, loss, system = tokenise(messages, tools, self.tokenizer, thinking, self._system)
-        return Trace(ids, loss, system, tuple(task.kind for task in tasks), messages)
+        return Conversation(messages, tools, thinking, tuple(task.kind for task in tasks))
 
     def tasks(self, rng: random.Random) -> list[Task]:
         """One task, or a chain of them over one directory."""
@@ -193,6 +202,28 @@ class TraceMaker:
         workspace = Workspace.random(pool, needs, mix.real_python)
         tasks = [task for kind in kinds if (task := _try(kind, pool, workspace)) is not None]
         return tasks or self.tasks(rng)
+
+
+class TraceMaker:
+    """Makes encoded conversations from random numbers; close it, or use ``with``."""
+
+    def __init__(self, tokenizer: Tokenizer, mix: TraceMix | None = None) -> None:
+        self.tokenizer, self.conversations = tokenizer, Conversations(mix)
+        self._system: dict[str, list[int]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.conversations.close()
+
+    def make(self, seed: int | str) -> Trace:
+        """The encoded conversation of a seed."""
+        talk = self.conversations.make(seed)
+        if len(self._system) > 500:
+            self._system.clear()
+        ids, loss, system = tokenise(talk.messages, talk.tools, self.tokenizer, talk.thinking, self._system)
+        return Trace(ids, loss, system, talk.kinds)
 
 
 def _try(kind: type[Kind], pool: Pool, workspace: Workspace) -> Task | None:

@@ -81,7 +81,7 @@ class FindDefinition(Kind):
             return None
         pattern = f"class {wanted.name}" if wanted.what == "class" else f"def {wanted.name}("
         lines = workspace.grep(path, pattern)
-        if len(lines) > _MATCHES or (wanted.line < 0 and lines):
+        if len(lines) > _MATCHES or (wanted.line in lines) != (wanted.line >= 0) or (wanted.line < 0 and lines):
             return None
         found = approach(
             pool,

@@ -1,0 +1,38 @@
+# `make demo` runs the main job on a fresh machine; `make test` proves the package. Both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint setup wheel clean help
+
+help:
+	@echo "make demo       set up, then let the shipped model work on real files in a sandbox"
+	@echo "make test       set up, then lint, types and tests (under 10 minutes on two cores)"
+	@echo "make test-slow  the longer suites"
+	@echo "make wheel      build dist/*.whl with the model inside"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: requirements.lock pyproject.toml scripts/setup
+	@PYTHON="$(PYTHON)" scripts/setup $(VENV)
+
+demo: setup
+	@$(BIN)/nautile demo
+
+lint: setup
+	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff format --check src tests bench
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest -n 2 -m "not slow" --durations=15
+	@echo "All passed. Next: make demo, or .venv/bin/nautile --help"
+
+test-slow: setup
+	$(BIN)/pytest -m slow --durations=15
+
+wheel: setup
+	$(BIN)/python -m pip wheel --no-deps -w dist .
+
+clean:
+	rm -rf $(VENV) dist build

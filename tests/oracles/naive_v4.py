@@ -38,6 +38,7 @@ class NaiveOutput:
     logits: Matrix  # [T, V]
     streams: np.ndarray  # [T, n, d] trunk streams before the final collapse
     mtp_logits: Matrix | None  # [T - 1, V]: position t saw the streams of t and the embedding of token t + 1
+    mtp_streams: np.ndarray | None  # [T - 1, n, d] the draft block's streams before its collapse
     trace: NaiveTrace
 
 
@@ -48,8 +49,9 @@ def run(config: Any, tensors: Mapping[str, torch.Tensor], ids: Sequence[int], *,
     for layer in range(config.num_hidden_layers):
         streams = net.block(f"layers.{layer}", config.compress_ratios[layer], layer < config.num_hash_layers, streams, ids)
     logits = np.stack([net.readout("", X) for X in streams])
-    drafts = net.draft(streams, ids) if mtp else None
-    return NaiveOutput(logits, np.stack(streams), drafts, net.trace)
+    drafts = net.draft(streams, ids) if mtp and len(ids) > 1 else []
+    draft_logits = np.stack([net.readout("mtp.0.", X) for X in drafts]) if drafts else None
+    return NaiveOutput(logits, np.stack(streams), draft_logits, np.stack(drafts) if drafts else None, net.trace)
 
 
 class _Network:
@@ -236,15 +238,14 @@ class _Network:
 
     # drafts --------------------------------------------------------------------------------------------------------
 
-    def draft(self, streams: list[Matrix], ids: Sequence[int]) -> Matrix:
-        """MTP logits [T - 1, V]: streams of position t with the embedding of token t + 1."""
+    def draft(self, streams: list[Matrix], ids: Sequence[int]) -> list[Matrix]:
+        """The T - 1 streams of the draft block: trunk streams of position t with the embedding of token t + 1."""
         mixed = []
         for t in range(len(ids) - 1):
             e = self.weight("mtp.0.e_proj.weight") @ self.norm("mtp.0.enorm", self.weight("embed.weight")[ids[t + 1]])
             h_proj = self.weight("mtp.0.h_proj.weight")
             mixed.append(np.stack([e + h_proj @ self.norm("mtp.0.hnorm", stream) for stream in streams[t]]))
-        mixed = self.block("mtp.0", 0, False, mixed, ids[1:])
-        return np.stack([self.readout("mtp.0.", X) for X in mixed]) if mixed else np.zeros((0, self.config.vocab_size))
+        return self.block("mtp.0", 0, False, mixed, ids[1:])
 
     def _margin(self, where: str, gap: float) -> None:
         if gap < self.trace.margin:

@@ -51,7 +51,7 @@ class Case:
     model: Transformer
     ids: list[torch.Tensor]  # [1, T] each
     expected: list[torch.Tensor]  # [T, V] each
-    dice: random.Random
+    number: int
 
 
 def draw_config(number: int, dice: random.Random) -> ModelConfig:
@@ -91,12 +91,13 @@ def case(request: pytest.FixtureRequest) -> Case:
     config = draw_config(number, dice)
     tensors = random_tensors(config, seed=number)
     long = LONG[number % len(LONG)] if number % 2 or 128 in config.layer_ratios else MIDDLE[number % len(MIDDLE)]
+    long = 600 if number in (2, 15) else long  # every layer is HCA; every kind of layer
     lengths = (SHORT[number % len(SHORT)], MIDDLE[(3 * number) % len(MIDDLE)], long)
     ids = [random_ids(config, length, seed=1000 * number + length).unsqueeze(0) for length in lengths]
     theirs = reference(config, tensors)
     with torch.no_grad():
         expected = [theirs(row, use_cache=False).logits[0] for row in ids]
-    return Case(config, network(config, tensors), ids, expected, dice)
+    return Case(config, network(config, tensors), ids, expected, number)
 
 
 def worst(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -113,11 +114,12 @@ def test_full_forward(case: Case) -> None:
 
 @torch.no_grad()
 def test_chunked_prefill(case: Case) -> None:
+    dice = random.Random(case.number)
     for row, expected in zip(case.ids, case.expected, strict=True):
         state = case.model.new_state(1)
         parts = []
         while (done := int(state.lengths)) < row.shape[1]:
-            size = case.dice.choice((1, 2, 3, 4, 5, 7, 64, 100, 127, 128, 129, 257))
+            size = dice.choice((1, 2, 3, 4, 5, 7, 64, 100, 127, 128, 129, 257))
             parts.append(case.model(row[:, done : done + size], state=state)[0])
         assert worst(torch.cat(parts), expected) <= TOLERANCE
 
@@ -138,7 +140,7 @@ def test_one_token_decode(case: Case) -> None:
 
 def test_the_cases_cover_what_they_claim() -> None:
     configs = [draw_config(number, random.Random(number)) for number in range(26)]
-    assert {len(c.layer_ratios) and c.layer_ratios for c in configs} >= {(0, 0), (4, 4), (128, 128), (0, 0, 4, 128, 4)}
+    assert {c.layer_ratios for c in configs} >= {(0, 0), (4, 4), (128, 128), (0, 0, 4, 128, 4)}
     assert {c.num_hash_layers for c in configs} == {0, 1, 2}
     assert {c.rope_scaling is None for c in configs} == {True, False}
     assert all(c.index_n_heads >= 16 for c in configs)

@@ -128,3 +128,6 @@ def _reporter() -> Callable[[dict[str, float]], None]:
         typer.echo(f"[{time.monotonic() - began:6.0f} s] {shown}")
 
     return report
+
+if __name__ == "__main__":
+    app()

@@ -49,19 +49,23 @@ def attend(
 def _attend_one(
     q: Tensor, raw: Tensor, entries: Tensor | None, visible: Tensor | None, sink: Tensor, first_row: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """One query per sequence: all keys in one row, so one product, one softmax, one product."""
-    near = raw.shape[1] - 1
-    keys = raw[:, 1:] if entries is None else torch.cat((raw[:, 1:], entries), dim=1)
-    logits = _wide(torch.matmul(q[:, 0], keys.transpose(1, 2))) * q.shape[-1] ** -0.5
+    """One query per sequence: two products for the logits, one softmax over both and the sink, two products for the sum."""
+    query, near = q[:, 0], raw[:, 1:]
+    logits = [torch.matmul(query, near.transpose(1, 2))]
     if first_row is not None:
-        hidden = torch.arange(1, near + 1, device=q.device) < first_row
-        logits[..., :near].masked_fill_(hidden.unsqueeze(1), -torch.inf)
-    if entries is not None and visible is not None:
-        logits[..., near:].masked_fill_(~visible, -torch.inf)
-    column = sink.to(logits.dtype).view(1, -1, 1).expand(q.shape[0], -1, -1)
-    weights = torch.cat((logits, column), dim=-1).softmax(-1)[..., :-1]
-    out = torch.matmul(weights.to(q.dtype), keys).unsqueeze(1)
-    return out, None if entries is None else weights[..., near:].unsqueeze(1)
+        hidden = torch.arange(1, raw.shape[1], device=q.device) < first_row
+        logits[0].masked_fill_(hidden.unsqueeze(1), -torch.inf)
+    if entries is not None:
+        far = torch.matmul(query, entries.transpose(1, 2))
+        logits.append(far if visible is None else far.masked_fill_(~visible, -torch.inf))
+    column = (sink * q.shape[-1] ** 0.5).to(q.dtype).view(1, -1, 1).expand(q.shape[0], -1, -1)  # scaled back below
+    weights = (_wide(torch.cat((*logits, column), dim=-1)) * q.shape[-1] ** -0.5).softmax(-1)
+    split = near.shape[1]
+    out = torch.matmul(weights[..., :split].to(q.dtype), near)
+    if entries is None:
+        return out.unsqueeze(1), None
+    far_weights = weights[..., split:-1]
+    return (out + torch.matmul(far_weights.to(q.dtype), entries)).unsqueeze(1), far_weights.unsqueeze(1)
 
 
 def _wide(x: Tensor) -> Tensor:

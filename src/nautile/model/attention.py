@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nautile.config import ModelConfig
 from nautile.kernels.attention import attend
 from nautile.kernels.topk import topk_mask
-from nautile.model.chunk import Chunk, take_rows
+from nautile.model.chunk import Chunk
 from nautile.model.compressor import Compressor, block_numbers
 from nautile.model.indexer import Indexer
 from nautile.model.layers import GroupedLinear, Linear, RMSNorm, unit_rms
@@ -101,9 +101,7 @@ class Attention(nn.Module):
         size = self.config.sliding_window
         if state is None:
             return F.pad(kv, (0, 0, size, 0))
-        raw = torch.cat((state.window, kv.to(state.window.dtype)), dim=1)
-        state.window = take_rows(raw, chunk.lengths, size)
-        return raw.to(kv.dtype)
+        return state.window.extend(kv, chunk.lengths).to(kv.dtype)
 
     def _append_entries(self, x: Tensor, chunk: Chunk, state: LayerState | None) -> Tensor | None:
         """All compressed entries of the sequences so far, [B, n, c]; None when no query of the chunk can see one."""

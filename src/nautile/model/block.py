@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ __all__ = ["Block", "BlockTrace"]
 class BlockTrace:
     """What a block decided. Written by the block when somebody asks for it."""
 
-    attention: AttentionTrace = field(default_factory=AttentionTrace)
+    attention: AttentionTrace
     routing: Routing | None = None
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from nautile.config import ModelConfig
-from nautile.model.chunk import Chunk, take_rows
+from nautile.model.chunk import Chunk
 from nautile.model.layers import Linear, RMSNorm
 from nautile.model.rope import rotate
-from nautile.state import CompressorTail
+from nautile.state import CompressorTail, take_rows
 
 __all__ = ["Compressor", "block_numbers"]
 
@@ -57,11 +57,8 @@ class Compressor(nn.Module):
         self, kv: Tensor, gate: Tensor, chunk: Chunk, tail: CompressorTail, offsets: tuple[int, ...]
     ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         """Put the tail before the chunk, keep the new tail, and say in which row each first block now begins."""
-        size = tail.kv.shape[1]
-        kv = torch.cat((tail.kv, kv.to(tail.kv.dtype)), dim=1)
-        gate = torch.cat((tail.gate, gate.to(tail.gate.dtype)), dim=1)
-        tail.kv, tail.gate = take_rows(kv, chunk.lengths, size), take_rows(gate, chunk.lengths, size)
-        return kv, gate, tuple(offset - start + size for offset, start in zip(offsets, chunk.starts, strict=True))
+        rows = tuple(offset - start + tail.kv.size for offset, start in zip(offsets, chunk.starts, strict=True))
+        return tail.kv.extend(kv, chunk.lengths), tail.gate.extend(gate, chunk.lengths), rows
 
     def _pool(
         self, kv: Tensor, gate: Tensor, offsets: tuple[int, ...], count: int, chunk: Chunk, first_block: tuple[int, ...]

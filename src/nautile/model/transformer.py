@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nautile.config import ConfigError, ModelConfig
+from nautile.model.attention import AttentionTrace
 from nautile.model.block import Block, BlockTrace
 from nautile.model.chunk import Chunk
 from nautile.model.layers import Linear, RMSNorm
@@ -114,7 +115,7 @@ class Transformer(nn.Module):
             embedded = embedded.to(torch.get_autocast_dtype(embedded.device.type))
         streams = embedded.unsqueeze(-2).expand(-1, -1, self.config.hc_mult, -1)
         for index, layer in enumerate(self.layers):
-            block_trace = BlockTrace() if trace is not None else None
+            block_trace = BlockTrace(AttentionTrace()) if trace is not None else None
             streams = layer(streams, chunk, state.layers[index] if state else None, block_trace)
             if trace is not None and block_trace is not None:
                 trace.layers.append(block_trace)

@@ -1,7 +1,7 @@
 """FP8: e4m3 payload with power-of-two (e8m0) scales, one per 128 x 128 tile of a weight or per group of an activation.
 
-real = e4m3 * 2^k. Tiles at the edge are whatever is left (ceil division). Scales are 2^ceil(log2(amax / 448)), computed on
-exponent bits so that no rounding of a logarithm can move them (architecture notes section 2 and 3.3).
+real = e4m3 * 2^k with 2^k = 2^ceil(log2(amax / 448)), so the largest element of a tile lands in 224 .. 448 and nothing
+saturates. Tiles at the edge are whatever is left (ceil division). Source: architecture notes, sections 2 and 3.3.
 """
 
 from __future__ import annotations
@@ -10,64 +10,90 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["decode_blocks", "encode_blocks", "fake_quant_blocks", "fake_quant_groups", "power_of_two_at_least"]
+from nautile.quant.scales import power_of_two_scale
+
+__all__ = ["decode_blocks", "encode_blocks", "fake_quant_blocks", "fake_quant_groups"]
 
 _LARGEST = 448.0  # of e4m3fn
 _TILE = 128
 _FLOOR = 1e-4  # smallest amax of an activation group (official code)
 
 
-def power_of_two_at_least(x: Tensor) -> Tensor:
-    """Smallest power of two >= x, elementwise, for positive float32 x."""
-    mantissa, exponent = torch.frexp(x)
-    return torch.ldexp(torch.ones_like(x), exponent - (mantissa == 0.5).to(exponent.dtype))
-
-
-def _round(x: Tensor) -> Tensor:
-    """Nearest e4m3 value, saturating."""
-    return x.clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn).to(x.dtype)
-
-
-def _tile_scales(weight: Tensor) -> Tensor:
-    """One scale per tile, [ceil(o / 128), ceil(i / 128)]."""
-    rows, columns = weight.shape
-    padded = F.pad(weight.abs(), (0, -columns % _TILE, 0, -rows % _TILE))
-    amax = padded.unflatten(0, (-1, _TILE)).unflatten(2, (-1, _TILE)).amax((1, 3)).float()
-    return power_of_two_at_least((amax / _LARGEST).clamp_min(2.0**-126))
-
-
-def _spread(scales: Tensor, shape: torch.Size) -> Tensor:
-    wide = scales.repeat_interleave(_TILE, 0).repeat_interleave(_TILE, 1)
-    return wide[: shape[0], : shape[1]]
-
-
 def encode_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """float [o, i] -> (float8_e4m3fn [o, i], float8_e8m0fnu [ceil(o / 128), ceil(i / 128)])."""
-    scales = _tile_scales(weight)
-    payload = (weight.float() / _spread(scales, weight.shape)).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
-    return payload, scales.to(torch.float8_e8m0fnu)
+    """float [o, i] -> (float8_e4m3fn [o, i], float8_e8m0fnu [ceil(o / 128), ceil(i / 128)]).
+
+    Payloads round to nearest, ties to even. NaN stays NaN; infinities saturate, so callers check for them first.
+    """
+    tiles = _tiles(weight)
+    scales = _tile_scales(tiles)
+    payload = _saturate(tiles / scales).to(torch.float8_e4m3fn)
+    return _untile(payload, weight.shape), scales[:, 0, :, 0].to(torch.float8_e8m0fnu)
 
 
 def decode_blocks(payload: Tensor, scales: Tensor) -> Tensor:
-    """(float8_e4m3fn [o, i], float8_e8m0fnu [ceil(o / 128), ceil(i / 128)]) -> float32 [o, i], exact."""
-    expected = (-(-payload.shape[0] // _TILE), -(-payload.shape[1] // _TILE))
+    """(float8_e4m3fn [o, i], float8_e8m0fnu [ceil(o / 128), ceil(i / 128)]) -> float32 [o, i], exact.
+
+    Raises ValueError when the two shapes do not belong together. Needs one float32 matrix of the result's size, no more.
+    """
+    rows, columns = payload.shape
+    expected = (-(-rows // _TILE), -(-columns // _TILE))
     if tuple(scales.shape) != expected:
-        raise ValueError(f"scales have shape {tuple(scales.shape)}; {tuple(payload.shape)} needs {expected}")
-    return payload.float() * _spread(scales.float(), payload.shape)
+        raise ValueError(f"FP8 scales have shape {tuple(scales.shape)}; a weight of {rows} x {columns} needs {expected}")
+    real = payload.float()
+    wide = scales.float().repeat_interleave(_TILE, 1)[:, :columns]
+    for index, factor in enumerate(wide):
+        real[index * _TILE : (index + 1) * _TILE] *= factor
+    return real
 
 
 def fake_quant_blocks(weight: Tensor) -> Tensor:
-    """The weight rounded to its 128 x 128 grid; the gradient passes straight through."""
+    """The weight [o, i] rounded to its 128 x 128 grid; the gradient passes straight through.
+
+    w + (q - w) is exactly q in floating point: q is zero or within a factor of two of w, so the difference is exact.
+    """
     with torch.no_grad():
-        scales = _spread(_tile_scales(weight), weight.shape)
-        rounded = _round(weight.float() / scales) * scales
-    return weight + (rounded.to(weight.dtype) - weight).detach()
+        tiles = _tiles(weight)
+        scales = _tile_scales(tiles)
+        rounded = _untile(_round(tiles / scales).mul_(scales), weight.shape).to(weight.dtype)
+    return weight + (rounded - weight).detach()
 
 
 def fake_quant_groups(x: Tensor, group: int = 64) -> Tensor:
-    """x rounded to e4m3 in groups of the last dimension, scale 2^ceil(log2(max(amax, 1e-4) / 448)); straight-through."""
+    """x rounded to e4m3 in groups of the last dimension, scale 2^ceil(log2(max(amax, 1e-4) / 448)); straight-through.
+
+    Raises ValueError when ``group`` does not divide the last dimension.
+    """
+    if x.shape[-1] % group:
+        raise ValueError(f"FP8 groups of {group} do not divide a last dimension of {x.shape[-1]}")
     with torch.no_grad():
-        grouped = x.unflatten(-1, (-1, group)).float()
-        scales = power_of_two_at_least(grouped.abs().amax(-1, keepdim=True).clamp_min(_FLOOR) / _LARGEST)
-        rounded = (_round(grouped / scales) * scales).flatten(-2).to(x.dtype)
+        grouped = x.unflatten(-1, (x.shape[-1] // group, group)).float()
+        scales = power_of_two_scale(grouped.abs().amax(-1, keepdim=True).clamp_min(_FLOOR), _LARGEST)
+        rounded = _round(grouped / scales).mul_(scales).flatten(-2).to(x.dtype)
     return x + (rounded - x).detach()
+
+
+def _saturate(x: Tensor) -> Tensor:
+    return x.clamp(-_LARGEST, _LARGEST)
+
+
+def _round(x: Tensor) -> Tensor:
+    """Nearest e4m3 value, ties to even, as float32."""
+    return _saturate(x).to(torch.float8_e4m3fn).float()
+
+
+def _tiles(weight: Tensor) -> Tensor:
+    """[o, i] -> float32 [ceil(o / 128), 128, ceil(i / 128), 128], edge tiles filled with zeros."""
+    rows, columns = weight.shape
+    wide = weight.float()
+    if rows % _TILE or columns % _TILE:
+        wide = F.pad(wide, (0, -columns % _TILE, 0, -rows % _TILE))
+    return wide.unflatten(1, (-1, _TILE)).unflatten(0, (-1, _TILE))
+
+
+def _tile_scales(tiles: Tensor) -> Tensor:
+    """One scale per tile, [R, 1, C, 1]."""
+    return power_of_two_scale(tiles.abs().amax((1, 3), keepdim=True), _LARGEST)
+
+
+def _untile(tiles: Tensor, shape: torch.Size) -> Tensor:
+    return tiles.flatten(2, 3).flatten(0, 1)[: shape[0], : shape[1]]

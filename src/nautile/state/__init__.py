@@ -1,5 +1,5 @@
 """The state of sequences: history (compressed entries, indexer keys) and tail (window, compressor remainders)."""
 
-from nautile.state.state import CompressorTail, LayerState, State
+from nautile.state.state import CompressorTail, LayerState, Rows, State, take_rows
 
-__all__ = ["CompressorTail", "LayerState", "State"]
+__all__ = ["CompressorTail", "LayerState", "Rows", "State", "take_rows"]

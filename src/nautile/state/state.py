@@ -1,8 +1,8 @@
 """The hybrid KV state of a batch of sequences, in plain tensors.
 
 Per layer there is a *tail* of fixed size (the last W key-value rows; the projections of the last tokens that a compressor
-still needs) and a *history* that grows by one row per 4 or 128 tokens. Buffers are ordered: the last slot always belongs to
-the last token, slot j of a tail of size R to position ``length - R + j``. Slots of negative positions are never read, so a
+still needs) and a *history* that grows by one row per 4 or 128 tokens. Tails are ordered: the last row always belongs to
+the last token, row j of a tail of R rows to position ``length - R + j``. Rows of negative positions are never read, so a
 new sequence needs no clearing and cannot see what another one left behind.
 
 What this file does not know: the network. It allocates, grows, copies and counts.
@@ -11,7 +11,7 @@ What this file does not know: the network. It allocates, grows, copies and count
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -19,27 +19,81 @@ from torch import Tensor
 
 from nautile.config import ModelConfig
 
-__all__ = ["CompressorTail", "LayerState", "State"]
+__all__ = ["CompressorTail", "LayerState", "Rows", "State", "take_rows"]
 
 _FIRST_CAPACITY = 256  # tokens; history doubles from here
+
+
+class Rows:
+    """The last R rows of each sequence, in order, in a buffer with some room behind them.
+
+    Appending one row is one small copy; when the room is used up the R rows move back to the front. ``buffer`` is
+    [B, R + SPARE, width]; the rows are ``buffer[:, end - R : end]``.
+    """
+
+    SPARE = 32
+
+    def __init__(self, buffer: Tensor, size: int, end: int) -> None:
+        self.buffer, self.size, self.end = buffer, size, end
+
+    @classmethod
+    def empty(cls, batch: int, size: int, width: int, dtype: torch.dtype, device: torch.device) -> Rows:
+        """R = ``size`` rows of zeros."""
+        return cls(torch.zeros(batch, size + cls.SPARE, width, dtype=dtype, device=device), size, size)
+
+    def extend(self, new: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Append new [B, T, width], of which the first ``lengths[b]`` rows are real. Returns the R rows before it and it,
+        [B, R + T, width], valid until the next call; row j belongs to position start - R + j."""
+        count = new.shape[1]
+        if count > self.SPARE or min(lengths) < count:
+            joined = torch.cat((self.rows(), new.to(self.buffer.dtype)), dim=1)
+            self.buffer[:, : self.size] = take_rows(joined, lengths, self.size)
+            self.end = self.size
+            return joined
+        if self.end + count > self.buffer.shape[1]:
+            self.buffer[:, : self.size] = self.rows().clone()
+            self.end = self.size
+        self.buffer[:, self.end : self.end + count] = new
+        self.end += count
+        return self.buffer[:, self.end - count - self.size : self.end]
+
+    def rows(self) -> Tensor:
+        """The last R rows, [B, R, width]."""
+        return self.buffer[:, self.end - self.size : self.end]
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        """A copy whose buffer is ``change`` of this one."""
+        return Rows(change(self.buffer), self.size, self.end)
+
+
+def take_rows(buffer: Tensor, first: tuple[int, ...], count: int) -> Tensor:
+    """Rows ``first[b] .. first[b] + count - 1`` of each sequence: [B, R, w] -> [B, count, w].
+
+    Rows outside the buffer come out as copies of its edge; callers mask them by position.
+    """
+    if len(set(first)) == 1 and 0 <= first[0] and first[0] + count <= buffer.shape[1]:
+        return buffer[:, first[0] : first[0] + count]
+    offsets = torch.tensor(first, device=buffer.device).unsqueeze(1) + torch.arange(count, device=buffer.device)
+    index = offsets.clamp(0, buffer.shape[1] - 1).unsqueeze(-1).expand(-1, -1, buffer.shape[2])
+    return buffer.gather(1, index)
 
 
 @dataclass
 class CompressorTail:
     """Projections of the last R tokens, R = 2m with overlap (CSA) and m without (HCA). Written by the compressor.
 
-    kv, gate: [B, R, k c] float32, where k is 2 with overlap; ``gate`` is before the positional bias.
+    kv, gate: rows of width k c in float32, where k is 2 with overlap; ``gate`` is before the positional bias.
     """
 
-    kv: Tensor
-    gate: Tensor
+    kv: Rows
+    gate: Rows
 
 
 @dataclass
 class LayerState:
     """State of one layer. Written by the attention of that layer, grown by ``State.reserve``."""
 
-    window: Tensor  # [B, W, c] rotated keys = values of the last W tokens
+    window: Rows  # rotated keys = values of the last W tokens, width c
     tail: CompressorTail | None = None
     entries: Tensor | None = None  # [B, capacity, c] compressed keys = values
     index_tail: CompressorTail | None = None
@@ -123,7 +177,7 @@ class State:
 
     def _new_layer(self, ratio: int, batch: int) -> LayerState:
         config = self.config
-        window = torch.zeros(batch, config.sliding_window, config.head_dim, dtype=self.dtype, device=self.device)
+        window = Rows.empty(batch, config.sliding_window, config.head_dim, self.dtype, self.device)
         if not ratio:
             return LayerState(window)
         layer = LayerState(window, self._new_tail(ratio, batch, config.head_dim), self._empty(batch, config.head_dim))
@@ -134,8 +188,8 @@ class State:
 
     def _new_tail(self, ratio: int, batch: int, dim: int) -> CompressorTail:
         rows, width = (2 * ratio, 2 * dim) if ratio == 4 else (ratio, dim)
-        kv = torch.zeros(batch, rows, width, device=self.device)
-        return CompressorTail(kv, torch.zeros_like(kv))
+        kv, gate = (Rows.empty(batch, rows, width, torch.float32, self.device) for _ in range(2))
+        return CompressorTail(kv, gate)
 
     def _empty(self, batch: int, dim: int) -> Tensor:
         return torch.zeros(batch, 0, dim, dtype=self.dtype, device=self.device)
@@ -145,18 +199,22 @@ class State:
             for value in _values(layer):
                 if isinstance(value, Tensor):
                     yield value
+                elif isinstance(value, Rows):
+                    yield value.buffer
                 elif value is not None:
-                    yield from (value.kv, value.gate)
+                    yield from (value.kv.buffer, value.gate.buffer)
 
 
-def _values(layer: LayerState) -> list[Tensor | CompressorTail | None]:
+def _values(layer: LayerState) -> list[Rows | Tensor | CompressorTail | None]:
     return [getattr(layer, field.name) for field in fields(layer)]
 
 
-def _map_layer(layer: LayerState, change) -> LayerState:  # type: ignore[no-untyped-def]
-    def mapped(value: Tensor | CompressorTail | None) -> Tensor | CompressorTail | None:
+def _map_layer(layer: LayerState, change: Callable[[Tensor], Tensor]) -> LayerState:
+    def mapped(value: Rows | Tensor | CompressorTail | None) -> Rows | Tensor | CompressorTail | None:
         if isinstance(value, CompressorTail):
-            return CompressorTail(change(value.kv), change(value.gate))
+            return CompressorTail(value.kv.mapped(change), value.gate.mapped(change))
+        if isinstance(value, Rows):
+            return value.mapped(change)
         return None if value is None else change(value)
 
     return LayerState(*(mapped(value) for value in _values(layer)))  # type: ignore[arg-type]

@@ -17,7 +17,6 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from nautile.train.flops import train_flops_per_token
 from nautile.model import Transformer
 from nautile.model.layers import Linear
 from nautile.model.moe import Experts
@@ -48,6 +47,7 @@ class StageConfig:
     save_every: int = 500
     log_every: int = 20
     peak_flops: float | None = None  # of the device, for MFU; None leaves MFU out
+    flops_per_token: float = 0.0  # forward and backward, from the cost formula
     seed: int = 0
 
 
@@ -143,7 +143,7 @@ class Trainer:
         loads: Tensor | None = None
         for _ in range(config.micro_batches):
             batch, self.progress.shard, self.progress.row = next(batches)
-            with torch.autocast(self.device.type, torch.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                 losses = training_losses(self.model, batch, weights, self.compile_with)
             (losses.total / config.micro_batches).backward()  # type: ignore[no-untyped-call]
             loads = losses.loads if loads is None else loads + losses.loads
@@ -182,8 +182,7 @@ class Trainer:
             "seconds": self.progress.seconds,
         }
         if self.config.peak_flops is not None:
-            flops = train_flops_per_token(self.model.config, 2048)
-            row["mfu"] = rate * flops / self.config.peak_flops
+            row["mfu"] = rate * self.config.flops_per_token / self.config.peak_flops
         if not total == total:
             raise RuntimeError(f"the loss is not a number at step {self.progress.step}; the last checkpoint is untouched")
         self.progress.history.append(row)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nautile.model import Transformer
+from nautile.model.attention import AttentionTrace
 from nautile.model.block import Block, BlockTrace
 from nautile.model.chunk import Chunk
 from nautile.model.mtp import MTPBlock
@@ -53,17 +54,15 @@ class Losses:
 
 def run_block(block: Block, streams: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """One block: -> (streams, router scores [N, E], chosen experts [N, k], indexer divergence or None)."""
-    trace = BlockTrace()
+    trace = BlockTrace(AttentionTrace())
     streams = block(streams, chunk, None, trace)
     assert trace.routing is not None
     return streams, trace.routing.scores, trace.routing.experts, trace.attention.indexer_loss
 
 
-def run_mtp(
-    block: MTPBlock, streams: Tensor, embedded: Tensor, chunk: Chunk
-) -> tuple[Tensor, Tensor, Tensor]:
+def run_mtp(block: MTPBlock, streams: Tensor, embedded: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
     """The draft block: -> (hidden [B, T, d], router scores, chosen experts)."""
-    trace = BlockTrace()
+    trace = BlockTrace(AttentionTrace())
     _, hidden = block.draft(streams, embedded, chunk, None, trace)
     assert trace.routing is not None
     return hidden, trace.routing.scores, trace.routing.experts

@@ -27,7 +27,9 @@ def _recall(pool: Pool) -> str:
     rng = pool.rng
     pairs = _pairs(pool, rng.randint(4, 24))
     separator, asking = rng.choice(_SEPARATORS), rng.choice(_SEPARATORS)
-    question = rng.choice(("{key}{sep}", "What is {key}? ", "{key}? ", "Q: {key}\nA: ", 'The value of "{key}" is ', "get {key}\n"))
+    question = rng.choice(
+        ("{key}{sep}", "What is {key}? ", "{key}? ", "Q: {key}\nA: ", 'The value of "{key}" is ', "get {key}\n")
+    )
     lines = [f"{key}{separator}{value}" for key, value in pairs.items()]
     asked = rng.choices(list(pairs), k=rng.randint(4, 16))
     answers = [question.replace("{key}", key).replace("{sep}", asking) + pairs[key] for key in asked]
@@ -214,7 +216,9 @@ def _plans(pool: Pool) -> str:
     for _ in range(rng.randint(3, 7)):
         task = rng.choice(list(KINDS.values())).generate(rng)
         step = task.steps[0]
-        arguments = ", ".join(f"{key}={value if isinstance(value, int) else json.dumps(value)}" for key, value in step.arguments.items())
+        arguments = ", ".join(
+            f"{key}={value if isinstance(value, int) else json.dumps(value)}" for key, value in step.arguments.items()
+        )
         out.append(f"{task.prompt}\n{step.reasoning}\n{arrow}{step.tool}({arguments})\n{task.reasoning}\n{task.final}")
     return "\n\n".join(out)
 

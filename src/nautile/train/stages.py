@@ -78,7 +78,9 @@ def load_weights(config: ModelConfig, path: Path | None, device: str, seed: int 
     model = initialise(Transformer(config), seed)
     if path is not None:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)["model"]
-        model.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()})
+        model.load_state_dict(
+            {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+        )
     return model.to(device)
 
 

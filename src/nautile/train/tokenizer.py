@@ -18,7 +18,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from nautile.train.corpus import collect, documents
+from nautile.train.corpus import collect, documents, scan
 from nautile.train.procedural import document
 from nautile.train.traces import Conversations
 
@@ -27,9 +27,10 @@ __all__ = ["PAD", "SPECIALS", "texts", "train", "train_to_file", "write"]
 # Ids 0, 1, 2 as in V4; the others keep V4's order without its placeholders. The flag is tokenizers' "special" (skipped on
 # decoding), which V4 sets for the first three only.
 SPECIALS = (
-    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>", "<｜User｜>",
-    "<｜Assistant｜>", "<|EOT|>", "<think>", "</think>", "｜DSML｜", "<｜begin▁sys｜>", "<｜end▁sys｜>", "<｜latest_reminder｜>",
-    "<｜action｜>", "<｜query｜>", "<｜authority｜>", "<｜domain｜>", "<｜title｜>", "<｜extracted_url｜>", "<｜read_url｜>",
+    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>",
+    "<｜User｜>", "<｜Assistant｜>", "<|EOT|>", "<think>", "</think>", "｜DSML｜", "<｜begin▁sys｜>", "<｜end▁sys｜>",
+    "<｜latest_reminder｜>", "<｜action｜>", "<｜query｜>", "<｜authority｜>", "<｜domain｜>", "<｜title｜>",
+    "<｜extracted_url｜>", "<｜read_url｜>",
 )  # fmt: skip
 PAD = 2
 _SKIPPED_ON_DECODE = 3
@@ -141,14 +142,15 @@ def write(data: dict[str, Any], directory: Path) -> None:
 
 def texts(characters: int, seed: int = 0) -> Iterator[str]:
     """About so many characters of the mix the model will see: 50 % code and documents, 30 % traces, 20 % procedural text."""
-    natural = (text[:20_000] for _, text in documents(collect(), seed))
+    sources = collect()
+    natural = documents(sources, scan(sources), seed)
     written = natural_characters = 0
     with Conversations() as conversations:
         number = 0
         while written < characters:
             number += 1
             if natural_characters < written / 2:
-                text = next(natural, "")
+                text = next(natural)
                 natural_characters += len(text)
             elif number % 5 < 3:
                 text = "\n".join(_spoken(conversations.make(f"{seed}:{number}").messages))

@@ -29,6 +29,11 @@ class TraceError(RuntimeError):
     """A tool did not answer as the task's generator expected: the two disagree about the directory."""
 
 
+_WEIGHTS: dict[str, float] = {name: 1.0 for name in KINDS} | {
+    "count_lines": 3.5, "find_definition": 3.5, "lookup_value": 4.5, "edit_value": 1.5,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class TraceMix:
     """How conversations vary. Weights need not add up to one."""
@@ -39,9 +44,6 @@ class TraceMix:
     thinking: float = 0.85
     all_tools: float = 0.8  # share that offers every tool in the usual order
     real_python: bool = True
-
-
-_WEIGHTS = {name: 1.0 for name in KINDS} | {"count_lines": 3.5, "find_definition": 3.5, "lookup_value": 4.5, "edit_value": 1.5}
 
 
 @dataclass(frozen=True)

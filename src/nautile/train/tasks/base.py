@@ -88,8 +88,8 @@ def _same(given: str, answer: str) -> bool:
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./][\w./-]*[\w]|\w")
 _GREETINGS = (
-    "Please: ", "Hello. ", "Hi, ", "Quick question: ", "Task: ", "Hey, ", "One thing: ", "Next: ", "Question: ", "Now: ", "OK. ",
-    "Could you help? ", "I need your help. ", "Dear agent, ", "And ",
+    "Please: ", "Hello. ", "Hi, ", "Quick question: ", "Task: ", "Hey, ", "One thing: ", "Next: ", "Question: ", "Now: ",
+    "OK. ", "Could you help? ", "I need your help. ", "Dear agent, ", "And ",
 )  # fmt: skip
 _THANKS = (" Thanks.", " Thank you!", " Thanks in advance.", " Be quick.", " Please.", " Use your tools.", " Check the file.")
 

@@ -50,7 +50,7 @@ def search_text(pool: Pool, workspace: Workspace, path: str, absent: float) -> s
         text = rng.choice((pool.word, pool.invented, pool.snake, pool.phrase_value))()
         return text if not any(text in line for line in lines) else None
     text = piece_of_line(pool, rng.choice(lines)) if lines else ""
-    if not 2 <= len(text) <= 60 or "\t" in text or (text[0] in "\"'`" or text[-1] in "\"'`") and rng.random() < 0.9:
+    if not 2 <= len(text) <= 60 or "\t" in text or ((text[0] in "\"'`" or text[-1] in "\"'`") and rng.random() < 0.9):
         return None
     return text
 
@@ -129,7 +129,8 @@ class CountLines(Kind):
         if rng.random() < 0.05:
             folder = rng.choice(workspace.folders())
             answer = str(sum(1 for _ in workspace.grep_under(folder, text)))
-            phrase, steps = _everywhere(pool, folder), (call(folder),)
+            phrase = _everywhere(pool, folder)
+            steps: tuple[Step, ...] = (call(folder),)
         else:
             found = approach(pool, workspace, path, call)
             phrase, steps = found.phrase, found.steps

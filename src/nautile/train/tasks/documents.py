@@ -176,7 +176,9 @@ def python(pool: Pool) -> Document:
     """A Python module of imports, constants, functions and classes that call each other."""
     rng = pool.rng
     lines = [f'"""{pool.sentence()}"""', ""]
-    lines += [f"import {module}" for module in rng.sample(("os", "re", "sys", "json", "time", "math", "random"), rng.randint(1, 3))]
+    lines += [
+        f"import {module}" for module in rng.sample(("os", "re", "sys", "json", "time", "math", "random"), rng.randint(1, 3))
+    ]
     lines += ["", *(f"{pool.snake().upper()} = {pool.number()}" for _ in range(rng.randint(0, 3)))]
     names: list[str] = []
     for _ in range(rng.choice((2, 3, 4, 6, 9))):
@@ -216,7 +218,9 @@ def _function(pool: Pool, lines: list[str], names: list[str], indent: str) -> No
         lines.append(f'{indent}    """{pool.sentence()}"""')
     for word in pool.words(rng.randint(0, 3)):
         lines.append(f"{indent}    {word} = {rng.choice((pool.number(), repr(pool.word()), f'{called}({word})', '[]'))}")
-    lines.append(f"{indent}    return {called}({pool.word()})" if rng.random() < 0.7 else f"{indent}    raise ValueError({called!r})")
+    lines.append(
+        f"{indent}    return {called}({pool.word()})" if rng.random() < 0.7 else f"{indent}    raise ValueError({called!r})"
+    )
 
 
 def _class(pool: Pool, lines: list[str], names: list[str]) -> None:
@@ -296,11 +300,15 @@ def _log(pool: Pool) -> Document:
         elif style == 3:
             address = f"10.0.{rng.randrange(9)}.{rng.randrange(99)}"
             method = rng.choice(("GET", "GET", "POST", "PUT", "DELETE"))
-            lines.append(f'{address} - - "{method} /{service}/{rng.randrange(99)}" {rng.choice((200, 200, 301, 404, 500))} {number}')
+            lines.append(
+                f'{address} - - "{method} /{service}/{rng.randrange(99)}" {rng.choice((200, 200, 301, 404, 500))} {number}'
+            )
         else:
             action = rng.choice(("install", "upgrade", "configure", "status installed", "status unpacked", "remove"))
             lines.append(f"{day} {time} {action} {service}:amd64 {pool.version()} <none>")
-    return Document(_file_name(pool, ("{w}.log", "{w}.log", "{w}.log.1", "{w}", "messages", "dpkg.log", "{w}.txt")), lines, "text")
+    return Document(
+        _file_name(pool, ("{w}.log", "{w}.log", "{w}.log.1", "{w}", "messages", "dpkg.log", "{w}.txt")), lines, "text"
+    )
 
 
 def _packages(pool: Pool) -> Document:
@@ -313,7 +321,9 @@ def _packages(pool: Pool) -> Document:
         lines += [f"Section: {rng.choice(('libs', 'admin', 'utils', 'net'))}", f"Installed-Size: {rng.randint(10, 9999)}"]
         lines += [f"Architecture: {rng.choice(('amd64', 'amd64', 'all'))}", f"Version: {pool.version()}"]
         if rng.random() < 0.5:
-            lines.append(f"Depends: {', '.join(f'{word} (>= {rng.randint(1, 9)}.{rng.randint(0, 9)})' for word in pool.words(2))}")
+            lines.append(
+                f"Depends: {', '.join(f'{word} (>= {rng.randint(1, 9)}.{rng.randint(0, 9)})' for word in pool.words(2))}"
+            )
         lines += [f"Description: {' '.join(pool.words(rng.randint(3, 6)))}", ""]
     return Document(_file_name(pool, ("status", "Packages", "{w}-packages.txt", "available", "{w}.list")), lines[:-1], "text")
 
@@ -329,7 +339,9 @@ def _prose(pool: Pool) -> Document:
         if style < 2 and pick < 0.12:
             lines += ["", f"## {pool.sentence(1, 3)[:-1]}", ""]
         elif style < 2 and pick < 0.35:
-            lines.append(f"- {' '.join(pool.words(rng.randint(2, 6)))}" if pick < 0.3 else f"Use `{pool.snake()}` or *{pool.word()}*.")
+            lines.append(
+                f"- {' '.join(pool.words(rng.randint(2, 6)))}" if pick < 0.3 else f"Use `{pool.snake()}` or *{pool.word()}*."
+            )
         elif style == 2:
             lines.append(f"       --{pool.word()}={pool.word().upper()}" if pick < 0.3 else f"              {pool.sentence()}")
         else:
@@ -345,13 +357,17 @@ def _list(pool: Pool) -> Document:
     makers: tuple[Callable[[], str], ...] = (
         lambda: rng.choice(few),
         lambda: " ".join(rng.choices(few, k=rng.randint(2, 6))),
-        lambda: f"{pool.word()}:x:{rng.randint(100, 2000)}:{rng.randint(100, 2000)}::/home/{rng.choice(few)}:/bin/{rng.choice(('bash', 'sh', 'false'))}",
+        lambda: (
+            f"{pool.word()}:x:{rng.randint(100, 2000)}:100::/home/{rng.choice(few)}:/bin/{rng.choice(('bash', 'sh', 'false'))}"
+        ),
         lambda: f"{rng.choice(few)}=={pool.version()}",
         lambda: f"10.{rng.randrange(9)}.{rng.randrange(99)}.{rng.randrange(255)}\t{rng.choice(few)}.{pool.word()}",
         lambda: f"[{rng.choice('x  ')}] {' '.join(pool.words(rng.randint(1, 4)))}",
     )
     names = ("{w}.txt", "{w}.txt", "passwd", "requirements.txt", "hosts", "TODO")
-    return Document(_file_name(pool, (names[style], "{w}.txt", "{w}", "{w}.lst")), [makers[style]() for _ in range(count)], "text")
+    return Document(
+        _file_name(pool, (names[style], "{w}.txt", "{w}", "{w}.lst")), [makers[style]() for _ in range(count)], "text"
+    )
 
 
 def table(pool: Pool) -> Document:
@@ -366,7 +382,9 @@ def table(pool: Pool) -> Document:
     lines = [",".join(header)]
     for _ in range(rng.choice((3, 6, 12, 25, 60))):
         lines.append(",".join(str(rng.randrange(top)) if is_number else rng.choice(few) for is_number in numeric))
-    columns = tuple((number, name) for number, (name, is_number) in enumerate(zip(header, numeric, strict=True), 1) if is_number)
+    columns = tuple(
+        (number, name) for number, (name, is_number) in enumerate(zip(header, numeric, strict=True), 1) if is_number
+    )
     return Document(_file_name(pool, ("{w}.csv", "{w}.csv", "{w}.data")), lines, "table", columns=columns)
 
 

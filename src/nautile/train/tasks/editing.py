@@ -83,7 +83,7 @@ class EditValue(Kind):
             lambda name: Step(f'I look for "{key}" in "{name}".', "grep", {"pattern": key, "path": name}, shows=old),
             wrong=0.03,
         )
-        thought = f'Line {setting.line + 1} sets "{key}" to "{setting.value}". I set it to "{value}".'
+        thought = f"It says {old}"
         edit = Step(thought, "edit", {"path": found.path, "old": old, "new": new}, shows=f"line {setting.line + 1}")
         _apply(document, setting, value, document.format)
         asked = {"file": found.phrase, "key": quote(pool, key, 0.5), "value": quote(pool, value, 0.4)}
@@ -163,7 +163,10 @@ class ReplaceText(Kind):
             workspace,
             path,
             lambda name: Step(
-                f'I replace "{old}" with "{new}" in "{name}".', "edit", {"path": name, "old": old, "new": new}, f"line {number + 1}"
+                f'I replace "{old}" with "{new}" in "{name}".',
+                "edit",
+                {"path": name, "old": old, "new": new},
+                f"line {number + 1}",
             ),
             wrong=0.03,
         )

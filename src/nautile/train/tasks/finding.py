@@ -111,6 +111,10 @@ def _definition(pool: Pool, workspace: Workspace, path: str) -> Definition | Non
         return Definition(what, pool.camel(2, 2) if what == "class" else pool.snake(1, 2), -1)
     names = [definition.name for definition in found]
     single = [definition for definition in found if names.count(definition.name) == 1]
+    if pool.rng.random() < 0.3:  # prefer a class whose name begins another's
+        single = [
+            one for one in single if one.what == "class" and sum(name.startswith(one.name) for name in names) > 1
+        ] or single
     return pool.rng.choice(single) if single else None
 
 
@@ -179,6 +183,8 @@ class LookupValue(Kind):
         key, value, line = pool.snake(1, 2), "", -1
         if pool.rng.random() > 0.05:
             wanted = pool.rng.choice(settings)
+            if pool.rng.random() < 0.4:  # prefer a key that is part of another
+                wanted = next((one for one in settings if len(workspace.grep(path, one.key)) > 1), wanted)
             key, value, line = wanted.key, wanted.value, wanted.line
         lines = workspace.grep(path, key)
         if len(lines) > _MATCHES or (line < 0 and lines):
@@ -187,7 +193,8 @@ class LookupValue(Kind):
             pool, workspace, path, lambda name: Step(f'I look for "{key}" in "{name}".', "grep", {"pattern": key, "path": name})
         )
         answer = value if line >= 0 else NONE
-        reasoning = f'Line {line + 1} sets "{key}" to "{value}".' if line >= 0 else f'There is no "{key}".'
+        # The line word for word, then the value: to copy a whole line is easier than to pick a value out of many lines.
+        reasoning = f"It says {workspace.documents[path].lines[line].strip()}" if line >= 0 else f'There is no "{key}".'
         prompt = cls.ask(pool, held_out_wording, {"file": found.phrase, "key": quote(pool, key, 0.5)})
         return Task(cls.name, files, prompt, answer, found.steps, reasoning, answer)
 

@@ -5,8 +5,10 @@ Nothing here touches files. ``Pool`` draws from a ``random.Random`` only, so a s
 
 from __future__ import annotations
 
+import itertools
 import random
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 __all__ = ["HELD_OUT_WORDS", "TRAIN_WORDS", "Pool"]
@@ -74,10 +76,37 @@ HELD_OUT_WORDS = tuple(word for word in _ALL if zlib.crc32(word.encode()) % 8 ==
 TRAIN_WORDS = tuple(word for word in _ALL if zlib.crc32(word.encode()) % 8)
 
 _ONSETS = (
-    "b bl br c ch cl cr d dr f fl fr g gl gr h j k kl kr l m n p ph pl pr qu r s sh sk sl sm sn sp st str t th tr v w x y z"
-).split()
+    "b", "bl", "br", "c", "ch", "cl", "cr", "d", "dr", "f", "fl", "fr", "g", "gl", "gr", "h", "j", "k", "kl", "kr", "l", "m", "n",
+    "p", "ph", "pl", "pr", "qu", "r", "s", "sh", "sk", "sl", "sm", "sn", "sp", "st", "str", "t", "th", "tr", "v", "w", "x", "y",
+    "z",
+)  # fmt: skip
 _NUCLEI = ("a", "e", "i", "o", "u", "a", "e", "i", "o", "u", "ai", "ea", "ee", "ia", "io", "oa", "oo", "ou", "y")
-_CODAS = ("", "", "", "b", "ck", "d", "f", "g", "k", "l", "ll", "m", "n", "nd", "ng", "nk", "p", "r", "rd", "s", "sh", "st", "t", "x")
+_CODAS = (
+    "",
+    "",
+    "",
+    "b",
+    "ck",
+    "d",
+    "f",
+    "g",
+    "k",
+    "l",
+    "ll",
+    "m",
+    "n",
+    "nd",
+    "ng",
+    "nk",
+    "p",
+    "r",
+    "rd",
+    "s",
+    "sh",
+    "st",
+    "t",
+    "x",
+)
 _HEX = "0123456789abcdef"
 _ALPHANUMERIC = "abcdefghijklmnopqrstuvwxyz0123456789"
 _DOMAINS = ("com", "org", "net", "io", "dev", "local", "example", "test", "internal")
@@ -180,47 +209,7 @@ class Pool:
 
     def value(self) -> str:
         """A setting's value without spaces, quotes, commas or semicolons: number, word, version, path, address, ..."""
-        rng = self.rng
-        pick = rng.random()
-        if pick < 0.24:
-            return self.number()
-        if pick < 0.42:
-            return self.word()
-        if pick < 0.50:
-            return self.version()
-        if pick < 0.58:
-            return self.path()
-        if pick < 0.66:
-            return self.address()
-        if pick < 0.71:
-            return rng.choice(("true", "false", "yes", "no", "on", "off", "True", "False", "none", "auto", "null"))
-        if pick < 0.76:
-            return f"{rng.randint(0, 99)}.{rng.randint(0, 999)}"
-        if pick < 0.81:
-            return f"{rng.randint(1, 999)}{rng.choice(('s', 'ms', 'm', 'h', 'd', 'MB', 'GB', 'K', 'M', 'G', '%', 'px'))}"
-        if pick < 0.86:
-            return self.snake(2, 3)
-        if pick < 0.90:
-            return "-".join(self.words(rng.randint(2, 3)))
-        return self.odd_value()
-
-    def odd_value(self) -> str:
-        """The rarer shapes: hexadecimal, mail, URL, date, capitals, random characters."""
-        rng = self.rng
-        pick = rng.randrange(7)
-        if pick == 0:
-            return self.hexadecimal()
-        if pick == 1:
-            return f"{self.word()}@{self.word()}.{rng.choice(_DOMAINS)}"
-        if pick == 2:
-            return f"https://{self.word()}.{rng.choice(_DOMAINS)}/{self.word()}"
-        if pick == 3:
-            return self.date()
-        if pick == 4:
-            return self.word().upper()
-        if pick == 5:
-            return self.camel(2, 2)
-        return "".join(rng.choices(_ALPHANUMERIC, k=rng.randint(4, 10)))
+        return self.rng.choices(_VALUES, cum_weights=_VALUE_WEIGHTS)[0](self)
 
     def phrase_value(self) -> str:
         """Two to four words, for the formats that quote their values or end them at the end of the line."""
@@ -231,3 +220,28 @@ class Pool:
         if style == 1:
             return f"{words[0].capitalize()} {self.version()} ({words[1]})"
         return " ".join(words)
+
+
+_SWITCHES = ("true", "false", "yes", "no", "on", "off", "True", "False", "none", "auto", "null")
+_UNITS = ("s", "ms", "m", "h", "d", "MB", "GB", "K", "M", "G", "%", "px")
+_WEIGHTED_VALUES: tuple[tuple[Callable[[Pool], str], int], ...] = (
+    (Pool.number, 24),
+    (Pool.word, 18),
+    (Pool.version, 8),
+    (Pool.path, 8),
+    (Pool.address, 8),
+    (lambda pool: pool.rng.choice(_SWITCHES), 5),
+    (lambda pool: f"{pool.rng.randint(0, 99)}.{pool.rng.randint(0, 999)}", 5),
+    (lambda pool: f"{pool.rng.randint(1, 999)}{pool.rng.choice(_UNITS)}", 5),
+    (lambda pool: pool.snake(2, 3), 5),
+    (lambda pool: "-".join(pool.words(pool.rng.randint(2, 3))), 4),
+    (Pool.hexadecimal, 2),
+    (lambda pool: f"{pool.word()}@{pool.word()}.{pool.rng.choice(_DOMAINS)}", 1),
+    (lambda pool: f"https://{pool.word()}.{pool.rng.choice(_DOMAINS)}/{pool.word()}", 2),
+    (Pool.date, 1),
+    (lambda pool: pool.word().upper(), 2),
+    (lambda pool: pool.camel(2, 2), 2),
+    (lambda pool: "".join(pool.rng.choices(_ALPHANUMERIC, k=pool.rng.randint(4, 10))), 2),
+)
+_VALUES = tuple(maker for maker, _ in _WEIGHTED_VALUES)
+_VALUE_WEIGHTS = tuple(itertools.accumulate(weight for _, weight in _WEIGHTED_VALUES))

@@ -1,4 +1,4 @@
-"""The directory a task works on, held in memory: documents by relative path, changed as the tasks of a conversation change it."""
+"""The directory a task works on, held in memory: documents by relative path, changed as a conversation's tasks change it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nautile.train.tasks.documents import MAKERS, Document, python_slice, text
+from nautile.train.tasks.documents import MAKERS, Document, python_slice
 from nautile.train.tasks.words import Pool
 
 __all__ = ["Workspace"]
@@ -29,10 +29,8 @@ class Workspace:
         kinds += rng.choices(("settings", "python", "table", "text"), (3, 2, 1, 4), k=rng.choice((2, 3, 3, 4, 5)))
         documents: dict[str, Document] = {}
         for kind in kinds:
-            if kind == "python" and real_python and rng.random() < 0.4:
-                document = python_slice(pool)
-            else:
-                document = (MAKERS[kind] if kind in MAKERS else text)(pool)
+            real = kind == "python" and real_python and rng.random() < 0.4
+            document = python_slice(pool) if real else MAKERS[kind](pool)
             path = rng.choice(folders) + document.name
             if path not in documents and not any(other.startswith(f"{path}/") for other in documents):
                 documents[path] = document

@@ -1,0 +1,363 @@
+"""Documents -> packed rows -> shards on disk, written by many processes while training already reads the first.
+
+A row has T tokens; every document in it starts at a multiple of 128 (the longest compression ratio), so that compressed
+blocks never straddle two documents. Shard k depends on (seed, k) alone: a build that was interrupted continues, and two
+machines with the same software write the same shards. What this file does not know: the model and the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from nautile.protocol import Tokenizer
+from nautile.train import corpus, procedural
+from nautile.train.tokenizer import PAD, SPECIALS
+from nautile.train.traces import TraceMaker, TraceMix
+
+__all__ = ["ALIGNMENT", "BuildConfig", "Document", "Rows", "Stage", "build", "pack", "pretrain_documents", "trace_documents"]
+
+ALIGNMENT = 128  # documents start at multiples of this
+SHARD_TOKENS = 1 << 20
+MANIFEST = "corpus.json"  # in a directory of pretraining shards: the files they were made of, with their licences
+Stage = Literal["pretrain", "sft"]
+
+
+@dataclass(frozen=True)
+class Document:
+    """Token ids and, for each, whether predicting it counts (1) or not (0)."""
+
+    ids: list[int]
+    loss: bytes | bytearray
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Packed rows: ``ids`` uint16 [N, T]; ``documents`` uint16 [N, T], the position in the row at which the token's document
+    starts; ``loss`` uint8 [N, T], the weight of predicting this token as a target."""
+
+    ids: np.ndarray
+    documents: np.ndarray
+    loss: np.ndarray
+
+    @property
+    def utilisation(self) -> float:
+        """Share of positions that hold a token of a document, not padding."""
+        return float((self.ids != PAD).mean())
+
+
+@dataclass
+class _Row:
+    pieces: list[Document]
+    used: int  # a multiple of ALIGNMENT
+
+
+def _blocks(length: int) -> int:
+    return -(-length // ALIGNMENT) * ALIGNMENT
+
+
+def pack(documents: Iterator[Document], rows: int, length: int, window: int = 96) -> Rows:
+    """Draw documents until ``rows`` rows of ``length`` tokens are full: best fit over a window of open rows.
+
+    A document longer than what is left of a row opens another row, up to ``window`` open ones; then the fullest is closed. A
+    document longer than a row is cut into rows' worth; the last token before a cut is the target of nothing, the parts are
+    documents of their own. Padding and the first token of a document carry no loss. ``length`` must be a multiple of 128,
+    at most 65,536.
+    """
+    if length % ALIGNMENT or not 0 < length <= 1 << 16:
+        raise ValueError(f"the row length must be a multiple of {ALIGNMENT} up to 65536, got {length}")
+    done: list[_Row] = []
+    open_rows: list[_Row] = []
+    while len(done) < rows:
+        for piece in _cut(next(documents), length):
+            _place(piece, open_rows, length)
+        done += [row for row in open_rows if row.used == length]
+        open_rows = [row for row in open_rows if row.used < length]
+        open_rows.sort(key=lambda row: row.used)
+        if len(open_rows) > window:
+            done.append(open_rows.pop())
+    return _filled(done[:rows], length)
+
+
+def _cut(document: Document, length: int) -> Iterator[Document]:
+    for start in range(0, len(document.ids), length):
+        piece = Document(document.ids[start : start + length], document.loss[start : start + length])
+        if any(piece.loss):
+            yield piece
+
+
+def _place(document: Document, open_rows: list[_Row], length: int) -> None:
+    need = _blocks(len(document.ids))
+    fitting = [row for row in open_rows if row.used + need <= length]
+    if fitting:
+        row = max(fitting, key=lambda row: row.used)
+        row.pieces.append(document)
+        row.used += need
+    else:
+        open_rows.append(_Row([document], need))
+
+
+def _filled(rows: list[_Row], length: int) -> Rows:
+    ids = np.full((len(rows), length), PAD, np.uint16)
+    documents = np.zeros((len(rows), length), np.uint16)
+    loss = np.zeros((len(rows), length), np.uint8)
+    for index, row in enumerate(rows):
+        start = 0
+        for piece in row.pieces:
+            end = start + len(piece.ids)
+            ids[index, start:end] = piece.ids
+            loss[index, start + 1 : end] = np.frombuffer(piece.loss, np.uint8)[1:]
+            following = start + _blocks(len(piece.ids))
+            documents[index, start:following] = start
+            start = following
+        # The rest of the row is padding: a document of its own, block by block, so that it costs no attention to others.
+        for block in range(start, length, ALIGNMENT):
+            documents[index, block : block + ALIGNMENT] = block
+    return Rows(ids, documents, loss)
+
+
+# ---------------------------------------------------------------------------------------------------------------- documents
+
+
+def trace_documents(maker: TraceMaker, seed: str, without_system: float) -> Iterator[Document]:
+    """Endless conversations with loss on the model's own tokens.
+
+    In a share ``without_system`` the system prompt with its tools is left out (the text starts with BOS and the first user
+    turn): such conversations cost half the tokens and teach the same.
+    """
+    rng = random.Random(f"{seed}:system")
+    number = 0
+    while True:
+        trace = maker.make(f"{seed}:{number}")
+        number += 1
+        if rng.random() < without_system:
+            bos = maker.tokenizer.special(SPECIALS[0])
+            yield Document([bos, *trace.ids[trace.system :]], b"\0" + bytes(trace.loss[trace.system :]))
+        else:
+            yield Document(trace.ids, trace.loss)
+
+
+def _all_but_system(maker: TraceMaker, seed: str, without_system: float) -> Iterator[Document]:
+    """The same conversations with loss on everything after the system prompt, users and tool results included."""
+    user = maker.tokenizer.special("<｜User｜>")
+    for document in trace_documents(maker, seed, without_system):
+        start = document.ids.index(user)
+        yield Document(document.ids, bytes(start) + b"\1" * (len(document.ids) - start))
+
+
+def _text_documents(tokenizer: Tokenizer, texts: Iterator[str], longest: int) -> Iterator[Document]:
+    """Plain texts between BOS and EOS, cut into documents of at most ``longest`` tokens."""
+    bos, eos = tokenizer.special(SPECIALS[0]), tokenizer.special(SPECIALS[1])
+    for text in texts:
+        ids = [*tokenizer.encode(text), eos]
+        for start in range(0, len(ids), longest - 1):
+            part = [bos, *ids[start : start + longest - 1]]
+            if len(part) > ALIGNMENT // 2:
+                yield Document(part, b"\1" * len(part))
+
+
+def _procedural_texts(seed: int, shard: int) -> Iterator[str]:
+    rng = random.Random(f"procedural:{seed}:{shard}")
+    while True:
+        yield procedural.document(rng)
+
+
+def pretrain_documents(maker: TraceMaker, natural: Iterator[str], seed: int, shard: int, longest: int) -> Iterator[Document]:
+    """35 % code and documents (``natural``), 35 % procedural, 30 % traces, by tokens; loss on all but the system prompt."""
+    streams = (
+        _text_documents(maker.tokenizer, natural, longest),
+        _text_documents(maker.tokenizer, _procedural_texts(seed, shard), longest),
+        _all_but_system(maker, f"pretrain:{seed}:{shard}", without_system=0.5),
+    )
+    shares, written = (0.35, 0.35, 0.30), [0, 0, 0]
+    while True:
+        behind = min(range(3), key=lambda index: written[index] / shares[index])
+        document = next(streams[behind])
+        written[behind] += len(document.ids)
+        yield document
+
+
+# --------------------------------------------------------------------------------------------------------------- the builder
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """What a directory of shards holds. Written to ``index.json``; a directory with another one is refused."""
+
+    stage: Stage
+    tokens: int  # rounded up to whole shards
+    sequence_length: int
+    seed: int
+    tokenizer: str  # directory or file, as for Tokenizer.load
+    shard_tokens: int = SHARD_TOKENS
+    without_system: float = 0.3  # share of SFT conversations without the system prompt
+    real_python: bool = True
+
+    @property
+    def shards(self) -> int:
+        """How many shards there will be."""
+        return -(-self.tokens // (self.rows * self.sequence_length))
+
+    @property
+    def rows(self) -> int:
+        """Rows of one shard."""
+        return max(1, self.shard_tokens // self.sequence_length)
+
+
+def shard_path(directory: Path, shard: int) -> Path:
+    """Where shard ``shard`` lies."""
+    return directory / f"shard-{shard:05d}.npz"
+
+
+class _Writer:
+    """Writes shards; one per process, so that tokenizer, caches and the list of files are made once."""
+
+    def __init__(self, config: BuildConfig, directory: Path) -> None:
+        self.config, self.directory = config, directory
+        self.maker = TraceMaker(Tokenizer.load(config.tokenizer), TraceMix(real_python=config.real_python))
+        self.sources = corpus.collect() if config.stage == "pretrain" else []
+        self.files = corpus.load_manifest(directory / MANIFEST) if config.stage == "pretrain" else []
+
+    def write(self, shard: int) -> dict[str, float]:
+        """Write one shard, whole or not at all. Returns its statistics."""
+        config, path = self.config, shard_path(self.directory, shard)
+        began = time.perf_counter()
+        if config.stage == "sft":
+            documents = trace_documents(self.maker, f"sft:{config.seed}:{shard}", config.without_system)
+        else:
+            natural = corpus.documents(self.sources, self.files, f"{config.seed}:{shard}")
+            documents = pretrain_documents(self.maker, natural, config.seed, shard, config.sequence_length)
+        rows = pack(documents, config.rows, config.sequence_length)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        with temporary.open("wb") as file:
+            np.savez(file, ids=rows.ids, documents=rows.documents, loss=rows.loss)
+        temporary.replace(path)
+        return {
+            "shard": shard,
+            "tokens": rows.ids.size,
+            "utilisation": rows.utilisation,
+            "loss_share": float(rows.loss.mean()),
+            "seconds": time.perf_counter() - began,
+            "rejected": self.maker.conversations.rejected,
+        }
+
+    def close(self) -> None:
+        """Remove the scratch directory."""
+        self.maker.conversations.close()
+
+
+def _work(config: BuildConfig, directory: Path, process: int, processes: int, log: Path) -> None:
+    """Write the missing ones among shards process, process + processes, ...: the first shards appear first."""
+    writer = _Writer(config, directory)
+    try:
+        for shard in range(process, config.shards, processes):
+            if not shard_path(directory, shard).exists():
+                row = writer.write(shard)
+                with log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+    finally:
+        writer.close()
+
+
+def build(  # the stage's whole recipe, all but the first three with defaults
+    directory: Path,
+    stage: Stage,
+    tokens: int,
+    sequence_length: int = 2048,
+    processes: int = 1,
+    seed: int = 0,
+    tokenizer: str | Path = Path(__file__).parents[1] / "weights" / "nano",
+) -> dict[str, float]:
+    """Write shards of packed rows to ``directory`` until it holds ``tokens`` positions; continues what is there.
+
+    Shards appear in order, so training may start when the first is there; an empty file ``done`` ends the directory. Returns
+    totals (tokens, utilisation, loss_share, seconds, tokens_per_second_per_process). Raises ValueError when the directory
+    was begun with another recipe, RuntimeError when a process fails.
+    """
+    config = BuildConfig(stage, tokens, sequence_length, seed, str(tokenizer))
+    directory.mkdir(parents=True, exist_ok=True)
+    _check_index(config, directory)
+    began, log = time.perf_counter(), directory / "log.jsonl"
+    count = max(1, min(processes, config.shards))
+    if stage == "pretrain" and not (directory / MANIFEST).exists():
+        corpus.write_manifest(corpus.scan(corpus.collect(), processes), directory / MANIFEST)
+    if count == 1:
+        _work(config, directory, 0, 1, log)
+    else:
+        _run_processes(config, directory, count, log)
+    (directory / "done").touch()
+    return _totals(log, time.perf_counter() - began)
+
+
+def _check_index(config: BuildConfig, directory: Path) -> None:
+    index = directory / "index.json"
+    recipe = asdict(config)
+    if index.exists():
+        found = json.loads(index.read_text(encoding="utf-8"))
+        if {**found, "tokens": 0} != {**recipe, "tokens": 0}:
+            raise ValueError(f"{directory} holds shards of another recipe ({found}); choose another directory")
+    temporary = index.with_suffix(".tmp")
+    temporary.write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(index)
+    (directory / "done").unlink(missing_ok=True)
+
+
+def _run_processes(config: BuildConfig, directory: Path, count: int, log: Path) -> None:
+    context = multiprocessing.get_context("spawn")  # the caller may hold threads and a device, which must not be forked
+    workers = [context.Process(target=_work, args=(config, directory, index, count, log)) for index in range(count)]
+    for worker in workers:
+        worker.start()
+    try:
+        for worker in workers:
+            worker.join()
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()
+    failed = [index for index, worker in enumerate(workers) if worker.exitcode]
+    if failed:
+        raise RuntimeError(
+            f"data processes {failed} failed; their traceback is above. What is written stays; run again to continue"
+        )
+
+
+def _totals(log: Path, seconds: float) -> dict[str, float]:
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    rows = list({row["shard"]: row for row in rows}.values())
+    count, tokens = max(len(rows), 1), sum(row["tokens"] for row in rows)
+    return {
+        "shards": len(rows),
+        "tokens": tokens,
+        "utilisation": sum(row["utilisation"] for row in rows) / count,
+        "loss_share": sum(row["loss_share"] for row in rows) / count,
+        "seconds": seconds,
+        "tokens_per_second_per_process": tokens / max(sum(row["seconds"] for row in rows), 1e-9),
+    }
+
+
+def main() -> None:
+    """``python -m nautile.train.packing DIRECTORY STAGE TOKENS``: build without the rest of the program."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("stage", choices=("pretrain", "sft"))
+    parser.add_argument("tokens", type=int)
+    parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    totals = build(options.directory, options.stage, options.tokens, options.sequence_length, options.processes, options.seed)
+    print(json.dumps(totals))
+
+
+if __name__ == "__main__":
+    main()

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["ToolError", "ToolOutput", "execute", "preview_edit", "restore"]
+__all__ = ["ToolError", "ToolOutput", "answer", "digest", "execute", "preview_edit", "restore"]
 
 LIST_LIMIT = 200  # entries
 READ_LIMIT = 200  # lines, whatever the call asks for
@@ -142,12 +142,12 @@ def _lines(file: Path, pattern: bytes) -> Iterator[tuple[bytes, bool]]:
 
     A line longer than one chunk is scanned with an overlap of the pattern's length, and never held whole.
     """
+    overlap = max(len(pattern) - 1, 1)
     with _open(file) as stream:
         while part := stream.readline(_CHUNK):
-            head, found, tail = part[: 4 * LINE_LIMIT + 8], pattern in part, part
+            head, found, tail = part[: 4 * LINE_LIMIT + 8], pattern in part, part[-overlap:]
             while not part.endswith(b"\n") and (part := stream.readline(_CHUNK)):
-                found = found or pattern in tail[-len(pattern) :] + part
-                tail = (tail + part)[-max(len(pattern), _CHUNK) :] if len(part) < len(pattern) else part
+                found, tail = found or pattern in tail + part, (tail + part)[-overlap:]
             yield head, found
 
 
@@ -360,16 +360,31 @@ def preview_edit(arguments: Mapping[str, Any], root: Path) -> dict[str, Any]:
     }
 
 
+def digest(arguments: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """SHA-256 of a text file that an edit could have written: ``ok`` and ``output`` (hexadecimal, or the error)."""
+    try:
+        return {"ok": True, "output": _digest(_text_file(root, arguments["path"]), arguments["path"])}
+    except (ToolError, OSError) as error:
+        return {"ok": False, "output": f"error: {error}"}
+
+
+def _digest(file: Path, path: str) -> str:
+    if file.stat().st_size > 2 * EDIT_LIMIT:
+        raise ToolError(f"{path} is too large to edit")
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def restore(arguments: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """Put the pre-image ``before`` (base64) of ``path`` back; refuses when the file is not what the edit left."""
+    path = arguments["path"]
     try:
-        file = _text_file(root, arguments["path"])
-        if file.stat().st_size > 2 * EDIT_LIMIT or hashlib.sha256(file.read_bytes()).hexdigest() != arguments["after_sha256"]:
-            raise ToolError(f"{arguments['path']} has changed since the edit")
+        file = _text_file(root, path)
+        if _digest(file, path) != arguments["after_sha256"]:
+            raise ToolError(f"{path} has changed since the edit")
         _replace(file, base64.b64decode(arguments["before"]))
     except (ToolError, OSError) as error:
         return {"ok": False, "output": f"error: {error}"}
-    return {"ok": True, "output": f"restored {arguments['path']}"}
+    return {"ok": True, "output": f"restored {path}"}
 
 
 # Run alone
@@ -394,23 +409,21 @@ def _end_children() -> None:
                 continue
 
 
-def main(root: Path) -> None:
-    """One request on stdin, one answer on stdout."""
-    request = json.load(sys.stdin)
+def answer(request: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """One request ``{"tool", "arguments", "time_limit"}`` -> one answer with at least ``ok`` and ``output``."""
     name, arguments = request["tool"], request["arguments"]
-    answer: dict[str, Any]
-    if name == "preview_edit":
-        answer = preview_edit(arguments, root)
-    elif name == "restore":
-        answer = restore(arguments, root)
-    else:
-        if name == "run":
-            _adopt_orphans()
-        result = execute(name, arguments, root, float(request.get("time_limit", TIME_LIMIT)))
-        if name == "run":
-            _end_children()
-        answer = {"ok": result.ok, "output": result.output}
-    json.dump(answer, sys.stdout)
+    around_edits = {"preview_edit": preview_edit, "digest": digest, "restore": restore}
+    if name in around_edits:
+        return around_edits[name](arguments, root)
+    return dict(execute(name, arguments, root, float(request.get("time_limit", TIME_LIMIT)))._asdict())
+
+
+def main(root: Path) -> None:
+    """One request on stdin, one answer on stdout; nothing that a command started outlives it."""
+    _adopt_orphans()
+    result = answer(json.load(sys.stdin), root)
+    _end_children()
+    json.dump(result, sys.stdout)
 
 
 if __name__ == "__main__":

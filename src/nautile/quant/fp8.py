@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nautile.quant.scales import power_of_two_scale
+from nautile.quant.scales import power_of_two_scale, straight_through
 
 __all__ = ["decode_blocks", "encode_blocks", "fake_quant_blocks", "fake_quant_groups"]
 
@@ -47,15 +47,12 @@ def decode_blocks(payload: Tensor, scales: Tensor) -> Tensor:
 
 
 def fake_quant_blocks(weight: Tensor) -> Tensor:
-    """The weight [o, i] rounded to its 128 x 128 grid; the gradient passes straight through.
-
-    w + (q - w) is exactly q in floating point: q is zero or within a factor of two of w, so the difference is exact.
-    """
+    """The weight [o, i] rounded to its 128 x 128 grid; the gradient passes straight through."""
     with torch.no_grad():
         tiles = _tiles(weight)
         scales = _tile_scales(tiles)
         rounded = _untile(_round(tiles / scales).mul_(scales), weight.shape).to(weight.dtype)
-    return weight + (rounded - weight).detach()
+    return straight_through(weight, rounded)
 
 
 def fake_quant_groups(x: Tensor, group: int = 64) -> Tensor:
@@ -69,7 +66,7 @@ def fake_quant_groups(x: Tensor, group: int = 64) -> Tensor:
         grouped = x.unflatten(-1, (x.shape[-1] // group, group)).float()
         scales = power_of_two_scale(grouped.abs().amax(-1, keepdim=True).clamp_min(_FLOOR), _LARGEST)
         rounded = _round(grouped / scales).mul_(scales).flatten(-2).to(x.dtype)
-    return x + (rounded - x).detach()
+    return straight_through(x, rounded)
 
 
 def _saturate(x: Tensor) -> Tensor:

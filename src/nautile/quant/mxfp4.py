@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nautile.quant.scales import power_of_two_scale
+from nautile.quant.scales import power_of_two_scale, straight_through
 
 __all__ = ["decode", "encode", "fake_quant"]
 
@@ -56,7 +56,7 @@ def fake_quant(x: Tensor, group: int = _GROUP) -> Tensor:
         grouped = _groups(x, group)
         scales = _scales(grouped)
         rounded = _round(grouped / scales).mul_(scales).flatten(-2).to(x.dtype)
-    return x + (rounded - x).detach()
+    return straight_through(x, rounded)
 
 
 def _groups(x: Tensor, group: int) -> Tensor:

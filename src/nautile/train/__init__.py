@@ -1,0 +1,1 @@
+"""Training of small agents: tokenizer, data, tasks, stages. Importing this package imports nothing else."""

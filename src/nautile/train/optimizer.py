@@ -102,12 +102,13 @@ class Optimizers:
         self.config = config or OptimizerConfig()
         muon, adam = split_parameters(model)
         self.muon = Muon(muon, 0.0, self.config)
+        vectors = [parameter for parameter in adam if parameter.dim() < 2]  # norms, sinks, gates: decay would only bias them
+        tables = [parameter for parameter in adam if parameter.dim() >= 2]
         self.adam = torch.optim.AdamW(
-            adam,
+            [{"params": tables, "weight_decay": self.config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
             lr=0.0,
             betas=(self.config.beta1, self.config.beta2),
             eps=self.config.adam_eps,
-            weight_decay=self.config.weight_decay,
             fused=adam[0].is_cuda,
         )
 

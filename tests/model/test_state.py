@@ -61,7 +61,11 @@ def feed(state: State, seed: int, sizes: list[int]) -> torch.Tensor:
 
 
 @settings(max_examples=12)
-@given(st.lists(st.sampled_from([1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 60, 124, 127, 128, 129, 132]), min_size=1, max_size=9))
+@given(
+    st.lists(
+        st.sampled_from([1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 60, 124, 127, 128, 129, 132]), min_size=1, max_size=9
+    )
+)
 @example([5, 7, 64, 100, 1, 1, 1, 121])
 @example([128, 128, 1, 1])
 @example([31, 1, 1, 32, 32, 33, 1])
@@ -201,7 +205,7 @@ def test_a_shared_prefix_and_a_shrinking_batch() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("lengths", [(128, 256), (5, 130, 1), (127, 128, 20)], ids=str)
 def test_packed_documents_equal_separate_sequences(lengths: tuple[int, ...]) -> None:
-    """Documents start at multiples of 128 of a row; drafts (MTP) keep them apart too. The other row of the batch is one document."""
+    """Documents start at multiples of 128 of a row; drafts (MTP) keep them apart too. The batch's other row is one document."""
     starts, at = [], 0
     for length in lengths:
         starts.append(at)

@@ -17,6 +17,7 @@ import torch
 
 from nautile import ModelConfig, Transformer
 from nautile.model import Trace
+from nautile.quant import fp8, mxfp4
 from oracles import naive_v4
 from oracles.hf_reference import reference
 from oracles.random_models import network, random_ids, random_tensors, tiny_config
@@ -106,7 +107,9 @@ def test_decisions(case: Case) -> None:
     for number, layer in enumerate(trace.layers):
         block = f"layers.{number}"
         assert layer.routing is not None
-        assert [sorted(row) for row in layer.routing.experts.tolist()] == [sorted(row) for row in case.naive.trace.experts[block]]
+        assert [sorted(row) for row in layer.routing.experts.tolist()] == [
+            sorted(row) for row in case.naive.trace.experts[block]
+        ]
         if block in case.naive.trace.picks:
             assert layer.attention.selected is not None
             selected = [row.nonzero().flatten().tolist() for row in layer.attention.selected[0]]
@@ -136,6 +139,16 @@ def test_state_with_quantisation_on(everything: Case) -> None:
 
 
 @torch.no_grad()
+def test_every_expert_on_every_token_is_the_same_network() -> None:
+    """``Experts.dense``, the other way to compute the routed experts."""
+    clamped = make("clamped")
+    model = clamped.wide()
+    for block in [*model.layers, *model.mtp]:
+        block.ffn.experts.dense = True
+    assert worst(model(clamped.ids)[0], clamped.naive.logits) <= TOLERANCE
+
+
+@torch.no_grad()
 def test_naive_network_agrees_with_transformers() -> None:
     """The two references, written by different people, against each other."""
     config = tiny_config((0, 0, 4, 128, 4), index_topk=6, swiglu_limit=1.5, num_hash_layers=2)
@@ -152,8 +165,26 @@ def test_rounding_tables() -> None:
     half = naive_v4.nearest(naive_v4.E2M1, np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -5.0, 7.0]))
     assert half.tolist() == [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, -4.0, 6.0]
     grid = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()
-    assert (naive_v4.E4M3 == grid).all()
+    assert np.array_equal(grid, naive_v4.E4M3)
     x = np.linspace(-460, 460, 4001)
-    assert (naive_v4.nearest(naive_v4.E4M3, x) == torch.tensor(x).clamp(-448, 448).to(torch.float8_e4m3fn).double().numpy()).all()
+    assert (
+        naive_v4.nearest(naive_v4.E4M3, x) == torch.tensor(x).clamp(-448, 448).to(torch.float8_e4m3fn).double().numpy()
+    ).all()
     H = np.stack([naive_v4.hadamard(row) for row in np.eye(4)]) * 2
     assert H.tolist() == [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]
+
+
+def test_fake_quantisation_value_by_value() -> None:
+    """Halfway points, signed zeros, scale borders (largest value at, just below and just above a power of two), tiny groups."""
+    generator = torch.Generator().manual_seed(0)
+    halves = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 0.0, -0.25, -1.25, -2.5, -5.0, 1e-30, 0.49, 5.99, 6.0])
+    for largest in (6.0, 5.999999, 6.000001, 448.0, 447.99997, 448.00003, 96.0, 1.0, 1e-4, 9e-5, 1e-7):
+        x = torch.randn(4, 64, generator=generator)
+        x[1, :16] = halves * largest / 6  # the top of its scale
+        x[2, :16] = halves
+        x = x.clamp(-6, 6) / 6 * largest
+        x[:, 0] = x[:, 32] = largest
+        for row, four, eight in zip(x.double().numpy(), mxfp4.fake_quant(x), fp8.fake_quant_groups(x), strict=True):
+            expected = np.concatenate([naive_v4.fake_e2m1(row[:32]), naive_v4.fake_e2m1(row[32:])])
+            assert np.array_equal(four.double().numpy(), expected), f"FP4, largest {largest}"
+            assert np.array_equal(eight.double().numpy(), naive_v4.fake_e4m3(row)), f"FP8, largest {largest}"

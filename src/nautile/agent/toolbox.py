@@ -1,7 +1,7 @@
 """The six tools of the agent, in one file that needs only the standard library.
 
 Imported, ``execute`` runs a tool on a directory. Run alone (``python3 -I -S toolbox.py [ROOT]``, as the sandbox does), it
-reads one JSON request ``{"tool", "arguments", "time_limit"}`` on stdin and writes one JSON ``{"ok", "output"}`` on stdout.
+reads one JSON request (see ``answer``) on stdin and writes one JSON ``{"ok", "output"}`` on stdout.
 The same code makes training traces and serves the agent: every text below is part of what the model has learnt.
 
 What this file does not know: the model, the sandbox, the user. It streams files, so that a huge one costs time, not memory.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import codecs
+import contextlib
 import ctypes
 import difflib
 import hashlib
@@ -36,7 +37,7 @@ LINE_LIMIT = 200  # characters of a line that are shown
 RUN_LIMIT = 2000  # characters of a command's output
 EDIT_LIMIT = 16 * 2**20  # bytes of a file that edit takes
 TIME_LIMIT = 60.0  # seconds for a command, when the request names no limit
-_CHUNK = 64 * 1024  # bytes read at a time; also the part of an endless line that is held
+_CHUNK = 256 * 1024  # bytes read at a time; also the part of an endless line that is held
 
 
 class ToolError(Exception):
@@ -120,7 +121,7 @@ def _open(file: Path) -> Any:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ToolError(f"{_shown(file.name)} is not a regular file")
-    return os.fdopen(descriptor, "rb")
+    return os.fdopen(descriptor, "rb", buffering=_CHUNK)
 
 
 def _is_binary(file: Path) -> bool:
@@ -147,7 +148,8 @@ def _lines(file: Path, pattern: bytes) -> Iterator[tuple[bytes, bool]]:
         while part := stream.readline(_CHUNK):
             head, found, tail = part[: 4 * LINE_LIMIT + 8], pattern in part, part[-overlap:]
             while not part.endswith(b"\n") and (part := stream.readline(_CHUNK)):
-                found, tail = found or pattern in tail + part, (tail + part)[-overlap:]
+                found = found or pattern in part or pattern in tail + part[:overlap]
+                tail = (tail + part[-overlap:])[-overlap:]
             yield head, found
 
 
@@ -197,7 +199,7 @@ def _read(root: Path, path: str, offset: int, limit: int) -> str:
     file = _text_file(root, path)
     last = offset + min(limit, READ_LIMIT) - 1
     shown, number = [], 0
-    for number, (head, _) in enumerate(_lines(file, b""), start=1):  # noqa: B007  # the count is used below
+    for number, (head, _) in enumerate(_lines(file, b""), start=1):  # the count is used below
         if offset <= number <= last:
             shown.append(f"{number}: {_line_text(head)}")
     if number == 0:
@@ -313,10 +315,8 @@ def _collected(process: subprocess.Popen[bytes], time_limit: float) -> tuple[str
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # every member has ended already
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # every member has ended already
     process.wait()
     if process.stdout is not None:
         process.stdout.close()
@@ -410,12 +410,22 @@ def _end_children() -> None:
 
 
 def answer(request: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """One request ``{"tool", "arguments", "time_limit"}`` -> one answer with at least ``ok`` and ``output``."""
-    name, arguments = request["tool"], request["arguments"]
-    around_edits = {"preview_edit": preview_edit, "digest": digest, "restore": restore}
-    if name in around_edits:
-        return around_edits[name](arguments, root)
-    return dict(execute(name, arguments, root, float(request.get("time_limit", TIME_LIMIT)))._asdict())
+    """One request -> one answer with at least ``ok`` and ``output``.
+
+    A call of the model is ``{"tool", "arguments", "time_limit"}``; what the agent asks for itself is ``{"operation",
+    "arguments"}``, so that no tool name reaches it.
+    """
+    arguments = request["arguments"]
+    if "operation" in request:
+        return _OPERATIONS[request["operation"]](arguments, root)
+    return dict(execute(request["tool"], arguments, root, float(request.get("time_limit", TIME_LIMIT)))._asdict())
+
+
+_OPERATIONS: dict[str, Callable[[Mapping[str, Any], Path], dict[str, Any]]] = {
+    "preview_edit": preview_edit,
+    "digest": digest,
+    "restore": restore,
+}
 
 
 def main(root: Path) -> None:

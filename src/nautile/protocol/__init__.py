@@ -1,6 +1,36 @@
-"""The agent protocol: messages <-> ids."""
+"""The agent protocol: messages -> prompt ids (``encode``), completion ids -> events (``parse``, ``StreamParser``)."""
 
-from nautile.protocol.encoder import Prompt, ProtocolError, encode
+from nautile.protocol.encoder import Prompt, encode
+from nautile.protocol.errors import ProtocolError
+from nautile.protocol.events import (
+    ContentDelta,
+    Event,
+    Finish,
+    ParsedMessage,
+    ReasoningDelta,
+    ToolCall,
+    ToolCallArguments,
+    ToolCallEnd,
+    ToolCallStart,
+)
+from nautile.protocol.parser import StreamParser, parse
 from nautile.protocol.tokenizer import Tokenizer, TokenizerError
 
-__all__ = ["Prompt", "ProtocolError", "Tokenizer", "TokenizerError", "encode"]
+__all__ = [
+    "ContentDelta",
+    "Event",
+    "Finish",
+    "ParsedMessage",
+    "Prompt",
+    "ProtocolError",
+    "ReasoningDelta",
+    "StreamParser",
+    "Tokenizer",
+    "TokenizerError",
+    "ToolCall",
+    "ToolCallArguments",
+    "ToolCallEnd",
+    "ToolCallStart",
+    "encode",
+    "parse",
+]

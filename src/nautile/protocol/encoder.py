@@ -13,15 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nautile.protocol import texts
+from nautile.protocol.errors import ProtocolError
 from nautile.protocol.tokenizer import Tokenizer
 
 __all__ = ["Prompt", "ProtocolError", "Special", "encode"]
 
 Message = Mapping[str, Any]
-
-
-class ProtocolError(ValueError):
-    """The conversation cannot be rendered; the text says what to change."""
 
 
 class Special(str):
@@ -74,25 +71,35 @@ def encode(  # noqa: PLR0913  # the public signature
 ) -> Prompt:
     """Render a conversation for V4.
 
-    ``tools`` and ``response_format`` go on the first system message (an empty one is made when there is none). ``context`` is
-    what an earlier call already rendered: it counts for the rules but is not rendered again. Raises ProtocolError.
+    ``tools`` and ``response_format`` go on the first system message, that of ``context`` included (an empty one is made when
+    there is none). ``context`` is what an earlier call already rendered: it counts for the rules but is not rendered again.
+    Raises ProtocolError.
     """
-    prefix = _effort_prefix(dialect, effort) if thinking else ""
-    before = _sorted_results(_merged(context or ()))
-    turns = before + _merged(_with_tools(messages, tools, response_format))
-    turns = _sorted_results(turns)
+    prefix = _effort_prefix(dialect, effort)
+    context, messages = _with_tools(context or (), messages, tools, response_format)
+    before = _merged(context)
+    turns = _sorted_results(before + _merged(messages))
     dropping = drop_thinking and not any(turn.get("tools") for turn in turns)
     rendered = len(before)
     if thinking and dropping:
         turns, rendered = _dropped(turns, rendered)
     renderer = _Renderer(turns, thinking, dropping)
     parts: list[str] = [Special(texts.BOS)] if add_bos and not before else []
-    if not before:
+    if thinking and not before:
         parts.append(prefix)
     for index in range(rendered, len(turns)):
         parts += renderer.message(index)
         parts += renderer.transition(index)
-    return Prompt(tuple(part for part in parts if part), _start(parts), tokenizer)
+    return Prompt(tuple(part for part in parts if part and _encodable(part)), _start(parts), tokenizer)
+
+
+def _encodable(part: str) -> bool:
+    try:
+        part.encode()
+    except UnicodeEncodeError as error:
+        found = part[max(error.start - 20, 0) : error.start + 1]
+        raise ProtocolError(f"half of a surrogate pair after {found!r}; send text that is valid Unicode") from None
+    return True
 
 
 def _start(parts: Sequence[str]) -> Literal["reasoning", "content", "calls"]:
@@ -112,19 +119,35 @@ def _effort_prefix(dialect: str, effort: str | None) -> str:
 
 
 def _with_tools(
-    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, response_format: Mapping[str, Any] | None
-) -> Sequence[Message]:
-    if not tools and response_format is None:
-        return messages
+    context: Sequence[Message],
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None,
+    response_format: Mapping[str, Any] | None,
+) -> tuple[Sequence[Message], Sequence[Message]]:
     added: dict[str, Any] = {}
     if tools:
         added["tools"] = tools
     if response_format is not None:
         added["response_format"] = response_format
-    for index, message in enumerate(messages):
-        if message.get("role") == "system":
-            return [*messages[:index], {**message, **added}, *messages[index + 1 :]]
-    return [{"role": "system", "content": "", **added}, *messages]
+    whole = [_checked(message) for message in (*context, *messages)]
+    if not added:
+        return whole[: len(context)], whole[len(context) :]
+    seam = len(context)
+    system = next((index for index, message in enumerate(whole) if message["role"] == "system"), None)
+    if system is None:
+        whole.insert(0, {"role": "system", "content": "", **added})
+        seam += 1 if seam else 0
+    else:
+        whole[system] = {**whole[system], **added}
+    return whole[:seam], whole[seam:]
+
+
+def _checked(message: Any) -> Message:
+    if not isinstance(message, Mapping):
+        raise ProtocolError(f"a message is an object with role and content, got {type(message).__name__}")
+    if message.get("role") not in _ROLES:
+        raise ProtocolError(f"unknown role {message.get('role')!r}; V4 has {', '.join(_ROLES)}")
+    return message
 
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder", "direct_search_results")
@@ -134,9 +157,7 @@ def _merged(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Tool results and user texts in a row become blocks of one user turn."""
     turns: list[dict[str, Any]] = []
     for message in messages:
-        role = message.get("role")
-        if role not in _ROLES:
-            raise ProtocolError(f"unknown role {role!r}; V4 has {', '.join(_ROLES)}")
+        role = message["role"]
         if role not in ("tool", "user"):
             turns.append(dict(message))
             continue
@@ -144,7 +165,7 @@ def _merged(messages: Sequence[Message]) -> list[dict[str, Any]]:
             block = {"type": "tool_result", "id": message.get("tool_call_id", ""), "content": message.get("content", "")}
         else:
             block = {"type": "text", "text": _text_of(message.get("content"))}
-        if turns and turns[-1]["role"] == "user" and not turns[-1].get("task"):
+        if turns and turns[-1]["role"] == "user" and (role == "tool" or turns[-1].get("task") is None):
             turns[-1]["blocks"].append(block)
         else:
             kept = {key: message[key] for key in ("task", "wo_eos") if role == "user" and key in message}
@@ -157,7 +178,7 @@ def _sorted_results(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
     order: dict[str, int] = {}
     for turn in turns:
         if turn["role"] == "assistant" and turn.get("tool_calls"):
-            order = {call.get("id") or "": index for index, call in enumerate(turn["tool_calls"])}
+            order = {call.get("id") or "": index for index, call in enumerate(_objects(turn["tool_calls"], "tool_calls"))}
         elif turn["role"] == "user" and order:
             blocks = turn["blocks"]
             slots = [index for index, block in enumerate(blocks) if block["type"] == "tool_result"]
@@ -165,6 +186,13 @@ def _sorted_results(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for slot, block in zip(slots, results, strict=True):
                 blocks[slot] = block
     return turns
+
+
+def _objects(value: Any, name: str) -> Sequence[Mapping[str, Any]]:
+    """A list of objects. Raises ProtocolError for anything else."""
+    if not isinstance(value, list | tuple) or not all(isinstance(item, Mapping) for item in value):
+        raise ProtocolError(f"{name} must be a list of objects, got {value!r}")
+    return value
 
 
 def _last_user(turns: Sequence[Message]) -> int:
@@ -215,7 +243,7 @@ class _Renderer:
         turn, parts = self.turns[index], []
         after_task = index > 0 and self.turns[index - 1].get("task")
         if self.thinking and not after_task and (not self.dropping or index > self.last_user):
-            parts += [turn.get("reasoning_content") or "", Special(texts.THINK_CLOSE)]
+            parts += [_text_of(turn.get("reasoning_content")), Special(texts.THINK_CLOSE)]
         parts.append(_text_of(turn.get("content")))
         calls = turn.get("tool_calls")
         if calls:
@@ -233,7 +261,7 @@ class _Renderer:
         turn = self.turns[index]
         task = turn.get("task")
         if task is not None:
-            if task not in texts.TASKS:
+            if not isinstance(task, str) or task not in texts.TASKS:
                 raise ProtocolError(f"unknown task {task!r}; choose one of {', '.join(texts.TASKS)}")
             if task != "action":
                 return [Special(texts.TASKS[task])]
@@ -251,7 +279,7 @@ def _text_of(content: Any) -> str:
         return ""
     if isinstance(content, str):
         return content
-    if isinstance(content, Sequence):
+    if isinstance(content, list | tuple):
         return "\n\n".join(_part(part) for part in content)
     raise ProtocolError(f"message content must be text or a list of parts, got {type(content).__name__}")
 
@@ -259,9 +287,14 @@ def _text_of(content: Any) -> str:
 def _part(part: Any) -> str:
     if isinstance(part, str):
         return part
-    if isinstance(part, Mapping) and part.get("type") in ("text", None):
-        return str(part.get("text", ""))
-    return f"[Unsupported {part.get('type') if isinstance(part, Mapping) else type(part).__name__}]"
+    if not isinstance(part, Mapping):
+        raise ProtocolError(f"a part of a message's content must be text or an object, got {type(part).__name__}")
+    if part.get("type") not in ("text", None):
+        return f"[Unsupported {part['type']}]"
+    text = part.get("text", "")
+    if not isinstance(text, str):
+        raise ProtocolError(f"a text part needs text, got {text!r}")
+    return text
 
 
 def _block(block: Mapping[str, Any]) -> str:
@@ -271,15 +304,26 @@ def _block(block: Mapping[str, Any]) -> str:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ProtocolError(f"this cannot be written as JSON: {error}") from None
 
 
 def _tools(tools: Sequence[Mapping[str, Any]] | None) -> list[str]:
     if not tools:
         return []
-    schemas = "\n".join(_json(tool.get("function", tool)) for tool in tools)
+    schemas = "\n".join(_json(_function(tool)) for tool in _objects(tools, "tools"))
     before, after = texts.TOOLS_TEMPLATE.split("{tool_schemas}")
     return ["\n\n", *_marked(before), schemas, *_marked(after)]
+
+
+def _function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The function of a tool or of a call, which may also stand without its wrapper."""
+    function = tool.get("function", tool)
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ProtocolError(f"a tool or a call needs a function with a name, got {tool!r}")
+    return function
 
 
 def _response_format(schema: Any) -> list[str]:
@@ -304,7 +348,7 @@ def _marked(template: str) -> list[str]:
 
 
 def _invoke(call: Mapping[str, Any]) -> list[str]:
-    function = call.get("function", call)
+    function = _function(call)
     parameters: list[str] = []
     for key, value in _arguments(function.get("arguments")).items():
         is_text = isinstance(value, str)
@@ -313,7 +357,7 @@ def _invoke(call: Mapping[str, Any]) -> list[str]:
         if parameters:
             parameters.append("\n")
         parameters += [*_marked(head), key, middle, value if is_text else _json(value), *_marked(f"</{texts.DSML}parameter>")]
-    opening = [*_marked(f'<{texts.DSML}invoke name="'), str(function.get("name", "")), '">\n']
+    opening = [*_marked(f'<{texts.DSML}invoke name="'), function["name"], '">\n']
     return [*opening, *parameters, *_marked(f"\n</{texts.DSML}invoke>")]
 
 
@@ -321,14 +365,16 @@ def _arguments(arguments: Any) -> dict[str, Any]:
     """A call's arguments as an object; text that is not JSON becomes one parameter named ``arguments``."""
     if arguments is None or arguments == "":
         return {}
-    if isinstance(arguments, Mapping):
-        return dict(arguments)
-    try:
-        value = json.loads(arguments)
-    except (json.JSONDecodeError, TypeError):
-        return {"arguments": arguments}
+    value = arguments
+    if isinstance(arguments, str):
+        try:
+            value = json.loads(arguments)
+        except json.JSONDecodeError:
+            return {"arguments": arguments}
+        except (ValueError, RecursionError) as error:
+            raise ProtocolError(f"tool call arguments cannot be read: {error}") from None
     if value is None:
         return {}
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ProtocolError(f"tool call arguments must be a JSON object, got {arguments!r}")
-    return value
+    return dict(value)

@@ -40,9 +40,7 @@ TOOLS_TEMPLATE = (
     "You MUST strictly follow the above defined tool name and parameter schemas to invoke tool calls.\n"
 )
 
-RESPONSE_FORMAT_TEMPLATE = (
-    "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n{schema}"
-)
+RESPONSE_FORMAT_TEMPLATE = "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n{schema}"
 
 _ABSOLUTE = (
     "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"

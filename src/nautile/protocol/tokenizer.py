@@ -26,12 +26,21 @@ class Tokenizer:
     """A byte-level BPE with special tokens. Make one with ``Tokenizer.load``."""
 
     def __init__(self, data: dict[str, Any]) -> None:
-        """``data`` is the content of a ``tokenizer.json``."""
-        self._special: dict[str, int] = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
+        """``data`` is the content of a ``tokenizer.json``. Raises TokenizerError when it is not one of a byte-level BPE."""
+        try:
+            self._special: dict[str, int] = {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
+            vocabulary: dict[str, int] = data["model"]["vocab"]
+            # Without their entries in the vocabulary, no merge can lead to a special token either.
+            model = {
+                **data["model"],
+                "vocab": {text: number for text, number in vocabulary.items() if text not in self._special},
+            }
+            plain = {**data, "model": model, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+            self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
+            self.vocab_size = max(*vocabulary.values(), *self._special.values(), -1, -1) + 1
+        except Exception as error:  # the library raises bare exceptions
+            raise TokenizerError(f"not the tokenizer.json of a byte-level BPE: {error!r}") from None
         self._special_text = {number: text for text, number in self._special.items()}
-        plain = {**data, "added_tokens": [], "post_processor": None}
-        self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
-        self.vocab_size = max(self._plain.get_vocab_size(), max(self._special.values(), default=0) + 1)
         self._byte_of = _byte_alphabet()
 
     @classmethod

@@ -2,19 +2,19 @@
 
 from nautile.sandbox.base import Sandbox, SandboxError
 from nautile.sandbox.confine import (
-    BubblewrapMissing,
+    BubblewrapMissingError,
     Confined,
-    NamespacesRefused,
-    NotADirectory,
+    DirectoryError,
+    NamespacesRefusedError,
     Unconfined,
     open_sandbox,
 )
 
 __all__ = [
-    "BubblewrapMissing",
+    "BubblewrapMissingError",
     "Confined",
-    "NamespacesRefused",
-    "NotADirectory",
+    "DirectoryError",
+    "NamespacesRefusedError",
     "Sandbox",
     "SandboxError",
     "Unconfined",

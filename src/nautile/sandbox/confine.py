@@ -9,6 +9,7 @@ What this file does not know: tools. What it trusts: nothing that comes out, so 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -25,7 +26,7 @@ from typing import Any
 
 from nautile.sandbox.base import Sandbox, SandboxError
 
-__all__ = ["BubblewrapMissing", "Confined", "NamespacesRefused", "NotADirectory", "Unconfined", "open_sandbox"]
+__all__ = ["BubblewrapMissingError", "Confined", "DirectoryError", "NamespacesRefusedError", "Unconfined", "open_sandbox"]
 
 _ANSWER_LIMIT = 64 * 2**20  # bytes of an answer; a flood is cut off here
 _PROBE_LIMIT = 20.0  # seconds
@@ -34,34 +35,34 @@ _LIBRARIES = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")  # links i
 _SETTINGS = ("/etc/alternatives", "/etc/ld.so.cache")  # without them awk and a Python in /usr/local do not start
 
 
-class BubblewrapMissing(SandboxError):
+class BubblewrapMissingError(SandboxError):
     """There is no ``bwrap`` on this machine."""
 
 
-class NamespacesRefused(SandboxError):
+class NamespacesRefusedError(SandboxError):
     """``bwrap`` is there, but the kernel or the container around us does not let it make its namespaces."""
 
 
-class NotADirectory(SandboxError):
+class DirectoryError(SandboxError):
     """The directory to work on does not exist or is something else."""
 
 
 def open_sandbox(directory: Path, *, unconfined: bool = False, bwrap: str | None = None) -> Sandbox:
     """The sandbox for ``directory``, tried out once so that a machine which cannot confine says so before any work.
 
-    ``bwrap`` is the program's path (default: found on PATH). Raises NotADirectory, BubblewrapMissing, NamespacesRefused.
-    Nothing runs unconfined unless ``unconfined`` is True.
+    ``bwrap`` is the program's path (default: found on PATH). Nothing runs unconfined unless ``unconfined`` is True. Raises
+    DirectoryError, BubblewrapMissingError, NamespacesRefusedError.
     """
     if not directory.exists():
-        raise NotADirectory(f"{directory} does not exist: give --dir an existing directory")
+        raise DirectoryError(f"{directory} does not exist: give --dir an existing directory")
     if not directory.is_dir():
-        raise NotADirectory(f"{directory} is not a directory: give --dir the directory to work on")
+        raise DirectoryError(f"{directory} is not a directory: give --dir the directory to work on")
     root = directory.resolve()
     if unconfined:
         return Unconfined(root)
     found = bwrap or shutil.which("bwrap")
     if found is None or not os.access(found, os.X_OK):
-        raise BubblewrapMissing(
+        raise BubblewrapMissingError(
             "tools run confined by bubblewrap, which is missing: apt-get install bubblewrap "
             "(or pass --unconfined to let them run with your rights)"
         )
@@ -81,25 +82,28 @@ class Confined:
     def call(self, program: Path, request: Mapping[str, Any], *, time_limit: float) -> dict[str, Any]:
         """See ``Sandbox.call``."""
         inside = f"/nautile/{program.name}"
+        bound = ["--ro-bind", str(program), inside, "--remount-ro", "/"]
         command = [_python(), "-I", "-S", inside, "/workspace"]
-        return _exchange([*self._argv(), "--ro-bind", str(program), inside, "--", *command], request, time_limit, None)
+        # bubblewrap gets the same small environment: its own first process can be read from inside.
+        return _exchange([*self._argv(), *bound, "--", *command], request, time_limit, env=_ENVIRONMENT)
 
     def probe(self) -> None:
-        """Start and end one empty sandbox. Raises NamespacesRefused with the remedy for this machine."""
+        """Start and end one empty sandbox. Raises NamespacesRefusedError with the remedy for this machine."""
         argv = [*self._argv(), "--", _python(), "-I", "-S", "-c", ""]
         try:
             done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PROBE_LIMIT, check=False)
         except subprocess.TimeoutExpired:
-            raise NamespacesRefused(f"bubblewrap did not start within {_PROBE_LIMIT:g} s") from None
+            raise NamespacesRefusedError(f"bubblewrap did not start within {_PROBE_LIMIT:g} s") from None
         if done.returncode:
-            raise NamespacesRefused(_refusal(done.stderr.decode("utf-8", "replace").strip()))
+            raise NamespacesRefusedError(_refusal(done.stderr.decode("utf-8", "replace").strip()))
 
     def _argv(self) -> list[str]:
         argv = [self.bwrap, "--unshare-all", "--unshare-user", "--disable-userns", "--uid", "1000", "--gid", "1000"]
         argv += ["--cap-drop", "ALL", "--die-with-parent", "--new-session", "--hostname", "nautile", "--clearenv"]
         for name, value in _ENVIRONMENT.items():
             argv += ["--setenv", name, value]
-        argv += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--ro-bind", "/usr", "/usr"]
+        # Read-only, because to a caller who is root the files of /proc/sys would still be his own.
+        argv += ["--proc", "/proc", "--remount-ro", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--ro-bind", "/usr", "/usr"]
         for place in map(Path, _LIBRARIES):
             if place.is_symlink():
                 argv += ["--symlink", os.readlink(place), str(place)]
@@ -122,7 +126,7 @@ class Unconfined:
 
     def call(self, program: Path, request: Mapping[str, Any], *, time_limit: float) -> dict[str, Any]:
         """See ``Sandbox.call``."""
-        return _exchange([_python(), "-I", "-S", str(program), str(self.root)], request, time_limit, self.root)
+        return _exchange([_python(), "-I", "-S", str(program), str(self.root)], request, time_limit)
 
 
 def _python() -> str:
@@ -130,14 +134,16 @@ def _python() -> str:
     return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 
-def _exchange(argv: Sequence[str], request: Mapping[str, Any], time_limit: float, directory: Path | None) -> dict[str, Any]:
+def _exchange(
+    argv: Sequence[str], request: Mapping[str, Any], time_limit: float, env: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Run ``argv`` with the request on stdin; its JSON answer. Kills it at the time limit and on any exception."""
     with tempfile.TemporaryFile() as question:
         question.write(json.dumps(request).encode())
         question.seek(0)
         # A session of its own: Ctrl-C in the terminal is for the agent, which then ends the tool.
         process = subprocess.Popen(
-            argv, cwd=directory, stdin=question, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            argv, env=env, stdin=question, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
     try:
         out, err, ended = _drain(process, time_limit)
@@ -180,10 +186,8 @@ def _drain(process: subprocess.Popen[bytes], time_limit: float) -> tuple[bytes, 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """End the process and its group; in a sandbox everything below dies with its process namespace."""
-    try:
+    with contextlib.suppress(ProcessLookupError):  # it has ended, and nothing of its group is left
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # it has ended, and nothing of its group is left
     process.wait()
     for stream in (process.stdout, process.stderr):
         if stream is not None:

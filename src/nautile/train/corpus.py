@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "Source", "SourceFile", "allowed_licence", "collect", "documents", "load_manifest", "manifest", "read", "scan",
+    "Source", "SourceFile", "allowed_licence", "collect", "documents", "load_manifest", "manifest", "markdown", "read", "scan",
     "write_manifest",
 ]  # fmt: skip
 
@@ -203,6 +203,15 @@ def manifest(files: Sequence[SourceFile]) -> dict[str, Any]:
         entry["bytes"] += record.bytes
     total = {"files": len(files), "bytes": sum(record.bytes for record in files)}
     return {"total": total, "packages": packages, "files": [asdict(record) for record in files]}
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """A manifest's packages as a table, for docs/DATA.md."""
+    lines = ["| package | version | licence | files | kB |", "|---|---|---|---:|---:|"]
+    for name, entry in sorted(data["packages"].items()):
+        lines.append(f"| {name} | {entry['version']} | {entry['licence']} | {entry['files']} | {entry['bytes'] / 1000:.0f} |")
+    total = data["total"]
+    return "\n".join([*lines, f"| **all** | | | {total['files']} | {total['bytes'] / 1000:.0f} |"])
 
 
 def write_manifest(files: Sequence[SourceFile], path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,21 +23,29 @@ def batches(
     rows: int,
     device: torch.device,
     start: tuple[int, int] = (0, 0),
-    patience: float = 600.0,
+    patience: float = 30.0,
 ) -> Iterator[tuple[Batch, int, int]]:
     """Yield (batch of ``rows`` rows, shard, next row) for ever, in shard order, starting at ``start`` = (shard, row).
 
     Shards are ``shard-00000.npz`` and so on. When the next one is not there: if ``done`` exists in the directory the first
-    shard follows the last, otherwise the next is waited for, ``patience`` seconds at most (then TimeoutError).
+    shard follows the last, otherwise it is waited for, ``patience`` seconds at most; then it is passed over with a warning
+    if later ones are there (its builder hangs), else TimeoutError. A shard whose builder failed (``shard-N.failed`` holds the
+    traceback) is passed over too.
     """
     shard, row = start
     while True:
         path = directory / f"shard-{shard:05d}.npz"
+        if path.with_suffix(".failed").exists():
+            shard, row = shard + 1, 0
+            continue
         if not path.exists():
             if shard and (directory / "done").exists():
-                shard, row = 0, 0
-                continue
-            _wait_for(path, directory, patience)
+                shard, row = shard + 1, 0
+                if not any(shard_number(file) >= shard for file in directory.glob("shard-*.npz")):
+                    shard = 0
+            elif not _appears(path, directory, patience):
+                warnings.warn(f"{path.name} did not appear within {patience:.0f} s: passed over", stacklevel=2)
+                shard, row = shard + 1, 0
             continue
         with np.load(path) as arrays:
             ids, documents, loss = arrays["ids"], arrays["documents"], arrays["loss"]
@@ -52,12 +61,21 @@ def _send(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def _wait_for(path: Path, directory: Path, patience: float) -> None:
+def shard_number(path: Path) -> int:
+    """The number in the name of a shard."""
+    return int(path.stem.removeprefix("shard-"))
+
+
+def _appears(path: Path, directory: Path, patience: float) -> bool:
+    """Wait for a shard. False when only later ones appeared in time; TimeoutError when nothing did."""
     deadline = time.monotonic() + patience
-    while not path.exists() and not (directory / "done").exists():
+    while not any(file.exists() for file in (path, path.with_suffix(".failed"), directory / "done")):
         if time.monotonic() > deadline:
+            if any(shard_number(file) > shard_number(path) for file in directory.glob("shard-*.npz") if file.exists()):
+                return False
             raise TimeoutError(f"{path} did not appear within {patience:.0f} s; is the data builder still running?")
         time.sleep(_WAIT)
+    return True
 
 
 def synthetic_batch(rows: int, length: int, vocab_size: int, device: torch.device) -> Batch:

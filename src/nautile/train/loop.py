@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -123,7 +124,11 @@ class Trainer:
                 if elapsed >= config.seconds:
                     break
             lr = learning_rate(done, progress.step, config)
-            losses, norm = self._step(batches, lr, decaying=done > 1 - config.decay_fraction)
+            try:
+                losses, norm = self._step(batches, lr, decaying=done > 1 - config.decay_fraction)
+            except TimeoutError as error:  # the data ran out: keep what has been learnt, and say so
+                warnings.warn(f"the stage ends at step {progress.step} of {config.steps}: {error}", stacklevel=2)
+                break
             progress.step += 1
             progress.seconds = time.perf_counter() - began
             if progress.step % config.log_every == 0 or progress.step == 1:

@@ -12,7 +12,10 @@ import json
 import multiprocessing
 import os
 import random
+import signal
+import sys
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,10 +28,22 @@ from nautile.train import corpus, procedural
 from nautile.train.tokenizer import PAD, SPECIALS
 from nautile.train.traces import TraceMaker, TraceMix
 
-__all__ = ["ALIGNMENT", "BuildConfig", "Document", "Rows", "Stage", "build", "pack", "pretrain_documents", "trace_documents"]
+__all__ = [
+    "ALIGNMENT",
+    "BuildConfig",
+    "Document",
+    "Rows",
+    "Stage",
+    "build",
+    "build_shards",
+    "pack",
+    "pretrain_documents",
+    "trace_documents",
+]
 
 ALIGNMENT = 128  # documents start at multiples of this
 SHARD_TOKENS = 1 << 20
+_SHARD_SECONDS = 120  # a shard takes 15 to 40; one that takes longer hangs
 MANIFEST = "corpus.json"  # in a directory of pretraining shards: the files they were made of, with their licences
 Stage = Literal["pretrain", "sft"]
 
@@ -38,7 +53,7 @@ class Document:
     """Token ids and, for each, whether predicting it counts (1) or not (0)."""
 
     ids: list[int]
-    loss: bytes | bytearray
+    loss: bytes
 
 
 @dataclass(frozen=True)
@@ -129,8 +144,8 @@ def _filled(rows: list[_Row], length: int) -> Rows:
 # ---------------------------------------------------------------------------------------------------------------- documents
 
 
-def trace_documents(maker: TraceMaker, seed: str, without_system: float) -> Iterator[Document]:
-    """Endless conversations with loss on the model's own tokens.
+def trace_documents(maker: TraceMaker, seed: str, without_system: float, longest: int) -> Iterator[Document]:
+    """Endless conversations with loss on the model's own tokens, cut off after ``longest`` tokens.
 
     In a share ``without_system`` the system prompt with its tools is left out (the text starts with BOS and the first user
     turn): such conversations cost half the tokens and teach the same.
@@ -142,15 +157,16 @@ def trace_documents(maker: TraceMaker, seed: str, without_system: float) -> Iter
         number += 1
         if rng.random() < without_system:
             bos = maker.tokenizer.special(SPECIALS[0])
-            yield Document([bos, *trace.ids[trace.system :]], b"\0" + bytes(trace.loss[trace.system :]))
+            ids, loss = [bos, *trace.ids[trace.system :]], b"\0" + bytes(trace.loss[trace.system :])
         else:
-            yield Document(trace.ids, trace.loss)
+            ids, loss = trace.ids, bytes(trace.loss)
+        yield Document(ids[:longest], loss[:longest])
 
 
-def _all_but_system(maker: TraceMaker, seed: str, without_system: float) -> Iterator[Document]:
+def _all_but_system(maker: TraceMaker, seed: str, without_system: float, longest: int) -> Iterator[Document]:
     """The same conversations with loss on everything after the system prompt, users and tool results included."""
     user = maker.tokenizer.special("<｜User｜>")
-    for document in trace_documents(maker, seed, without_system):
+    for document in trace_documents(maker, seed, without_system, longest):
         start = document.ids.index(user)
         yield Document(document.ids, bytes(start) + b"\1" * (len(document.ids) - start))
 
@@ -177,7 +193,7 @@ def pretrain_documents(maker: TraceMaker, natural: Iterator[str], seed: int, sha
     streams = (
         _text_documents(maker.tokenizer, natural, longest),
         _text_documents(maker.tokenizer, _procedural_texts(seed, shard), longest),
-        _all_but_system(maker, f"pretrain:{seed}:{shard}", without_system=0.5),
+        _all_but_system(maker, f"pretrain:{seed}:{shard}", 0.5, longest),
     )
     shares, written = (0.35, 0.35, 0.30), [0, 0, 0]
     while True:
@@ -233,7 +249,8 @@ class _Writer:
         config, path = self.config, shard_path(self.directory, shard)
         began = time.perf_counter()
         if config.stage == "sft":
-            documents = trace_documents(self.maker, f"sft:{config.seed}:{shard}", config.without_system)
+            seed = f"sft:{config.seed}:{shard}"
+            documents = trace_documents(self.maker, seed, config.without_system, config.sequence_length)
         else:
             natural = corpus.documents(self.sources, self.files, f"{config.seed}:{shard}")
             documents = pretrain_documents(self.maker, natural, config.seed, shard, config.sequence_length)
@@ -256,20 +273,50 @@ class _Writer:
         self.maker.conversations.close()
 
 
-def _work(config: BuildConfig, directory: Path, process: int, processes: int, log: Path) -> None:
+def _work(
+    config: BuildConfig, directory: Path, process: int, processes: int, log: Path, time_limit: int = 0
+) -> None:
     """Write the missing ones among shards process, process + processes, ...: the first shards appear first."""
-    writer = _Writer(config, directory)
+    writer, parent = _Writer(config, directory), os.getppid()
     try:
         for shard in range(process, config.shards, processes):
+            if os.getppid() != parent:
+                return  # the builder was killed: nobody wants the rest
             if not shard_path(directory, shard).exists():
-                row = writer.write(shard)
-                with log.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                _write_or_mark(writer, shard, directory, log, time_limit)
     finally:
         writer.close()
 
 
-def build(  # the stage's whole recipe, all but the first three with defaults
+def _write_or_mark(writer: _Writer, shard: int, directory: Path, log: Path, time_limit: int) -> None:
+    """Write a shard; if that fails leave its traceback in ``shard-N.failed``, which readers skip and ``build`` reports."""
+    failed = shard_path(directory, shard).with_suffix(".failed")
+    try:
+        if time_limit:
+            signal.alarm(time_limit)
+        row = writer.write(shard)
+        signal.alarm(0)
+    except Exception:
+        signal.alarm(0)
+        failed.write_text(traceback.format_exc(), encoding="utf-8")
+        return
+    failed.unlink(missing_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _too_long(*_: object) -> None:
+    raise TimeoutError(f"a shard took more than {_SHARD_SECONDS} s")
+
+
+def _work_alone(config: BuildConfig, directory: Path, process: int, processes: int, log: Path) -> None:
+    """``_work`` as a process of its own: when it is terminated it still removes its scratch directory."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGALRM, _too_long)
+    _work(config, directory, process, processes, log, _SHARD_SECONDS)
+
+
+def build(
     directory: Path,
     stage: Stage,
     tokens: int,
@@ -284,12 +331,16 @@ def build(  # the stage's whole recipe, all but the first three with defaults
     totals (tokens, utilisation, loss_share, seconds, tokens_per_second_per_process). Raises ValueError when the directory
     was begun with another recipe, RuntimeError when a process fails.
     """
-    config = BuildConfig(stage, tokens, sequence_length, seed, str(tokenizer))
+    return build_shards(BuildConfig(stage, tokens, sequence_length, seed, str(tokenizer)), directory, processes)
+
+
+def build_shards(config: BuildConfig, directory: Path, processes: int = 1) -> dict[str, float]:
+    """``build`` for a whole recipe."""
     directory.mkdir(parents=True, exist_ok=True)
     _check_index(config, directory)
     began, log = time.perf_counter(), directory / "log.jsonl"
     count = max(1, min(processes, config.shards))
-    if stage == "pretrain" and not (directory / MANIFEST).exists():
+    if config.stage == "pretrain" and not (directory / MANIFEST).exists():
         corpus.write_manifest(corpus.scan(corpus.collect(), processes), directory / MANIFEST)
     if count == 1:
         _work(config, directory, 0, 1, log)
@@ -314,17 +365,15 @@ def _check_index(config: BuildConfig, directory: Path) -> None:
 
 def _run_processes(config: BuildConfig, directory: Path, count: int, log: Path) -> None:
     context = multiprocessing.get_context("spawn")  # the caller may hold threads and a device, which must not be forked
-    workers = [context.Process(target=_work, args=(config, directory, index, count, log)) for index in range(count)]
+    workers = [context.Process(target=_work_alone, args=(config, directory, index, count, log)) for index in range(count)]
     for worker in workers:
         worker.start()
-    try:
-        for worker in workers:
-            worker.join()
-    finally:
-        for worker in workers:
-            if worker.is_alive():
+    while any(worker.is_alive() for worker in workers):
+        if any(worker.exitcode for worker in workers):
+            for worker in workers:
                 worker.terminate()
-    failed = [index for index, worker in enumerate(workers) if worker.exitcode]
+        time.sleep(0.2)
+    failed = [index for index, worker in enumerate(workers) if (worker.exitcode or 0) > 0]
     if failed:
         raise RuntimeError(
             f"data processes {failed} failed; their traceback is above. What is written stays; run again to continue"

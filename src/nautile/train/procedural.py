@@ -1,7 +1,7 @@
 """Procedural text that teaches copying and looking up: recall, needles, numbered lines, renderings, shell transcripts, edits.
 
 Every document answers questions about text that stands above, so the answer is always a copy plus one decision. Documents
-are 200 to 1,500 tokens of the nano tokenizer long. Nothing here touches files or tokens.
+are about 400 to 1,500 tokens of the nano tokenizer long. Nothing here touches files or tokens.
 """
 
 from __future__ import annotations
@@ -213,13 +213,13 @@ def _plans(pool: Pool) -> str:
     rng = pool.rng
     out = []
     arrow = rng.choice(("-> ", "=> ", "call ", "$ ", ""))
-    for _ in range(rng.randint(3, 7)):
+    for _ in range(rng.randint(4, 10)):
         task = rng.choice(list(KINDS.values())).generate(rng)
         step = task.steps[0]
         arguments = ", ".join(
             f"{key}={value if isinstance(value, int) else json.dumps(value)}" for key, value in step.arguments.items()
         )
-        out.append(f"{task.prompt}\n{step.reasoning}\n{arrow}{step.tool}({arguments})\n{task.reasoning}\n{task.final}")
+        out.append(f"{task.prompt}\n{step.reasoning}\n{arrow}{step.tool}({arguments})")
     return "\n\n".join(out)
 
 
@@ -240,7 +240,12 @@ def _listing(pool: Pool) -> str:
             numbers[name] = number
             out.append(f"{number}: {name}{equals}{values[name]}")
         for name in rng.sample(keys, min(2, len(keys))):
-            out.append(f'Line {numbers[name]} sets "{name}" to "{values[name]}".')
+            line = f"{name}{equals}{values[name]}"
+            out.append(
+                f'Line {numbers[name]} sets "{name}" to "{values[name]}".'
+                if rng.random() < 0.4
+                else f'What is "{name}"? It says {line}\n{values[name]}'
+            )
         out.append("")
     return "\n".join(out)
 
@@ -261,7 +266,10 @@ GENERATORS: dict[str, tuple[Callable[[Pool], str], float]] = {
 
 
 def document(rng: random.Random) -> str:
-    """One document of a random kind."""
+    """One to four texts of random kinds below each other, about 1,500 characters or more."""
     makers = list(GENERATORS.values())
-    maker = rng.choices([maker for maker, _ in makers], [weight for _, weight in makers])[0]
-    return maker(Pool(rng))
+    texts: list[str] = []
+    while sum(map(len, texts)) < 1500:
+        maker = rng.choices([maker for maker, _ in makers], [weight for _, weight in makers])[0]
+        texts.append(maker(Pool(rng)))
+    return "\n\n".join(texts)

@@ -26,7 +26,7 @@ from nautile.train.loop import Progress, StageConfig, Trainer
 __all__ = ["STAGES", "build_in_background", "load_weights", "run_stage", "save_weights"]
 
 STAGES: dict[str, StageConfig] = {
-    "pretrain": StageConfig(steps=3600, peak_lr=4e-3, decay_fraction=0.3, qat=True),
+    "pretrain": StageConfig(steps=3600, peak_lr=4e-3, end_lr_fraction=0.02, decay_fraction=0.55, qat=True),
     "sft": StageConfig(steps=4000, peak_lr=3e-3, end_lr_fraction=0.02, decay_fraction=0.6, warmup_steps=50, qat=True),
 }
 

@@ -49,7 +49,8 @@ def search_text(pool: Pool, workspace: Workspace, path: str, absent: float) -> s
     if rng.random() < absent:
         text = rng.choice((pool.word, pool.invented, pool.snake, pool.phrase_value))()
         return text if not any(text in line for line in lines) else None
-    text = piece_of_line(pool, rng.choice(lines)) if lines else ""
+    candidates = [piece_of_line(pool, line) for line in rng.choices(lines, k=rng.choice((1, 1, 4, 8)))]
+    text = max(candidates, key=lambda one: sum(one in line for line in lines) if len(one) > 1 else 0)  # the most frequent
     if not 2 <= len(text) <= 60 or "\t" in text or ((text[0] in "\"'`" or text[-1] in "\"'`") and rng.random() < 0.9):
         return None
     return text

@@ -181,7 +181,7 @@ def python(pool: Pool) -> Document:
     ]
     lines += ["", *(f"{pool.snake().upper()} = {pool.number()}" for _ in range(rng.randint(0, 3)))]
     names: list[str] = []
-    for _ in range(rng.choice((2, 3, 4, 6, 9))):
+    for _ in range(rng.choice((2, 3, 4, 6, 9, 20))):
         lines += ["", ""]
         if rng.random() < 0.4:
             _class(pool, lines, names)
@@ -264,13 +264,13 @@ def _module_lines(path: Path) -> tuple[str, ...]:
 
 
 def python_slice(pool: Pool) -> Document:
-    """20 to 300 consecutive lines of a real standard-library module; a generated module where there is no library source."""
+    """20 to 1,500 consecutive lines of a real standard-library module; a generated module where there is no library source."""
     rng = pool.rng
     modules = _standard_modules()
     lines = _module_lines(rng.choice(modules)) if modules else ()
     if not lines:
         return python(pool)
-    count = rng.choice((20, 40, 80, 150, 300))
+    count = rng.choice((20, 40, 80, 80, 150, 300, 300, 1500, 1500))
     start = rng.randrange(max(1, len(lines) - count))
     part = list(lines[start : start + count])
     return Document(_file_name(pool, ("{w}.py", "{w}.py", "_{w}.py")), part, "python", definitions=definitions(part))
@@ -388,8 +388,23 @@ def table(pool: Pool) -> Document:
     return Document(_file_name(pool, ("{w}.csv", "{w}.csv", "{w}.data")), lines, "table", columns=columns)
 
 
+def _long(pool: Pool) -> Document:
+    """A text of 300 to 5,000 lines that repeat in blocks: line numbers and counts of three and four digits."""
+    rng = pool.rng
+    document = rng.choice((_log, _packages, _prose, _list))(pool)
+    wanted = int(300 * 2 ** (4 * rng.random()))
+    lines = document.lines
+    while len(document.lines) < wanted:
+        part = rng.randint(1, len(lines))
+        document.lines = [*document.lines, pool.sentence(), *lines[:part], *lines[part:][: wanted // 8]]
+        lines = document.lines[: max(40, wanted // 4)]
+    return document
+
+
 def text(pool: Pool) -> Document:
-    """A log, a package list, prose or a plain list."""
+    """A log, a package list, prose or a plain list; sometimes a long one."""
+    if pool.rng.random() < 0.05:
+        return _long(pool)
     return pool.rng.choice((_log, _log, _packages, _prose, _prose, _list))(pool)
 
 

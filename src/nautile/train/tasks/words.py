@@ -76,9 +76,9 @@ HELD_OUT_WORDS = tuple(word for word in _ALL if zlib.crc32(word.encode()) % 8 ==
 TRAIN_WORDS = tuple(word for word in _ALL if zlib.crc32(word.encode()) % 8)
 
 _ONSETS = (
-    "b", "bl", "br", "c", "ch", "cl", "cr", "d", "dr", "f", "fl", "fr", "g", "gl", "gr", "h", "j", "k", "kl", "kr", "l", "m", "n",
-    "p", "ph", "pl", "pr", "qu", "r", "s", "sh", "sk", "sl", "sm", "sn", "sp", "st", "str", "t", "th", "tr", "v", "w", "x", "y",
-    "z",
+    "b", "bl", "br", "c", "ch", "cl", "cr", "d", "dr", "f", "fl", "fr", "g", "gl", "gr", "h", "j", "k", "kl", "kr", "l", "m",
+    "n", "p", "ph", "pl", "pr", "qu", "r", "s", "sh", "sk", "sl", "sm", "sn", "sp", "st", "str", "t", "th", "tr", "v", "w",
+    "x", "y", "z",
 )  # fmt: skip
 _NUCLEI = ("a", "e", "i", "o", "u", "a", "e", "i", "o", "u", "ai", "ea", "ee", "ia", "io", "oa", "oo", "ou", "y")
 _CODAS = (

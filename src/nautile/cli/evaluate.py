@@ -1,0 +1,88 @@
+"""``nautile eval``: measure what a model can do."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Measure what a model can do.", rich_markup_mode=None)
+
+
+@app.callback()
+def _eval() -> None:
+    """Measure what a model can do."""
+
+
+@app.command()
+def tools(  # noqa: PLR0913  # one parameter an option
+    *,
+    model: Annotated[str, typer.Option(help="Model directory or Hub id. Default: the shipped nano.")] = "",
+    dialect: Annotated[str | None, typer.Option(help="Prompt dialect, when the checkpoint does not say: 0731 or preview.")] = None,
+    kinds: Annotated[list[str] | None, typer.Option(help="Only these kinds (repeat, or separate by commas).")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Tasks a kind. Default: 20.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Every seed: 50 a kind, 300 for each kind of the demo.")] = False,
+    held_out_wording: Annotated[bool, typer.Option("--held-out-wording", help="Ask in words never trained on.")] = False,
+    in_process: Annotated[bool, typer.Option("--in-process", help="No sandbox: quicker; the result says so.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write the result to this file.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """pass@1 of the agent on tasks from seeds that no training run has seen; exit status 1 below the bar.
+
+    Example: nautile eval tools --kinds count_lines --seeds 50 --json
+    """
+    import dataclasses  # noqa: PLC0415
+
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import Progress  # noqa: PLC0415
+
+    from nautile.cli.agent import open_client  # noqa: PLC0415
+    from nautile.evals.tools import EvalConfig, Outcome, evaluate  # noqa: PLC0415
+    from nautile.train.tasks import KINDS  # noqa: PLC0415
+
+    chosen = tuple(name for part in kinds or [] for name in part.split(",") if name) or tuple(KINDS)
+    try:
+        config = EvalConfig.full(chosen) if full else EvalConfig(chosen)
+        if seeds is not None:
+            config = dataclasses.replace(config, seeds=seeds, demo_seeds=None)
+        config = dataclasses.replace(config, held_out_wording=held_out_wording, confined=not in_process)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    client = open_client(model, dialect=dialect)
+    passed, done = 0, 0
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("tasks", total=len(config.cases()))
+
+        def count(outcome: Outcome) -> None:
+            nonlocal passed, done
+            passed, done = passed + outcome.passed, done + 1
+            progress.update(bar, advance=1, description=f"{passed}/{done} right")
+
+        report = evaluate(client, config, count)
+    result = report.to_json()
+    if out is not None:
+        _write(out, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+    if json_:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        for kind, score in result["kinds"].items():
+            typer.echo(f"{kind:16} {score['passed']:4}/{score['total']:<4} {score['low']:6.1%} to {score['high']:6.1%}")
+        typer.echo(f"pass@1 {result['pass@1']:.1%}, bar {'met' if report.met else 'not met'}, {report.seconds:.0f} s")
+    if not report.met:
+        raise typer.Exit(1)
+
+
+def _write(path: Path, text: str) -> None:
+    """All or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)

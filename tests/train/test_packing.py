@@ -1,0 +1,94 @@
+"""Packing: aligned documents, exact masks, little padding; shards that resume and do not depend on who wrote them."""
+
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nautile.train import corpus
+from nautile.train.packing import ALIGNMENT, BuildConfig, Document, Stage, build_shards, pack
+from nautile.train.tokenizer import PAD
+
+NANO = Path(__file__).parents[2] / "src" / "nautile" / "weights" / "nano"
+
+
+def random_documents(seed: int, longest: int) -> Iterator[Document]:
+    rng = random.Random(seed)
+    while True:
+        length = rng.randint(40, longest)
+        yield Document(
+            [rng.randrange(3, 8192) for _ in range(length)], bytes(rng.randrange(2) for _ in range(length - 1)) + b"\1"
+        )
+
+
+def test_rows_hold_the_documents() -> None:
+    rows = pack(random_documents(0, 900), 40, 1024)
+    assert rows.ids.shape == rows.documents.shape == rows.loss.shape == (40, 1024)
+    assert (rows.ids.dtype, rows.documents.dtype, rows.loss.dtype) == (np.uint16, np.uint16, np.uint8)
+    assert not (rows.documents % ALIGNMENT).any()
+    assert (rows.documents <= np.arange(1024)).all()
+    assert not rows.loss[rows.ids == PAD].any()
+    wanted = {tuple(document.ids): document.loss for document in itertools.islice(random_documents(0, 900), 400)}
+    found = 0
+    for ids, documents, loss in zip(rows.ids, rows.documents, rows.loss, strict=True):
+        for start in np.unique(documents):
+            inside = (documents == start) & (ids != PAD)
+            if inside.any():
+                mask = wanted[tuple(ids[inside].tolist())]
+                assert loss[inside].tolist() == [0, *mask[1:]]
+                assert np.flatnonzero(inside)[0] == start
+                found += 1
+    assert found > 60
+    assert rows.utilisation > 0.85
+
+
+def test_long_documents_are_cut_and_bad_lengths_refused() -> None:
+    long = Document(list(range(3, 3003)), b"\1" * 3000)
+    rows = pack(iter([long] * 10), 6, 1024)
+    assert rows.ids[0, 0] == 3
+    assert rows.ids[1, 0] == 3 + 1024
+    for length in (0, 100, 1 << 17):
+        with pytest.raises(ValueError, match="multiple of 128"):
+            pack(iter([long]), 1, length)
+
+
+@pytest.mark.parametrize("stage", ["sft", "pretrain"])
+def test_build_resumes_and_is_deterministic(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = corpus.collect(packages=["iniconfig"])[:1]
+    monkeypatch.setattr("nautile.train.corpus.collect", lambda: small)
+    one, two = tmp_path / "one", tmp_path / "two"
+    config = BuildConfig(stage, 3 << 14, 1024, 0, str(NANO), shard_tokens=1 << 14, real_python=False)
+    totals = build_shards(config, one)
+    assert totals["shards"] == 3
+    assert totals["tokens"] == 3 << 14
+    assert totals["utilisation"] > 0.6
+    assert (one / "done").exists()
+    build_shards(replace(config, tokens=1 << 14), two)
+    build_shards(config, two)  # continues
+    for shard in range(3):
+        with np.load(one / f"shard-{shard:05d}.npz") as a, np.load(two / f"shard-{shard:05d}.npz") as b:
+            assert set(a) == {"ids", "documents", "loss"}
+            assert all((a[name] == b[name]).all() for name in a)
+            assert a["ids"].max() < 8192
+            assert 0 < a["loss"].mean() < 1
+    with pytest.raises(ValueError, match="another recipe"):
+        build_shards(replace(config, sequence_length=2048), one)
+    if stage == "pretrain":
+        assert json.loads((one / "corpus.json").read_text())["total"]["files"] > 0
+
+
+def test_processes_write_the_same_shards_and_failures_are_reported(tmp_path: Path) -> None:
+    config = BuildConfig("sft", 2 << 13, 1024, 0, str(NANO), shard_tokens=1 << 13, real_python=False)
+    build_shards(config, tmp_path / "one", processes=1)
+    build_shards(config, tmp_path / "two", processes=2)
+    for shard in range(2):
+        name = f"shard-{shard:05d}.npz"
+        with np.load(tmp_path / "one" / name) as a, np.load(tmp_path / "two" / name) as b:
+            assert (a["ids"] == b["ids"]).all()
+    with pytest.raises(RuntimeError, match="data processes"):
+        build_shards(replace(config, tokenizer=str(tmp_path / "nowhere")), tmp_path / "three", processes=2)

@@ -1,0 +1,126 @@
+"""Traces: token for token what the agent loop feeds and the model generates."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from nautile.agent.tools import SYSTEM_PROMPT, TOOLS
+from nautile.protocol import Tokenizer, encode
+from nautile.train.tasks import KINDS
+from nautile.train.traces import Conversations, TraceError, TraceMaker, TraceMix, run_tasks, tokenise
+
+NANO = Path(__file__).parents[2] / "src" / "nautile" / "weights" / "nano"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(NANO)
+
+
+def spans(loss: bytearray) -> list[tuple[int, int]]:
+    """(start, end) of every run of ones."""
+    edges = [
+        index for index in range(len(loss) + 1) if (loss[index - 1 : index] or b"\0") != (loss[index : index + 1] or b"\0")
+    ]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_training_ids_are_inference_ids(tokenizer: Tokenizer, thinking: bool) -> None:
+    """Before every assistant turn the loop's prompt is exactly what precedes it in the trace, and the turn parses back."""
+    with Conversations(TraceMix(thinking=float(thinking), real_python=False)) as conversations:
+        for seed in range(12):
+            talk = conversations.make(seed)
+            ids, loss, system = tokenise(talk.messages, talk.tools, tokenizer, talk.thinking, {})
+            assert ids == encode(talk.messages, tools=talk.tools, thinking=thinking, tokenizer=tokenizer, dialect="0731").ids
+            turns = [index for index, message in enumerate(talk.messages) if message["role"] == "assistant"]
+            assert len(spans(loss)) == len(turns)
+            assert ids[system] == tokenizer.special("<｜User｜>")
+            for (start, end), turn in zip(spans(loss), turns, strict=True):
+                prompt = encode(talk.messages[:turn], tools=talk.tools, thinking=thinking, tokenizer=tokenizer, dialect="0731")
+                assert prompt.ids == ids[:start]
+                assert ids[end - 1] == tokenizer.special("<｜end▁of▁sentence｜>")
+
+
+def test_the_models_own_tokens_parse_back(tokenizer: Tokenizer) -> None:
+    with Conversations(TraceMix(real_python=False)) as conversations:
+        for seed in range(12):
+            talk = conversations.make(seed)
+            ids, loss, _ = tokenise(talk.messages, talk.tools, tokenizer, talk.thinking, {})
+            turns = [message for message in talk.messages if message["role"] == "assistant"]
+            for (start, end), turn in zip(spans(loss), turns, strict=True):
+                check_turn(tokenizer, ids[start : end - 1], turn, talk.tools, "reasoning" if talk.thinking else "content")
+
+
+def check_turn(tokenizer: Tokenizer, own: list[int], message: dict, tools: list, start: str) -> None:
+    from nautile.protocol import parse  # noqa: PLC0415
+
+    parsed = parse(own, start=start, tokenizer=tokenizer, tools=tools)
+    assert (parsed.reasoning or None) == message.get("reasoning_content")
+    assert parsed.content.strip() == message["content"].strip()
+    wanted = [call["function"] for call in message.get("tool_calls", [])]
+    assert [call.name for call in parsed.tool_calls] == [function["name"] for function in wanted]
+    for call, function in zip(parsed.tool_calls, wanted, strict=True):
+        assert json.loads(call.arguments) == json.loads(function["arguments"])
+        assert not call.flags
+
+
+def test_pieces_never_merge_across_specials(tokenizer: Tokenizer) -> None:
+    """Encoding pieces apart, as generation does, gives the ids of encoding the whole."""
+    with TraceMaker(tokenizer, TraceMix(real_python=False)) as maker:
+        ids = maker.make(1).ids
+    pieces: list[list[int]] = [[]]
+    for token in ids:
+        if tokenizer.is_special(token):
+            pieces += [[token], []]
+        else:
+            pieces[-1].append(token)
+    for piece in pieces:
+        if piece and not tokenizer.is_special(piece[0]):
+            assert tokenizer.encode(tokenizer.decode(piece)) == piece
+
+
+def test_seeds_reproduce_and_the_mix_is_kept(tokenizer: Tokenizer) -> None:
+    mix = TraceMix(kinds={"count_lines": 1.0, "read_line": 1.0}, chained=1.0, real_python=False)
+    with TraceMaker(tokenizer, mix) as one, TraceMaker(tokenizer, mix) as two:
+        for seed in range(8):
+            trace = one.make(seed)
+            assert trace == two.make(seed)
+            assert set(trace.kinds) <= {"count_lines", "read_line"}
+            assert len(trace.ids) == len(trace.loss)
+    assert not one.conversations._scratch.exists()
+
+
+def test_offered_tools_contain_the_needed_ones() -> None:
+    with Conversations(TraceMix(all_tools=0.0, real_python=False)) as conversations:
+        orders = set()
+        for seed in range(30):
+            talk = conversations.make(seed)
+            names = [tool["function"]["name"] for tool in talk.tools]
+            used = {call["function"]["name"] for message in talk.messages for call in message.get("tool_calls", [])}
+            assert used <= set(names)
+            assert talk.messages[0] == {"role": "system", "content": SYSTEM_PROMPT}
+            orders.add(tuple(names))
+    assert len(orders) > 10
+    assert len(TOOLS) == 6
+
+
+def test_disagreement_between_tools_and_task_is_an_error(tmp_path: Path) -> None:
+    task = KINDS["edit_value"].generate(random.Random(0))
+    (tmp_path / "stray").write_text("x")
+    with pytest.raises(TraceError, match="directory is not"):
+        run_tasks([task], tmp_path)
+
+
+def test_text_that_looks_special_stays_text(tokenizer: Tokenizer) -> None:
+    messages = [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": "What is </think><｜User｜>?"},
+        {"role": "assistant", "reasoning_content": "It is <｜end▁of▁sentence｜>.", "content": "</think>"},
+    ]
+    ids, loss, _ = tokenise(messages, TOOLS, tokenizer)
+    assert ids.count(tokenizer.special("<｜User｜>")) == 1
+    assert ids.count(tokenizer.special("<｜end▁of▁sentence｜>")) == 1
+    assert sum(tokenizer.special("</think>") == token for token, own in zip(ids, loss, strict=True) if own) == 1

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from agent.processes import gone, running
 from nautile.agent import toolbox
 from nautile.sandbox import (
     BubblewrapMissingError,
     DirectoryError,
     NamespacesRefusedError,
     SandboxError,
+    confine,
     open_sandbox,
 )
 
@@ -57,7 +59,7 @@ def test_tools_work_inside(confined, place):
 
 def test_nothing_else_of_the_host_is_there(confined, free, place):
     home = str(Path.home())
-    look = f"cat {place}/secret /etc/passwd; ls {home} /home /work /var"
+    look = f"cat {place}/secret /etc/passwd; ls {home} /home /srv /var"
     output = shell(confined, look)
     assert "hidden" not in output and "root:x:0" not in output
     assert output.count("No such file") == 6 - os.path.realpath(sys.base_prefix).startswith(home + "/")
@@ -106,20 +108,11 @@ def test_processes_of_the_host_cannot_be_seen(confined):
     assert int(shell(confined, "ls /proc | grep -c '^[0-9]'")) < 10
 
 
-def _gone(command):
-    deadline = time.monotonic() + 5
-    while subprocess.run(["pgrep", "-fx", command], capture_output=True, check=False).returncode == 0:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
 @pytest.mark.parametrize("name", ["confined", "free"])
 def test_the_time_limit_ends_everything(name, request):
     sandbox = request.getfixturevalue(name)
     assert shell(sandbox, "setsid sleep 7201 & sleep 7202", 0.4) == "[killed after 0.4 s]"
-    assert _gone("sleep 7201") and _gone("sleep 7202")
+    assert gone("sleep 7201", "sleep 7202")
 
 
 def test_a_tool_that_does_not_answer_is_killed(confined, tmp_path):
@@ -155,12 +148,12 @@ def test_a_killed_caller_leaves_nothing(place):
     )
     caller = subprocess.Popen([sys.executable, "-c", script])
     deadline = time.monotonic() + 10
-    while subprocess.run(["pgrep", "-fx", "sleep 7204"], capture_output=True, check=False).returncode:
+    while not running("sleep 7204"):
         assert time.monotonic() < deadline and caller.poll() is None
         time.sleep(0.02)
     caller.kill()
     caller.wait()
-    assert _gone("sleep 7204")
+    assert gone("sleep 7204")
 
 
 def test_a_directory_that_is_not_one(place):
@@ -193,8 +186,6 @@ def test_a_refusing_kernel_has_an_error_of_its_own(place, tmp_path):
     ],
 )
 def test_the_remedy_fits_the_machine(monkeypatch, path, value, remedy):
-    from nautile.sandbox import confine
-
     def read_text(self, encoding=None):
         if str(self) == path:
             return value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from nautile.protocol import (
     ContentDelta,
@@ -151,8 +151,8 @@ class _EngineChat:
         self.messages += messages
 
     def reply(self, max_tokens: int, watch: Callable[[Event], None]) -> Reply:
-        start = "reasoning" if self.client.thinking else "content"
-        parser = StreamParser(start=start, tokenizer=self.tokenizer, tools=self.tools)
+        start: Literal["reasoning", "content"] = "reasoning" if self.client.thinking else "content"
+        parser = StreamParser(start=start, tokenizer=self.tokenizer, tools=self.tools, call_seed=str(len(self.ids)))
         sampling = replace(self.client.sampling, max_tokens=max_tokens)
         ids: list[int] = []
         events: list[Event] = []

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from nautile.agent.client import Chat, ChatClient
 from nautile.agent.toolbox import ToolOutput
-from nautile.agent.tools import SYSTEM_PROMPT, TOOLS
+from nautile.agent.tools import SYSTEM_PROMPT
 from nautile.agent.trajectory import (
     Begun,
     Called,
@@ -126,7 +126,7 @@ class Agent:
         front: Front | None = None,
         state: Path | None = None,
     ) -> None:
-        self.client, self.tools, self.sandbox = client, tools or TOOLS, sandbox
+        self.client, self.tools, self.sandbox = client, tuple(tools), sandbox
         self.budget, self.front, self.state = budget or Budget(), front or Unattended(), state or default_state()
 
     def run(self, task: str) -> Trajectory:
@@ -136,6 +136,8 @@ class Agent:
         """
         if not task.strip():
             raise AgentError('the task is empty: say what to do, for example nautile agent "How many lines has notes.txt?"')
+        if task != task.encode("utf-8", "replace").decode("utf-8"):
+            raise AgentError("the task is not valid text: write it in UTF-8")
         begun = Begun(task, str(self.sandbox.root), self.client.name, time.time())
         with Journal.create(self.state, begun) as journal:
             return _Run(self, journal).go()

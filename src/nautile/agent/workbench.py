@@ -52,7 +52,7 @@ class Workbench:
             answer = self._call({"tool": name, "arguments": arguments, "time_limit": self.time_limit})
         except SandboxError as error:
             return ToolOutput(False, f"error: {error}")
-        return ToolOutput(answer.get("ok") is True, str(answer.get("output", "")))
+        return _output(answer)
 
     def preview(self, arguments: Mapping[str, Any]) -> Edit | ToolOutput:
         """What ``edit`` would do, or the error that it would give."""
@@ -61,19 +61,25 @@ class Workbench:
         except SandboxError as error:
             return ToolOutput(False, f"error: {error}")
         if answer.get("ok") is not True:
-            return ToolOutput(False, str(answer.get("output", "")))
+            return ToolOutput(False, _output(answer).output)
         return Edit(answer["path"], answer["diff"], answer["before"], answer["after_sha256"])
 
     def digest(self, path: str) -> ToolOutput:
         """SHA-256 of a text file in hexadecimal, or the error. Raises SandboxError."""
         answer = self._call({"operation": "digest", "arguments": {"path": path}})
-        return ToolOutput(answer.get("ok") is True, str(answer.get("output", "")))
+        return _output(answer)
 
     def restore(self, edit: Edit) -> ToolOutput:
         """Put the file back to what it was before ``edit``, if it is still what the edit left. Raises SandboxError."""
         arguments = {"path": edit.path, "before": edit.before, "after_sha256": edit.after_sha256}
         answer = self._call({"operation": "restore", "arguments": arguments})
-        return ToolOutput(answer.get("ok") is True, str(answer.get("output", "")))
+        return _output(answer)
 
     def _call(self, request: Mapping[str, Any]) -> dict[str, Any]:
         return self.sandbox.call(_PROGRAM, request, time_limit=self.time_limit + _MARGIN)
+
+
+def _output(answer: Mapping[str, Any]) -> ToolOutput:
+    """An answer as text that can be encoded, whatever a tool sent."""
+    text = str(answer.get("output", "")).encode("utf-8", "replace").decode("utf-8")
+    return ToolOutput(answer.get("ok") is True, text)

@@ -41,7 +41,7 @@ def agent(  # noqa: PLR0913  # one parameter an option
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the last run on this directory.")] = False,
     unfinished: Annotated[Unfinished, typer.Option(help="With --resume: a call whose outcome is unknown.")] = Unfinished.ask,
     model: Annotated[str, typer.Option(help="Model directory or Hub id. Default: the shipped nano.")] = "",
-    dialect: Annotated[str | None, typer.Option(help="Prompt dialect, when the checkpoint does not say: 0731 or preview.")] = None,
+    dialect: Annotated[str | None, typer.Option(help="0731 or preview, when the checkpoint does not say.")] = None,
     kinds: Annotated[bool, typer.Option("--kinds", help="List the kinds of task the model has mastered.")] = False,
     unconfined: Annotated[bool, typer.Option("--unconfined", help="Run tools with your rights, without a sandbox.")] = False,
     steps: Annotated[int, typer.Option(help="Most turns of the model.")] = 24,

@@ -13,7 +13,7 @@ __all__ = ["chat"]
 def chat(
     *,
     model: Annotated[str, typer.Option(help="Model directory or Hub id. Default: the shipped nano.")] = "",
-    dialect: Annotated[str | None, typer.Option(help="Prompt dialect, when the checkpoint does not say: 0731 or preview.")] = None,
+    dialect: Annotated[str | None, typer.Option(help="0731 or preview, when the checkpoint does not say.")] = None,
     system: Annotated[str, typer.Option(help="System prompt.")] = "",
     thinking: Annotated[bool, typer.Option(help="Let the model reason before it answers.")] = True,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,

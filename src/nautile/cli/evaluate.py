@@ -23,7 +23,7 @@ def _eval() -> None:
 def tools(  # noqa: PLR0913  # one parameter an option
     *,
     model: Annotated[str, typer.Option(help="Model directory or Hub id. Default: the shipped nano.")] = "",
-    dialect: Annotated[str | None, typer.Option(help="Prompt dialect, when the checkpoint does not say: 0731 or preview.")] = None,
+    dialect: Annotated[str | None, typer.Option(help="0731 or preview, when the checkpoint does not say.")] = None,
     kinds: Annotated[list[str] | None, typer.Option(help="Only these kinds (repeat, or separate by commas).")] = None,
     seeds: Annotated[int | None, typer.Option(help="Tasks a kind. Default: 20.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Every seed: 50 a kind, 300 for each kind of the demo.")] = False,

@@ -225,7 +225,7 @@ def _with_attributes(tag: Tag, region: str) -> Tag:
 def _attributes(body: str) -> tuple[str | None, str | None]:
     """``name`` and ``string`` of a tag, in any order; a name may hold quotes when what follows it is clear."""
     if _ATTRIBUTES.fullmatch(body):
-        found = {key: value.strip("\"'“”") for key, value in re.findall(_ATTRIBUTE, body)}
+        found = {key: value[1:-1] if value[0] == '"' else value.strip("'“”") for key, value in re.findall(_ATTRIBUTE, body)}
         return found.get("name"), found.get("string")
     if match := _NAME_THEN_STRING.fullmatch(body):
         return match[1], match[2]

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from nautile.protocol import texts
 from nautile.protocol.errors import ProtocolError
 from nautile.protocol.events import (
     ContentDelta,
@@ -137,7 +138,10 @@ class StreamParser:
             raise ProtocolError("this parser has finished; make a new one for another completion")
         if reason not in (None, "stop", "length"):
             raise ProtocolError(f"unknown reason {reason!r}; a model stops by itself (stop) or at the limit (length)")
-        self._buffer += self._reader.finish()
+        rest = self._reader.finish()
+        if len(rest) > 1 and texts.DSML.startswith(rest) and held(self._buffer):
+            rest = MARK  # "<｜DS": a tag cut off inside its mark
+        self._buffer += rest
         self._final = self._finished = True
         self._advance()
         broken = self._call is not None
@@ -269,11 +273,14 @@ class StreamParser:
         """The output goes on, or ends, without a closing tag; if there was no call, what looked like a block is text."""
         self._state = "text"
         noise, raw = "".join(self._noise), "".join(self._raw)
-        had_noise = self._drop_noise(flagged=self._block_count > 0)
+        self._drop_noise(flagged=self._block_count > 0)
         if self._block_count:
             return
-        if had_noise:
-            self._say(spelled(raw if self._reader.kind == "text" else noise))
+        if noise.strip() not in ("", "<", "</", "<｜", "</｜"):  # more than the beginning of a tag
+            as_text = self._reader.kind == "text"
+            self._say(spelled(raw if as_text else noise))
+            if not as_text:
+                self._flag("markup_dropped")
         else:
             self._newlines = 0
             self._flag("truncated_markup")

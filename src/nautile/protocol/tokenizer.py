@@ -30,16 +30,17 @@ class Tokenizer:
         try:
             self._special: dict[str, int] = {token["content"]: token["id"] for token in data.get("added_tokens") or ()}
             vocabulary: dict[str, int] = data["model"]["vocab"]
-            # Without their entries in the vocabulary, no merge can lead to a special token either.
-            model = {
-                **data["model"],
-                "vocab": {text: number for text, number in vocabulary.items() if text not in self._special},
-            }
-            plain = {**data, "model": model, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-            self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
+            for merge in data["model"]["merges"]:
+                pair = merge.split(" ") if isinstance(merge, str) else merge
+                if "".join(pair) in self._special or not self._special.keys().isdisjoint(pair):
+                    raise ValueError(f"the merge {merge!r} makes a special token out of plain text")
+            # Byte-level text cannot spell an entry that no merge makes, so special entries go from the plain vocabulary.
+            entries = {text: number for text, number in vocabulary.items() if text not in self._special}
+            plain = {**data, "model": {**data["model"], "vocab": entries}, "added_tokens": [], "post_processor": None}
+            self._plain = tokenizers.Tokenizer.from_str(json.dumps({**plain, "truncation": None, "padding": None}))
             self.vocab_size = max(*vocabulary.values(), *self._special.values(), -1, -1) + 1
         except Exception as error:  # the library raises bare exceptions
-            raise TokenizerError(f"not the tokenizer.json of a byte-level BPE: {error!r}") from None
+            raise TokenizerError(f"not the tokenizer.json of a byte-level BPE: {error}") from None
         self._special_text = {number: text for text, number in self._special.items()}
         self._byte_of = _byte_alphabet()
 

@@ -1,0 +1,101 @@
+"""``nautile eval tools`` with experts in the place of the model: what is run, how it is graded and reported."""
+
+import json
+
+import pytest
+
+from agent.scripted import answer, call, client
+from nautile.agent.client import Reply
+from nautile.agent.tools import TOOLS
+from nautile.cli import agent as agent_verb
+from nautile.cli import main
+from nautile.evals.tools import EvalConfig, Outcome, Report, evaluate, wilson
+from nautile.protocol import ToolCall
+from nautile.train.tasks import DEMO_KINDS, HELD_OUT_START, KINDS
+
+
+class Experts:
+    """A client that knows every task of ``cases`` by its prompt, and does it as its expert does; ``wrong`` are botched."""
+
+    name = "experts"
+
+    def __init__(self, cases, wrong=()):
+        self.tasks = {}
+        for kind, seed in cases:
+            task = KINDS[kind].from_seed(seed)
+            self.tasks[task.prompt] = (task, (kind, seed) in wrong)
+
+    def open(self, messages, tools):
+        assert tuple(tools) == TOOLS
+        return ExpertChat(*self.tasks[messages[1]["content"]])
+
+
+class ExpertChat:
+    def __init__(self, task, wrong):
+        self.turns = [
+            Reply("", "", (ToolCall(f"c{index}", step.tool, json.dumps(dict(step.arguments))),), True)
+            for index, step in enumerate(task.steps)
+        ]
+        self.turns.append(Reply("", "wrong" if wrong else task.final, (), True))
+        self.tokens = 0
+
+    def say(self, messages):
+        assert messages[0]["role"] == "tool"
+
+    def reply(self, max_tokens, watch):
+        return self.turns.pop(0)
+
+
+def test_every_kind_is_solved_by_its_expert_through_the_loop():
+    config = EvalConfig(seeds=3, confined=False)
+    report = evaluate(Experts(config.cases()), config, lambda outcome: None)
+    assert [vars(outcome) for outcome in report.outcomes if not outcome.passed] == []
+    assert report.met and len(report.outcomes) == 3 * len(KINDS)
+
+
+def test_the_command(monkeypatch, tmp_path, capsys):
+    cases = [("count_lines", HELD_OUT_START + seed) for seed in range(4)]
+    monkeypatch.setattr(agent_verb, "open_client", lambda *a, **k: Experts(cases, cases[:1]))
+    out = tmp_path / "new" / "result.json"
+    assert main(["eval", "tools", "--kinds", "count_lines", "--seeds", "4", "--json", "--out", str(out)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(out.read_text())
+    assert list(printed)[:2] == ["pass@1", "kinds"] and printed["pass@1"] == 0.75
+    assert printed["kinds"] == {"count_lines": {"passed": 3, "total": 4, "low": 0.3006, "high": 0.9544}}
+    assert printed["sandbox"] == "bubblewrap" and printed["failures"][0]["seed"] == HELD_OUT_START
+    assert {"device", "date", "commit", "seconds", "model"} <= set(printed)
+    monkeypatch.setattr(agent_verb, "open_client", lambda *a, **k: Experts(cases, cases[:2]))
+    assert main(["eval", "tools", "--kinds", "count_lines", "--seeds", "4", "--in-process"]) == 1
+    assert "pass@1 50.0%, bar not met" in capsys.readouterr().out
+
+
+def test_garbage_fails_the_task_and_not_the_measurement():
+    config = EvalConfig(kinds=("count_lines",), seeds=3, confined=False)
+    report = evaluate(client("for ever " * 500, call("list"), answer("7 or 8"), ""), config, lambda outcome: None)
+    assert [outcome.passed for outcome in report.outcomes] == [False] * 3
+    assert report.to_json()["pass@1"] == 0
+
+
+def test_a_full_run_has_the_seeds_of_the_bar():
+    counts = {}
+    for kind, seed in EvalConfig.full().cases():
+        assert seed >= HELD_OUT_START
+        counts[kind] = counts.get(kind, 0) + 1
+    assert counts == {kind: 300 if kind in DEMO_KINDS else 50 for kind in KINDS}
+
+
+def test_a_full_run_judges_the_kinds_of_the_demo_harder():
+    config = EvalConfig.full(("count_lines",))
+
+    def report(right):
+        outcomes = [Outcome("count_lines", seed, seed < right, "answered", "", "", None, 0) for seed in range(300)]
+        return Report(tuple(outcomes), config, "m", 1.0)
+
+    assert report(294).met and not report(293).met
+
+
+@pytest.mark.parametrize(
+    ("passed", "total", "low", "high"), [(0, 0, 0, 1), (0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (50, 100, 0.4038, 0.5962)]
+)
+def test_wilson(passed, total, low, high):
+    assert wilson(passed, total) == pytest.approx((low, high), abs=1e-4)

@@ -18,7 +18,7 @@ import torch
 
 from checkpoint.models import change_config, written
 from nautile import ConfigError
-from nautile.checkpoint import CheckpointError, load_state, resolve_model
+from nautile.checkpoint import CheckpointError, load_state, resolve_config, resolve_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -30,7 +30,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files = files
         self.fetched: list[str] = []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def url(self) -> str:
@@ -57,7 +57,9 @@ class Handler(BaseHTTPRequestHandler):
         elif path in ("/api/models/someone/tiny", "/api/models/someone/tiny/revision/main"):
             self.reply(200, json.dumps({"id": "someone/tiny", "sha": COMMIT, "siblings": []}).encode())
         elif path.startswith(f"/api/models/someone/tiny/tree/{COMMIT}"):
-            rows = [{"type": "file", "path": file.name, "size": file.stat().st_size, "oid": etag(file)} for file in self.listed()]
+            rows = [
+                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": etag(file)} for file in self.listed()
+            ]
             self.reply(200, json.dumps(rows).encode())
         elif path.startswith("/someone/tiny/resolve/"):
             self.send(self.server.files / path.rsplit("/", 1)[1], body)
@@ -86,7 +88,9 @@ def etag(file: Path) -> str:
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
     written(tmp_path / "repository", max_shard_bytes=600_000)
     (tmp_path / "repository" / "figure.png").write_bytes(bytes(100))
     server = Hub(tmp_path / "repository")
@@ -103,6 +107,11 @@ def test_a_snapshot_is_fetched_once(hub: Hub, tmp_path: Path) -> None:
     hub.fetched.clear()
     assert resolve_model("someone/tiny", "main", cache_dir=tmp_path / "cache", endpoint=hub.url) == path
     assert hub.fetched == []
+
+
+def test_a_config_alone_needs_no_weights(hub: Hub, tmp_path: Path) -> None:
+    assert resolve_config("someone/tiny", cache_dir=tmp_path / "cache", endpoint=hub.url) == resolve_config(hub.files)
+    assert hub.fetched == ["config.json"]
 
 
 def test_the_cache_serves_without_the_hub(hub: Hub, tmp_path: Path) -> None:
@@ -138,7 +147,8 @@ def test_another_architecture_costs_one_small_file(hub: Hub, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("someone/nothing", "someone/nothing: no such model"), ("someone/gated", "access refused: accept its terms")]
+    ("name", "text"),
+    [("someone/nothing", "someone/nothing: no such model or revision"), ("someone/gated", "access refused: accept its terms")],
 )
 def test_refusals_are_explained(hub: Hub, tmp_path: Path, name: str, text: str) -> None:
     with pytest.raises(CheckpointError, match=text):
@@ -147,7 +157,7 @@ def test_refusals_are_explained(hub: Hub, tmp_path: Path, name: str, text: str) 
 
 def test_directories_need_no_hub(tmp_path: Path) -> None:
     assert resolve_model(tmp_path) == resolve_model(str(tmp_path)) == tmp_path
-    with pytest.raises(CheckpointError, match="a revision .* belongs to a Hub id"):
+    with pytest.raises(CheckpointError, match=r"a revision .* belongs to a Hub id"):
         resolve_model(tmp_path, "main")
     (tmp_path / "file").write_text("")
     for wrong in (tmp_path / "absent", tmp_path / "file", "nano", "a/b/c"):

@@ -150,7 +150,7 @@ def put(name: str, value: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], o
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (drop("layers.1.attn.wkv.weight"), r"missing tensor 'layers\.1\.attn\.wkv\.weight'; the checkpoint is incomplete: download"),
+        (drop("layers.1.attn.wkv.weight"), r"missing tensor 'layers\.1\.attn\.wkv\.weight'; .* incomplete: download"),
         (drop("layers.1.attn.wkv.scale"), r"missing tensor 'layers\.1\.attn\.wkv\.scale'"),
         (drop("layers.2.ffn.experts.3.w2.weight"), r"missing tensor 'layers\.2\.ffn\.experts\.3\.w2\.weight'"),
         (drop("mtp.0.enorm.weight"), r"missing tensor 'mtp\.0\.enorm\.weight'"),
@@ -234,12 +234,12 @@ def test_corrupt_index(sharded_copy: Path, change: Callable[[dict[str, str]], st
 
 def test_the_same_tensor_twice(copy: Path) -> None:
     shutil.copy(copy / "model.safetensors", copy / "again.safetensors")
-    with pytest.raises(CheckpointError, match="is in two files, again.safetensors and model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"is in two files, again\.safetensors and model\.safetensors"):
         load_model(copy)
 
 
 def test_not_a_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="config.json does not exist"):
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match="no JSON object"):

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from checkpoint.models import change_config, legal_config, written
 from nautile import ModelConfig, Transformer
 from nautile.checkpoint import Checkpoint, SaveOptions, load_model, write_checkpoint
+from nautile.checkpoint.configuration import read_config
 from oracles.hf_reference import reference, renamed
 from oracles.random_models import random_ids, random_tensors, tiny_config
 
@@ -76,8 +78,6 @@ def test_save_pretrained_hybrid(tmp_path: Path, tied: bool) -> None:
 
 def test_saved_under_its_own_parameter_names(tmp_path: Path) -> None:
     """The parameter names of transformers as they are, in float32 and without the head's copy."""
-    from safetensors.torch import save_file
-
     config = tiny_config((4, 128))
     tensors = random_tensors(config, 4)
     model = reference(config, tensors)
@@ -92,10 +92,6 @@ def test_saved_under_its_own_parameter_names(tmp_path: Path) -> None:
 
 def test_config_round_trip_through_transformers(tmp_path: Path) -> None:
     """What transformers makes of an official config, saved and read back, means the same network."""
-    from transformers import AutoConfig
-
-    from nautile.checkpoint.configuration import read_config
-
     written(tmp_path / "a")
     AutoConfig.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
     change_config(tmp_path / "b", num_nextn_predict_layers=1)

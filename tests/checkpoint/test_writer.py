@@ -89,7 +89,7 @@ def test_a_full_disk_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     model, before = load_model(tmp_path), contents(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
-        with pytest.raises(CheckpointError, match="GB are needed and 0.0 GB free"):
+        with pytest.raises(CheckpointError, match=r"GB are needed and 0\.0 GB free"):
             save_model(model, tmp_path)
 
     def fail(*_: object) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints: the official layout read and written, the transformers layout read and written, Hub ids resolved."""
 
 from nautile.checkpoint.errors import CheckpointError
-from nautile.checkpoint.hub import resolve_model
+from nautile.checkpoint.hub import resolve_config, resolve_model
 from nautile.checkpoint.load import load_model
 from nautile.checkpoint.manifest import manifest
 from nautile.checkpoint.reader import Checkpoint, load_state
@@ -15,6 +15,7 @@ __all__ = [
     "load_model",
     "load_state",
     "manifest",
+    "resolve_config",
     "resolve_model",
     "save_model",
     "write_checkpoint",

@@ -8,7 +8,6 @@ plus the largest single tensor.
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -106,7 +105,8 @@ class Checkpoint:
             low, high = int(payload.min()), int(payload.max())
             if low < 0 or high >= self.config.n_routed_experts:
                 raise CheckpointError(
-                    f"{self.path}: {source.payload.name!r} names experts {low} to {high}; there are {self.config.n_routed_experts}"
+                    f"{self.path}: {source.payload.name!r} names experts {low} to {high}; "
+                    f"there are {self.config.n_routed_experts}"
                 )
             return payload.to(torch.int64)
         return payload
@@ -164,7 +164,8 @@ class Checkpoint:
         extra = [name for name in self._tensors if name not in used and not (drafter and name.startswith("mtp."))]
         if extra:
             raise CheckpointError(
-                f"{self.path}: unexpected {_named(extra)}; config.json describes a network without: the two do not belong together"
+                f"{self.path}: unexpected {_named(extra)}; config.json describes a network without: "
+                "the two do not belong together"
             )
         return sources
 
@@ -290,5 +291,5 @@ def _read_index(path: Path) -> dict[str, str] | None:
 def _named(names: list[str], most: int = 4) -> str:
     shown = ", ".join(repr(name) for name in names[:most])
     plural = "tensor" if len(names) == 1 else "tensors"
-    more = f" and {len(names) - most:,} more ({math.ceil(len(names)):,} in all)" if len(names) > most else ""
+    more = f" and {len(names) - most:,} more ({len(names):,} in all)" if len(names) > most else ""
     return f"{plural} {shown}{more}"

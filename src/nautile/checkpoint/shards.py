@@ -12,8 +12,9 @@ import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,25 +46,22 @@ class _Place:
 
 
 class Shard:
-    """One safetensors file, open for reading. Close it, or use it as a context manager."""
+    """One safetensors file, open for reading: ``tensors`` is what its header lists. Close it, or use it as a context
+    manager."""
 
     def __init__(self, path: Path) -> None:
         """Read and check the header. Raises CheckpointError when the file is missing, cut or damaged."""
         self.path = path
         try:
-            self._file: BinaryIO = path.open("rb")
+            self._file: BufferedReader = path.open("rb")
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be opened ({error.strerror}); download or copy it again") from None
         try:
             self._places = self._read_header()
+            self.tensors = {name: place.tensor for name, place in self._places.items()}
         except BaseException:
             self._file.close()
             raise
-
-    @property
-    def tensors(self) -> dict[str, StoredTensor]:
-        """What the header lists, by name."""
-        return {name: place.tensor for name, place in self._places.items()}
 
     def read(self, name: str, index: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
         """A tensor on the CPU; or element ``index`` of its first dimension, or rows ``start .. stop`` of that element."""
@@ -93,7 +91,7 @@ class Shard:
     def _read_bytes(self, name: str, start: int, size: int) -> Tensor:
         data = torch.empty(size, dtype=torch.uint8)
         self._file.seek(start)
-        if self._file.readinto(memoryview(data.numpy())) != size:
+        if self._file.readinto(data.numpy().data) != size:
             raise CheckpointError(f"{self.path}: the file ends inside tensor {name!r}; download or copy it again")
         return data
 
@@ -148,7 +146,7 @@ class ShardWriter:
         if value.dtype != _TORCH[tensor.dtype] or tuple(value.shape) != tensor.shape:
             raise ValueError(f"{name}: announced {tensor.dtype} {tensor.shape}, got {value.dtype} {tuple(value.shape)}")
         self._file.seek(self._data + self._starts[name])
-        self._file.write(memoryview(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        self._file.write(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
     def close(self, *, complete: bool = True) -> None:
         """Flush to the disk and close. Raises ValueError when a tensor was announced and never written."""

@@ -317,4 +317,6 @@ class _Staging:
 def _require_space(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
-        raise CheckpointError(f"{directory}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB free; nothing was written")
+        raise CheckpointError(
+            f"{directory}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB free; nothing was written"
+        )

@@ -114,10 +114,10 @@ def _print_manifest(name: str, expert_dtype: str, as_json: bool) -> None:
 
 
 def _config(name: str) -> ModelConfig:
-    from nautile.checkpoint.configuration import read_config  # noqa: PLC0415
+    from nautile.checkpoint import resolve_config  # noqa: PLC0415
     from nautile.config import ModelConfig  # noqa: PLC0415
 
-    return read_config(Path(name)).model if Path(name).is_dir() else ModelConfig.preset(name)
+    return ModelConfig.preset(name) if name in ("flash", "pro", "nano") else resolve_config(name)
 
 
 def _bytes(text: str) -> int:

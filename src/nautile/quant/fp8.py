@@ -63,7 +63,7 @@ def fake_quant_groups(x: Tensor, group: int = 64) -> Tensor:
     if x.shape[-1] % group:
         raise ValueError(f"FP8 groups of {group} do not divide a last dimension of {x.shape[-1]}")
     with torch.no_grad():
-        grouped = x.unflatten(-1, (x.shape[-1] // group, group)).float()
+        grouped = torch.unflatten(x, -1, (x.shape[-1] // group, group)).float()
         scales = power_of_two_scale(grouped.abs().amax(-1, keepdim=True).clamp_min(_FLOOR), _LARGEST)
         rounded = _round(grouped / scales).mul_(scales).flatten(-2).to(x.dtype)
     return straight_through(x, rounded)
@@ -84,7 +84,7 @@ def _tiles(weight: Tensor) -> Tensor:
     wide = weight.float()
     if rows % _TILE or columns % _TILE:
         wide = F.pad(wide, (0, -columns % _TILE, 0, -rows % _TILE))
-    return wide.unflatten(1, (-1, _TILE)).unflatten(0, (-1, _TILE))
+    return torch.unflatten(torch.unflatten(wide, 1, (-1, _TILE)), 0, (-1, _TILE))
 
 
 def _tile_scales(tiles: Tensor) -> Tensor:

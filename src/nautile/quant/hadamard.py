@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,4 +22,4 @@ def transform(x: Tensor) -> Tensor:
         low, high = pairs[..., 0, :], pairs[..., 1, :]
         out = torch.stack((low + high, low - high), dim=-2)
         half *= 2
-    return out.reshape(shape) * n**-0.5
+    return out.reshape(shape) * (1.0 / math.sqrt(n))

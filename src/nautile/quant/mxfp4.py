@@ -43,7 +43,7 @@ def decode(packed: Tensor, scales: Tensor) -> Tensor:
     values = torch.tensor((*_VALUES, *(-value for value in _VALUES)), device=packed.device)
     pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), dim=-1)  # [256, 2]: what each byte stands for
     real = F.embedding(packed.view(torch.uint8).int(), pairs).flatten(-2)
-    grouped = real.unflatten(-1, (scales.shape[-1], _GROUP))
+    grouped = torch.unflatten(real, -1, (scales.shape[-1], _GROUP))
     return grouped.mul_(scales.float().unsqueeze(-1)).flatten(-2)
 
 
@@ -62,7 +62,7 @@ def fake_quant(x: Tensor, group: int = _GROUP) -> Tensor:
 def _groups(x: Tensor, group: int) -> Tensor:
     if x.shape[-1] % group:
         raise ValueError(f"MXFP4 groups of {group} do not divide a last dimension of {x.shape[-1]}")
-    return x.unflatten(-1, (x.shape[-1] // group, group)).float()
+    return torch.unflatten(x, -1, (x.shape[-1] // group, group)).float()
 
 
 def _scales(grouped: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 
 from checkpoint.models import change_config, change_tensors, header_of, legal_config, written
 from nautile import ConfigError
 from nautile.checkpoint import Checkpoint, CheckpointError, load_model, load_state, manifest
-from nautile.checkpoint.shards import Shard
+from nautile.checkpoint.layout import StoredTensor
+from nautile.checkpoint.shards import Shard, ShardWriter
 from nautile.quant import fp8, mxfp4
 from oracles.random_models import random_ids
 
@@ -202,6 +206,26 @@ def test_damaged_headers(copy: Path, damage: bytes) -> None:
     (copy / "model.safetensors").write_bytes(len(damage).to_bytes(8, "little") + damage + bytes(64))
     with pytest.raises(CheckpointError, match="damaged safetensors header"):
         load_model(copy)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.integers(0, 23_000), st.integers(0, 255)), min_size=1, max_size=4))
+def test_any_damage_to_a_header_is_a_clear_error(flips: list[tuple[int, int]]) -> None:
+    """Whatever bytes change, the file opens and reads, or a CheckpointError says what is wrong."""
+    stored = [StoredTensor(f"layers.{i}.weight", dtype, (3, 8)) for i, dtype in enumerate(("F32", "BF16", "I8", "F8_E8M0"))]
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "x.safetensors"
+        ShardWriter(file, stored).close(complete=False)
+        data = bytearray(file.read_bytes())
+        for position, value in flips:
+            data[position % (len(data) - 24 * 8)] = value
+        file.write_bytes(data)
+        try:
+            with Shard(file) as shard:
+                for name in shard.tensors:
+                    shard.read(name)
+        except CheckpointError as error:
+            assert str(file) in str(error)
 
 
 def test_a_missing_shard_is_named(sharded_copy: Path) -> None:

@@ -7,6 +7,7 @@ without the rest, and writing a shard without holding it in memory.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import struct
@@ -43,6 +44,10 @@ _TORCH = {
 class _Place:
     tensor: StoredTensor
     start: int  # byte in the file
+
+    @property
+    def end(self) -> int:
+        return self.start + self.tensor.nbytes
 
 
 class Shard:
@@ -107,13 +112,14 @@ class Shard:
             header = json.loads(self._file.read(length))
             header.pop("__metadata__", None)
             places = {name: _place(name, value, 8 + length) for name, value in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _refuse_overlaps(places)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{self.path}: damaged safetensors header ({error}); download or copy it again") from None
-        for place in sorted(places.values(), key=lambda place: place.start):
-            if place.start + place.tensor.nbytes > size:
+        for place in places.values():
+            if place.end > size:
                 raise CheckpointError(
-                    f"{self.path}: truncated: tensor {place.tensor.name!r} ends at byte {place.start + place.tensor.nbytes}, "
-                    f"the file has {size}; download or copy it again"
+                    f"{self.path}: truncated: tensor {place.tensor.name!r} ends at byte {place.end}, the file has {size}; "
+                    "download or copy it again"
                 )
         return places
 
@@ -160,11 +166,20 @@ class ShardWriter:
 def _place(name: str, value: dict[str, Any], data: int) -> _Place:
     tensor = StoredTensor(name, value["dtype"], tuple(int(size) for size in value["shape"]))
     start, end = value["data_offsets"]
+    if not isinstance(start, int) or not isinstance(end, int):
+        raise ValueError(f"tensor {name!r} has the data offsets {start!r} and {end!r}")
     if tensor.dtype not in ITEM_BYTES:
         raise ValueError(f"tensor {name!r} has the unknown dtype {tensor.dtype}")
     if start < 0 or end - start != tensor.nbytes or any(size < 0 for size in tensor.shape):
         raise ValueError(f"tensor {name!r} of shape {tensor.shape} does not fill bytes {start} to {end}")
     return _Place(tensor, data + start)
+
+
+def _refuse_overlaps(places: dict[str, _Place]) -> None:
+    ordered = sorted(places.values(), key=lambda place: (place.start, place.end))
+    for one, other in itertools.pairwise(ordered):
+        if other.start < one.end:
+            raise ValueError(f"tensors {one.tensor.name!r} and {other.tensor.name!r} overlap")
 
 
 def _product(shape: Sequence[int]) -> int:

@@ -284,12 +284,14 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "compress_ratios": (0, 0, 4, 128, 4, 128, 4, 128, 0),
         "index_n_heads": 4,
         "index_head_dim": 64,
-        "index_topk": 512,
+        "index_topk": 1024,  # every entry up to 4,096 tokens: this model's indexer has not been trained yet
         "n_routed_experts": 16,
         "num_experts_per_tok": 4,
         "moe_intermediate_size": 128,
         "num_hash_layers": 2,
         "tie_word_embeddings": True,
+        "fake_quant_kv": False,
+        "fake_quant_indexer": False,
         "dialect": "0731",
     },
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nautile.engine.sampling import SamplingParams, sample
 from nautile.model import Transformer
+from nautile.model.decode import TokenDecoder, can_decode
 from nautile.protocol import Prompt, Tokenizer
 from nautile.state import State
 
@@ -89,6 +90,7 @@ class Engine:
             self.model = load_model(path, device=self.options.device)
             self.tokenizer = tokenizer or Tokenizer.load(path)
         self.model.eval().requires_grad_(False)
+        self._decoder = TokenDecoder(self.model) if can_decode(self.model) else None
         self.statistics = _Statistics()
         self._live: _Kept | None = None  # the last sequence
         self._prefixes: list[_Kept] = []  # copies at points where prompts parted, least recently used first
@@ -167,6 +169,10 @@ class Engine:
         return _Kept(list(best.ids), best.state.fork())
 
     def _feed(self, kept: _Kept, ids: list[int]) -> None:
+        if len(ids) == 1 and self._decoder is not None:
+            kept.logits = self._decoder.step(ids[0], kept.state)
+            kept.ids = kept.ids + ids
+            return
         device = self.model.embed.weight.device
         for start in range(0, len(ids), self.options.prefill_chunk):
             part = ids[start : start + self.options.prefill_chunk]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 app = typer.Typer(help="Train a V4 model: tokenizer, data, pretrain, sft.", no_args_is_help=True)
 
 _H100_BF16 = 766e12  # measured with a large product of random matrices
+_LENGTH = 2048  # tokens of a row
 
 
 @app.command()
@@ -25,7 +27,7 @@ def tokenizer(out: Annotated[Path, typer.Option(help="Directory for tokenizer.js
 
 
 @app.command()
-def data(  # noqa: PLR0913
+def data(
     stage: Annotated[str, typer.Argument(help="pretrain or sft")],
     out: Annotated[Path, typer.Option(help="Directory for the shards.")],
     tokens: int = 50_000_000,
@@ -41,74 +43,104 @@ def data(  # noqa: PLR0913
     build(out, "pretrain" if stage == "pretrain" else "sft", tokens, length, processes, seed)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What a training stage is run with; the stage's own settings are its ``StageConfig``."""
+
+    data: Path
+    out: Path
+    init: Path | None
+    preset: str
+    build_tokens: int
+    processes: int
+    device: str
+    compile: bool
+
+
 @app.command()
 def pretrain(  # noqa: PLR0913
+    *,
     data: Annotated[Path, typer.Option(help="Shards, or where to write them.")],
     out: Annotated[Path, typer.Option(help="Directory of the run; a checkpoint there is resumed.")],
     init: Annotated[Path | None, typer.Option(help="Start from these weights.")] = None,
     preset: str = "nano",
     steps: int | None = None,
     seconds: Annotated[float | None, typer.Option(help="End the stage, schedule included, after this time.")] = None,
-    rows: int | None = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of 2,048 tokens a step.")] = None,
     build_tokens: Annotated[int, typer.Option(help="Also build the shards, this many tokens.")] = 0,
-    processes: int = 2,
-    device: str = "auto",
+    processes: Annotated[int, typer.Option(help="Processes that build.")] = 2,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     compile: Annotated[bool, typer.Option(help="torch.compile the blocks (CUDA only).")] = True,
 ) -> None:
     """Pretrain. Example: nautile train pretrain --data data/pretrain --out runs/out/pretrain --build-tokens 50000000"""
-    _stage("pretrain", data, out, init, preset, build_tokens, processes, device, compile, steps=steps, seconds=seconds, batch_rows=rows)
+    run = _Run(data, out, init, preset, build_tokens, processes, device, compile)
+    _stage("pretrain", run, steps=steps, seconds=seconds, batch_rows=rows)
 
 
 @app.command()
 def sft(  # noqa: PLR0913
+    *,
     data: Annotated[Path, typer.Option(help="Shards, or where to write them.")],
     out: Annotated[Path, typer.Option(help="Directory of the run; a checkpoint there is resumed.")],
     init: Annotated[Path, typer.Option(help="Weights of the pretraining stage.")],
     preset: str = "nano",
     steps: int | None = None,
-    seconds: float | None = None,
-    rows: int | None = None,
-    build_tokens: int = 0,
-    processes: int = 2,
-    device: str = "auto",
-    compile: bool = True,
-    indexer_weight: float | None = None,
+    seconds: Annotated[float | None, typer.Option(help="End the stage, schedule included, after this time.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of 2,048 tokens a step.")] = None,
+    build_tokens: Annotated[int, typer.Option(help="Also build the shards, this many tokens.")] = 0,
+    processes: Annotated[int, typer.Option(help="Processes that build.")] = 2,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    compile: Annotated[bool, typer.Option(help="torch.compile the blocks (CUDA only).")] = True,
+    indexer_weight: Annotated[float | None, typer.Option(help="Train the indexer by KL with this weight.")] = None,
 ) -> None:
     """Supervised fine-tuning on tool traces. Example: nautile train sft --data data/sft --out runs/out/sft --init W"""
-    _stage(
-        "sft", data, out, init, preset, build_tokens, processes, device, compile,
-        steps=steps, seconds=seconds, batch_rows=rows, indexer_weight=indexer_weight,
-    )  # fmt: skip
+    run = _Run(data, out, init, preset, build_tokens, processes, device, compile)
+    _stage("sft", run, steps=steps, seconds=seconds, batch_rows=rows, indexer_weight=indexer_weight)
 
 
-def _stage(  # noqa: PLR0913
-    name: str,
-    data: Path,
-    out: Path,
-    init: Path | None,
-    preset: str,
-    build_tokens: int,
-    processes: int,
-    device: str,
-    compile: bool,
-    **changes: float | None,
+@app.command()
+def export(
+    weights: Annotated[Path, typer.Argument(help="weights.safetensors or checkpoint.pt of a stage.")],
+    out: Annotated[Path, typer.Option(help="Directory for the official layout.")],
+    tokenizer: Annotated[Path, typer.Option(help="Directory whose tokenizer files are copied.")],
+    preset: str = "nano",
 ) -> None:
-    import torch  # noqa: PLC0415
+    """Write a stage's weights as an official checkpoint (FP4 experts, FP8 linears).
 
+    Example: nautile train export runs/out/sft/weights.safetensors --out model --tokenizer src/nautile/weights/nano
+    """
+    from nautile.checkpoint import save_model  # noqa: PLC0415
     from nautile.config import ModelConfig  # noqa: PLC0415
     from nautile.train import stages  # noqa: PLC0415
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    builder = None
-    if build_tokens:
-        builder = stages.build_in_background(data, "pretrain" if name == "pretrain" else "sft", build_tokens, 2048, processes)
-    config = stages.stage_config(
-        name, compile=compile and device == "cuda", peak_flops=_H100_BF16 if device == "cuda" else None, **changes
+    model = stages.load_weights(ModelConfig.preset(preset), weights, "cpu")
+    written = save_model(model, out, tokenizer_dir=tokenizer)
+    typer.echo(f"{out}: {written.tensors} tensors, {written.nbytes / 1e6:.1f} MB, largest rounding {written.rounding}")
+
+
+def _stage(name: str, run: _Run, **changes: float | None) -> None:
+    import torch  # noqa: PLC0415
+
+    from nautile.config import ModelConfig  # noqa: PLC0415
+    from nautile.engine.costs import train_flops_per_token  # noqa: PLC0415
+    from nautile.train import stages  # noqa: PLC0415
+
+    config, builder = ModelConfig.preset(run.preset), None
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if run.device == "auto" else run.device
+    if run.build_tokens:
+        kind: Literal["pretrain", "sft"] = "pretrain" if name == "pretrain" else "sft"
+        builder = stages.build_in_background(run.data, kind, run.build_tokens, _LENGTH, run.processes)
+    stage = stages.stage_config(
+        name,
+        compile=run.compile and device == "cuda",
+        peak_flops=_H100_BF16 if device == "cuda" else None,
+        flops_per_token=train_flops_per_token(config, _LENGTH),
+        **changes,
     )
-    model = stages.load_weights(ModelConfig.preset(preset), init, device)
+    model = stages.load_weights(config, run.init, device)
     typer.echo(json.dumps({"stage": name, "parameters": sum(p.numel() for p in model.parameters()), "device": device}))
-    progress = stages.run_stage(model, data, out, config, _reporter())
-    typer.echo(f"{name}: {progress.step} steps, {progress.tokens:,} tokens, {progress.seconds:.0f} s -> {out}")
+    progress = stages.run_stage(model, run.data, run.out, stage, _reporter())
+    typer.echo(f"{name}: {progress.step} steps, {progress.tokens:,} tokens, {progress.seconds:.0f} s -> {run.out}")
     if builder is not None:
         builder.terminate()
 
@@ -128,6 +160,7 @@ def _reporter() -> Callable[[dict[str, float]], None]:
         typer.echo(f"[{time.monotonic() - began:6.0f} s] {shown}")
 
     return report
+
 
 if __name__ == "__main__":
     app()

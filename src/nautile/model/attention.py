@@ -54,9 +54,7 @@ class Attention(nn.Module):
         self.compressor = Compressor(config, ratio, c) if ratio else None
         self.indexer = Indexer(config) if ratio == 4 else None
 
-    def forward(
-        self, x: Tensor, chunk: Chunk, state: LayerState | None = None, trace: AttentionTrace | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, chunk: Chunk, state: LayerState | None = None, trace: AttentionTrace | None = None) -> Tensor:
         """x [B, T, d], already normalised -> [B, T, d]. With a state, the chunk is appended to it."""
         turn = chunk.rotations[int(self.ratio != 0)]
         turn_heads = Rotation(turn.cos.unsqueeze(2), turn.sin.unsqueeze(2))
@@ -77,7 +75,8 @@ class Attention(nn.Module):
             trace.selected = visible if keys is not None else None
         if trace is not None and chunk.indexer_loss and scores is not None and weights is not None and visible is not None:
             trace.indexer_loss = _indexer_divergence(weights, scores, visible)
-        return self.wo_b(self.wo_a(rotate(out, turn_heads.inverse()).flatten(2)))
+        result: Tensor = self.wo_b(self.wo_a(rotate(out, turn_heads.inverse()).flatten(2)))
+        return result
 
     def _first_row(self, chunk: Chunk) -> Tensor | None:
         """Smallest row of the raw buffer each query may read, [B, T or 1]: rows before it lie before its document."""
@@ -129,7 +128,7 @@ class Attention(nn.Module):
         return _store(state.index_keys, new, first, self._entry_count(chunk)).to(x.dtype)
 
     def _complete(self, count: int, chunk: Chunk) -> Tensor:
-        """Entries that a query may see at all, [B, T, n] bool: their last token is not in its future, nor another document's."""
+        """Entries a query may see at all, [B, T, n] bool: complete by then, and of its own document."""
         block = torch.arange(count, device=chunk.positions.device)
         visible = block < ((chunk.positions + 1) // self.ratio).unsqueeze(-1)
         if chunk.documents is not None:

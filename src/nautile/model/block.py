@@ -29,6 +29,13 @@ class BlockTrace:
 class Block(nn.Module):
     """A trunk layer or the MTP layer's body."""
 
+    hc_attn_fn: Tensor
+    hc_attn_base: Tensor
+    hc_attn_scale: Tensor
+    hc_ffn_fn: Tensor
+    hc_ffn_base: Tensor
+    hc_ffn_scale: Tensor
+
     def __init__(self, config: ModelConfig, ratio: int, hashed: bool) -> None:
         super().__init__()
         n, rows = config.hc_mult, (2 + config.hc_mult) * config.hc_mult

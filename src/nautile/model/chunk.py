@@ -33,4 +33,3 @@ class Chunk:
     def rotation_at(self, positions: Tensor, compressed: bool) -> Rotation:
         """The layer's rotation at other positions, such as the first token of each compressed block."""
         return rotation(positions, self.frequencies[int(compressed)])
-

@@ -91,7 +91,7 @@ class Compressor(nn.Module):
         gate_last = gate_last.unflatten(1, (count, m)) + self.ape
         block = torch.arange(count, device=kv.device)
         if chunk.documents is not None:
-            exists = chunk.documents[:, : rows : m] < block * m
+            exists = chunk.documents[:, :rows:m] < block * m
         else:
             exists = block_numbers(first_block, count, kv.device) > 0
         return kv_last.unflatten(1, (count, m)), torch.where(exists[:, :, None, None], gate_last, _NEVER)

@@ -172,7 +172,8 @@ class _Layer:
             self.indexer.push(parts[4], parts[5], state.index_tail, keys, here)
         if keys is None or count <= self.config.index_topk:
             return entries[:count] if count else None
-        return entries[self._picks(q_low, parts[6], keys[:count], here)]
+        picked: Array = entries[self._picks(q_low, parts[6], keys[:count], here)]
+        return picked
 
     def _picks(self, q_low: Array, weights: Array, keys: Array, here: _Here) -> Any:
         """Indices of the ``index_topk`` best entries, ties to the lowest index, ascending."""

@@ -44,4 +44,5 @@ class Indexer(nn.Module):
         weights = self.weights_proj(x) * (self.dim**-0.5 * self.heads**-0.5)
         products = torch.matmul(q.flatten(1, 2), keys.transpose(1, 2)).unflatten(1, (-1, self.heads))
         wide = products if products.dtype == torch.float64 else products.float()
-        return (wide.relu() * weights.unsqueeze(-1)).sum(2)
+        scores: Tensor = (wide.relu() * weights.unsqueeze(-1)).sum(2)
+        return scores

@@ -30,12 +30,12 @@ def initialise(model: Transformer, seed: int = 0) -> Transformer:
         for module in model.modules():
             if hasattr(module, "ape") and isinstance(module.ape, nn.Parameter):
                 module.ape.zero_()
-        blocks: list[Block] = [*model.layers, *model.mtp]  # type: ignore[list-item]
+        blocks: list[Block] = [*model.layers, *model.mtp]
         for index, block in enumerate(blocks):
             _initialise_block(block, index, config, generator)
         for head in (model, *model.mtp):
-            head.hc_head_base.fill_(-1.0986)  # type: ignore[operator, union-attr]  # sigmoid = 1/4
-            head.hc_head_scale.fill_(_GATE)  # type: ignore[operator, union-attr]
+            head.hc_head_base.fill_(-1.0986)  # sigmoid = 1/4
+            head.hc_head_scale.fill_(_GATE)
     return model
 
 

@@ -27,9 +27,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def mixing(
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, config: ModelConfig
-) -> tuple[Tensor, Tensor, Tensor]:
+def mixing(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
     """The three mappings of one site from streams [..., n, d]: pre [..., n], post [..., n], M [..., n, n] (M[j, k]: j to k).
 
     pre = sigmoid(s0 z + b) + eps; post = 2 sigmoid(s1 z + b); M = Sinkhorn(s2 z + b). ``fn`` is [(2 + n) n, n d].

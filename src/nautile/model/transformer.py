@@ -32,6 +32,9 @@ class Trace:
 class Transformer(nn.Module):
     """DeepSeek-V4. Parameter names are those of the official checkpoint, with the routed experts of a layer stacked."""
 
+    window_frequencies: Tensor
+    compressed_frequencies: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         n, d = config.hc_mult, config.hidden_size
@@ -113,7 +116,7 @@ class Transformer(nn.Module):
         embedded = self.embed(input_ids)
         if torch.is_autocast_enabled(embedded.device.type):
             embedded = embedded.to(torch.get_autocast_dtype(embedded.device.type))
-        streams = embedded.unsqueeze(-2).expand(-1, -1, self.config.hc_mult, -1)
+        streams: Tensor = embedded.unsqueeze(-2).expand(-1, -1, self.config.hc_mult, -1)
         for index, layer in enumerate(self.layers):
             block_trace = BlockTrace(AttentionTrace()) if trace is not None else None
             streams = layer(streams, chunk, state.layers[index] if state else None, block_trace)
@@ -123,14 +126,12 @@ class Transformer(nn.Module):
 
     def hidden(self, streams: Tensor) -> Tensor:
         """Final collapse and norm: [..., n, d] -> [..., d]."""
-        out: Tensor = self.norm(
-            head_collapse(streams, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.config)
-        )
+        out: Tensor = self.norm(head_collapse(streams, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.config))
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] -> [..., V], at least float32."""
-        out = F.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
+        out: Tensor = F.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)
         return out if out.dtype == torch.float64 else out.float()
 
     def forward_mtp(self, streams: Tensor, next_ids: Tensor, *, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,7 @@ def take_rows(buffer: Tensor, first: tuple[int, ...], count: int) -> Tensor:
 
     Rows outside the buffer come out as copies of its edge; callers mask them by position.
     """
-    if len(set(first)) == 1 and 0 <= first[0] and first[0] + count <= buffer.shape[1]:
+    if len(set(first)) == 1 and first[0] >= 0 and first[0] + count <= buffer.shape[1]:
         return buffer[:, first[0] : first[0] + count]
     offsets = torch.tensor(first, device=buffer.device).unsqueeze(1) + torch.arange(count, device=buffer.device)
     index = offsets.clamp(0, buffer.shape[1] - 1).unsqueeze(-1).expand(-1, -1, buffer.shape[2])

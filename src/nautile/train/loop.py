@@ -7,6 +7,7 @@ state) goes into one file, written beside the old one and renamed.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 import warnings
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from nautile.model import Transformer
 from nautile.model.layers import Linear
-from nautile.model.moe import Experts
+from nautile.model.moe import Experts, Gate
 from nautile.train.losses import Batch, Losses, LossWeights, training_losses
 from nautile.train.optimizer import Optimizers
 
@@ -95,14 +96,14 @@ class Trainer:
         self.device = model.embed.weight.device
         self.optimizers = Optimizers(model)
         self.progress = Progress()
-        self._compiled: dict[Callable[..., object], Callable[..., object]] = {}
+        self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
         directory.mkdir(parents=True, exist_ok=True)
         for module in model.modules():
             if isinstance(module, Experts):
                 module.dense = config.dense_experts
         quantisation_aware(model, config.qat)
 
-    def compile_with(self, function: Callable[..., object]) -> Callable[..., object]:
+    def compile_with(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """torch.compile, once per function; the identity when the stage says so."""
         if not self.config.compile:
             return function
@@ -150,7 +151,7 @@ class Trainer:
             batch, self.progress.shard, self.progress.row = next(batches)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                 losses = training_losses(self.model, batch, weights, self.compile_with)
-            (losses.total / config.micro_batches).backward()  # type: ignore[no-untyped-call]
+            (losses.total / config.micro_batches).backward()
             loads = losses.loads if loads is None else loads + losses.loads
             self.progress.tokens += batch.ids.numel()
         for parameter in self.model.parameters():  # the indexer has no gradient until its loss is on
@@ -165,10 +166,11 @@ class Trainer:
     @torch.no_grad()
     def _balance(self, loads: Tensor) -> None:
         """Aux-loss-free balancing: an expert's bias falls when it took more than its share, rises when it took less."""
-        blocks = [*self.model.layers, *self.model.mtp]
-        biases = [block.ffn.gate.bias for block in blocks if block.ffn.gate.bias is not None]  # type: ignore[union-attr]
+        blocks: list[Any] = [*self.model.layers, *self.model.mtp]
+        gates: list[Gate] = [block.ffn.gate for block in blocks]
+        biases = [gate.bias for gate in gates if gate.bias is not None]
         for bias, load in zip(biases, loads, strict=True):
-            bias += self.config.bias_speed * torch.sign(load.mean() - load)  # type: ignore[operator]
+            bias.add_(torch.sign(load.mean() - load), alpha=self.config.bias_speed)
 
     def _measure(self, losses: Losses, norm: Tensor, lr: float, mark: float, marked: int) -> dict[str, float]:
         total = losses.next_token.item()  # waits for the device, so the clock below is honest
@@ -188,7 +190,7 @@ class Trainer:
         }
         if self.config.peak_flops is not None:
             row["mfu"] = rate * self.config.flops_per_token / self.config.peak_flops
-        if not total == total:
+        if math.isnan(total):
             raise RuntimeError(f"the loss is not a number at step {self.progress.step}; the last checkpoint is untouched")
         self.progress.history.append(row)
         return row

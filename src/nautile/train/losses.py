@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +91,7 @@ def training_losses(
     model: Transformer,
     batch: Batch,
     weights: LossWeights,
-    compile_with: Callable[[Callable[..., object]], Callable[..., object]] = lambda function: function,
+    compile_with: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
 ) -> Losses:
     """All losses of one batch. ``compile_with`` is the identity or a cached torch.compile.
 
@@ -102,23 +103,26 @@ def training_losses(
     if torch.is_autocast_enabled(embedded.device.type):
         embedded = embedded.to(torch.get_autocast_dtype(embedded.device.type))
     streams = embedded.unsqueeze(-2).expand(-1, -1, model.config.hc_mult, -1).contiguous()
-    balances, loads, divergences = [], [], []
-    for layer in model.layers:
-        streams, scores, experts, divergence = block(layer, streams, chunk)  # type: ignore[misc]
+    balances: list[Tensor] = []
+    loads: list[Tensor] = []
+    divergences: list[Tensor] = []
+    layers: list[Block] = list(model.layers)  # type: ignore[arg-type]
+    for layer in layers:
+        streams, scores, experts, divergence = block(layer, streams, chunk)
         if layer.ffn.gate.bias is not None:
             _append(balances, loads, balance_loss(scores, experts, batch.ids.shape[0]))
         if divergence is not None:
             divergences.append(divergence)
     targets, weight = _shifted(batch, 1)
-    next_token: Tensor = entropy(model, compile_with(model.hidden)(streams), targets, weight)  # type: ignore[assignment]
+    next_token: Tensor = entropy(model, compile_with(model.hidden)(streams), targets, weight)
     zero = next_token.new_zeros(())
     mtp_loss = zero
     if len(model.mtp) and weights.mtp > 0:
         targets_2, weight_2 = _shifted(batch, 2)
         ahead = embedded.roll(-1, 1)
-        hidden, scores, experts = mtp(model.mtp[0], streams, ahead, chunk)  # type: ignore[misc]
+        hidden, scores, experts = mtp(model.mtp[0], streams, ahead, chunk)
         _append(balances, loads, balance_loss(scores, experts, batch.ids.shape[0]))
-        mtp_loss = entropy(model, hidden, targets_2, weight_2)  # type: ignore[assignment]
+        mtp_loss = entropy(model, hidden, targets_2, weight_2)
     balance = torch.stack(balances).sum() if balances else zero
     indexer = torch.stack(divergences).sum() if divergences else zero
     total = next_token + weights.mtp * mtp_loss + weights.balance * balance + weights.indexer * indexer

@@ -43,7 +43,8 @@ def newton_schulz(matrices: Tensor) -> Tensor:
     for a, b, c in _COEFFICIENTS:
         gram = x @ x.transpose(-1, -2)
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.transpose(-1, -2) if tall else x
+    result: Tensor = x.transpose(-1, -2) if tall else x
+    return result
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -91,8 +92,9 @@ class Muon(torch.optim.Optimizer):
         orthogonal = newton_schulz(stacked).to(stacked.dtype) * (max(rows, columns) ** 0.5 * config.gamma)
         sizes = [parameter.numel() // (rows * columns) for parameter in parameters]
         updates = [part.view(p.shape) for part, p in zip(orthogonal.split(sizes), parameters, strict=True)]
-        torch._foreach_mul_(parameters, 1 - lr * config.weight_decay)
-        torch._foreach_add_(parameters, updates, alpha=-lr)
+        tensors: list[Tensor] = list(parameters)
+        torch._foreach_mul_(tensors, 1 - lr * config.weight_decay)
+        torch._foreach_add_(tensors, updates, alpha=-lr)
 
 
 class Optimizers:

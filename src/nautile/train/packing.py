@@ -273,9 +273,7 @@ class _Writer:
         self.maker.conversations.close()
 
 
-def _work(
-    config: BuildConfig, directory: Path, process: int, processes: int, log: Path, time_limit: int = 0
-) -> None:
+def _work(config: BuildConfig, directory: Path, process: int, processes: int, log: Path, time_limit: int = 0) -> None:
     """Write the missing ones among shards process, process + processes, ...: the first shards appear first."""
     writer, parent = _Writer(config, directory), os.getppid()
     try:

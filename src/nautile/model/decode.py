@@ -46,7 +46,7 @@ class TokenDecoder:
         self.embed = _array(model.embed.weight)
         self.head = self.embed if model.head is None else _array(model.head.weight)
         self.norm = _array(model.norm.weight)
-        self.collapse = (_array(model.hc_head_fn), _array(model.hc_head_base), float(model.hc_head_scale))
+        self.collapse = (_array(model.hc_head_fn), _array(model.hc_head_base), model.hc_head_scale.item())
         self.frequencies = (_array(model.window_frequencies), _array(model.compressed_frequencies))
 
     def step(self, token: int, state: State) -> Tensor:

@@ -112,12 +112,20 @@ class Trainer:
             self._compiled[function] = torch.compile(function, dynamic=False)
         return self._compiled[function]
 
-    def fit(self, batches: Iterator[tuple[Batch, int, int]], report: Callable[[dict[str, float]], None]) -> Progress:
-        """Train to the end of the stage. ``batches`` yields (micro batch, shard, next row); see ``data.batches``."""
+    def fit(
+        self,
+        batches: Iterator[tuple[Batch, int, int]],
+        report: Callable[[dict[str, float]], None],
+        until: int | None = None,
+    ) -> Progress:
+        """Train to the end of the stage, or only to step ``until``, and save.
+
+        ``batches`` yields (micro batch, shard, next row); see ``data.batches``.
+        """
         config, progress = self.config, self.progress
         began, log = time.perf_counter() - progress.seconds, (self.directory / "log.jsonl").open("a")
         mark, marked_tokens = time.perf_counter(), progress.tokens
-        while progress.step < config.steps:
+        while progress.step < (config.steps if until is None else min(until, config.steps)):
             elapsed = time.perf_counter() - began
             done = progress.step / config.steps
             if config.seconds is not None:

@@ -71,6 +71,8 @@ class Transformer(nn.Module):
         Returns float32 logits: [B, T, V], [B, V] (of the last real token) or None.
         Raises ValueError for empty input, ids outside the vocabulary, or positions past ``max_position_embeddings``.
         """
+        if logits not in ("all", "last", "none"):
+            raise ValueError(f'logits is "all", "last" or "none", got {logits!r}')
         chunk = self.new_chunk(input_ids, state, lengths, documents)
         streams = self.streams(input_ids, chunk, state, trace)
         if state is not None:
@@ -103,6 +105,8 @@ class Transformer(nn.Module):
             positions = positions + starts[0]
         else:
             positions = positions + torch.tensor(starts, device=input_ids.device).unsqueeze(1)
+        if documents is not None and not torch.compiler.is_compiling():
+            _check_documents(documents, positions)
         if state is not None:
             if documents is not None:
                 raise ValueError("documents are for packed rows without a state")
@@ -146,6 +150,14 @@ class Transformer(nn.Module):
         return self.logits(hidden), streams
 
 
+def _check_documents(documents: Tensor, positions: Tensor) -> None:
+    """Starts of documents: [B, T], multiples of 128 (a compressor block belongs to one document), none in the future."""
+    if documents.shape[-1:] != positions.shape[-1:] or documents.dim() != 2:
+        raise ValueError(f"documents must have the shape of input_ids, got {tuple(documents.shape)}")
+    if bool(((documents % 128 != 0) | (documents < 0) | (documents > positions)).any()):
+        raise ValueError("documents must start at multiples of 128, at or before each of their tokens")
+
+
 def _check(
     input_ids: Tensor, state: State | None, lengths: Tensor | None, config: ModelConfig
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -154,8 +166,12 @@ def _check(
     batch, width = input_ids.shape
     if width == 0 or batch == 0:
         raise ValueError("the prompt is empty: at least one token is needed")
+    if state is not None and state.config is not config and state.config != config:
+        raise ValueError("the state belongs to another configuration: make one with this model's new_state")
     if state is not None and state.batch_size != batch:
         raise ValueError(f"the state holds {state.batch_size} sequences, input_ids {batch}")
+    if lengths is not None and (not isinstance(lengths, Tensor) or lengths.shape != (batch,) or lengths.is_floating_point()):
+        raise ValueError(f"lengths must be an integer tensor [{batch}]")
     real = tuple(lengths.tolist()) if lengths is not None else (width,) * batch
     if len(real) != batch or not all(1 <= length <= width for length in real):
         raise ValueError(f"lengths must be {batch} numbers from 1 to {width}, got {list(real)}")

@@ -45,7 +45,7 @@ def _version(value: bool) -> None:
         return
     for name in ("nautile", "torch", "triton"):
         typer.echo(f"{name} {__version__ if name == 'nautile' else _installed(name)}")
-    typer.echo("checkpoint layouts: official V4 (read, write), transformers 5 (read); agent log: 1")
+    typer.echo("checkpoint layouts: official V4 (read, write), transformers 5 (read, write); agent log: 1")
     raise typer.Exit
 
 

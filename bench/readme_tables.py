@@ -1,6 +1,6 @@
 """Rewrite the table of README.md from bench/results/*.json, so that no figure in it was typed by hand.
 
-    python bench/readme_tables.py [--check]
+python bench/readme_tables.py [--check]
 """
 
 import argparse

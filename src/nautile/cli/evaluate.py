@@ -29,7 +29,9 @@ def tools(  # noqa: PLR0913  # one parameter an option
     full: Annotated[bool, typer.Option("--full", help="Every seed: 50 a kind, 300 for each kind of the demo.")] = False,
     held_out_wording: Annotated[bool, typer.Option("--held-out-wording", help="Ask in words never trained on.")] = False,
     in_process: Annotated[bool, typer.Option("--in-process", help="No sandbox: quicker; the result says so.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Also write the result to this file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write the result to this file, and each task's to a .jsonl beside it.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """pass@1 of the agent on tasks from seeds that no training run has seen; exit status 1 below the bar.
@@ -54,6 +56,9 @@ def tools(  # noqa: PLR0913  # one parameter an option
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     client = open_client(model, dialect=dialect)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".jsonl").unlink(missing_ok=True)
     passed, done = 0, 0
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("tasks", total=len(config.cases()))
@@ -62,6 +67,9 @@ def tools(  # noqa: PLR0913  # one parameter an option
             nonlocal passed, done
             passed, done = passed + outcome.passed, done + 1
             progress.update(bar, advance=1, description=f"{passed}/{done} right")
+            if out is not None:  # a long run that is cut short leaves what it measured
+                with out.with_suffix(".jsonl").open("a", encoding="utf-8") as log:
+                    log.write(json.dumps(dataclasses.asdict(outcome), ensure_ascii=False) + "\n")
 
         report = evaluate(client, config, count)
     result = report.to_json()

@@ -129,3 +129,18 @@ def test_definitions_are_found() -> None:
         ("function", "g", 2),
         ("class", "C", 5),
     ]
+
+
+class FewWords(Pool):
+    """Words that are file names too, so that what is rare happens often."""
+
+    def word(self):
+        return self.rng.choice(("control", "Makefile", "README", ".env", "NOTES", "messages"))
+
+
+def test_no_name_is_both_a_file_and_a_directory():
+    """A data worker once died on a directory that could not be written."""
+    for seed in range(1500):
+        paths = Workspace.random(FewWords(random.Random(f"clash:{seed}")), ("any",)).paths()
+        folders = {"/".join(path.split("/")[:depth]) for path in paths for depth in range(1, path.count("/") + 1)}
+        assert not folders & set(paths), seed

@@ -32,7 +32,8 @@ class Workspace:
             real = kind == "python" and real_python and rng.random() < 0.4
             document = python_slice(pool) if real else MAKERS[kind](pool)
             path = rng.choice(folders) + document.name
-            if path not in documents and not any(other.startswith(f"{path}/") for other in documents):
+            clash = any(other.startswith(f"{path}/") or path.startswith(f"{other}/") for other in documents)
+            if path not in documents and not clash:
                 documents[path] = document
         return cls(documents) if cls(documents)._covers(needs) else cls.random(pool, needs, real_python)
 

@@ -57,7 +57,6 @@ def tools(  # noqa: PLR0913  # one parameter an option
         raise typer.BadParameter(str(error)) from None
     client = open_client(model, dialect=dialect)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.with_suffix(".jsonl").unlink(missing_ok=True)
     passed, done = 0, 0
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -68,8 +67,7 @@ def tools(  # noqa: PLR0913  # one parameter an option
             passed, done = passed + outcome.passed, done + 1
             progress.update(bar, advance=1, description=f"{passed}/{done} right")
             if out is not None:  # a long run that is cut short leaves what it measured
-                with out.with_suffix(".jsonl").open("a", encoding="utf-8") as log:
-                    log.write(json.dumps(dataclasses.asdict(outcome), ensure_ascii=False) + "\n")
+                _append(out.with_suffix(".jsonl"), json.dumps(dataclasses.asdict(outcome), ensure_ascii=False))
 
         report = evaluate(client, config, count)
     result = report.to_json()
@@ -83,6 +81,12 @@ def tools(  # noqa: PLR0913  # one parameter an option
         typer.echo(f"pass@1 {result['pass@1']:.1%}, bar {'met' if report.met else 'not met'}, {report.seconds:.0f} s")
     if not report.met:
         raise typer.Exit(1)
+
+
+def _append(path: Path, line: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as log:
+        log.write(line + "\n")
 
 
 def _write(path: Path, text: str) -> None:

@@ -6,7 +6,7 @@ after precisely the tokens it is filed under.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from nautile.engine.interim import Interim
+from nautile.engine.request import EngineEvent, EngineStats, Request
 from nautile.engine.sampling import SamplingParams, sample
 from nautile.model import Transformer
 from nautile.model.decode import TokenDecoder, can_decode
@@ -94,6 +96,7 @@ class Engine:
         self.statistics = _Statistics()
         self._live: _Kept | None = None  # the last sequence
         self._prefixes: list[_Kept] = []  # copies at points where prompts parted, least recently used first
+        self._interim: Interim | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -133,8 +136,25 @@ class Engine:
                 return
             self._feed(kept, [token])
 
+    def submit(self, request: Request) -> AsyncIterator[EngineEvent]:
+        """See ``AsyncEngine.submit``."""
+        if self._interim is None:
+            self._interim = Interim(self)
+        return self._interim.submit(request)
+
+    def cancel(self, request_id: str) -> None:
+        """See ``AsyncEngine.cancel``."""
+        if self._interim is not None:
+            self._interim.cancel(request_id)
+
+    def stats(self) -> EngineStats:
+        """See ``AsyncEngine.stats``."""
+        return self._interim.stats() if self._interim is not None else EngineStats()
+
     def close(self) -> None:
         """Forget every kept state."""
+        if self._interim is not None:
+            self._interim.close()
         self._live = None
         self._prefixes.clear()
 

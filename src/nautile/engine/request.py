@@ -58,7 +58,7 @@ class Request:
     """
 
     prompt_ids: tuple[int, ...]
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     partition: str = ""
     priority: int = 0

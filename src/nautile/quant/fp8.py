@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nautile.quant.scales import power_of_two_scale, straight_through
 
-__all__ = ["decode_blocks", "encode_blocks", "fake_quant_blocks", "fake_quant_groups"]
+__all__ = ["decode_blocks", "decode_groups", "encode_blocks", "encode_groups", "fake_quant_blocks", "fake_quant_groups"]
 
 _LARGEST = 448.0  # of e4m3fn
 _TILE = 128
@@ -53,6 +53,25 @@ def fake_quant_blocks(weight: Tensor) -> Tensor:
         scales = _tile_scales(tiles)
         rounded = _untile(_round(tiles / scales).mul_(scales), weight.shape).to(weight.dtype)
     return straight_through(weight, rounded)
+
+
+def encode_groups(x: Tensor, group: int = 64) -> tuple[Tensor, Tensor]:
+    """float [..., i] -> (float8_e4m3fn [..., i], float8_e8m0fnu [..., i / group]): what ``fake_quant_groups`` rounds to.
+
+    Raises ValueError when ``group`` does not divide the last dimension.
+    """
+    if x.shape[-1] % group:
+        raise ValueError(f"FP8 groups of {group} do not divide a last dimension of {x.shape[-1]}")
+    grouped = torch.unflatten(x, -1, (x.shape[-1] // group, group)).float()
+    scales = power_of_two_scale(grouped.abs().amax(-1, keepdim=True).clamp_min(_FLOOR), _LARGEST)
+    payload = _saturate(grouped / scales).to(torch.float8_e4m3fn).flatten(-2)
+    return payload, scales.squeeze(-1).to(torch.float8_e8m0fnu)
+
+
+def decode_groups(payload: Tensor, scales: Tensor) -> Tensor:
+    """(float8_e4m3fn [..., i], float8_e8m0fnu [..., groups]) -> float32 [..., i], exact."""
+    grouped = torch.unflatten(payload.float(), -1, (scales.shape[-1], payload.shape[-1] // scales.shape[-1]))
+    return grouped.mul_(scales.float().unsqueeze(-1)).flatten(-2)
 
 
 def fake_quant_groups(x: Tensor, group: int = 64) -> Tensor:

@@ -322,6 +322,12 @@ def test_markup_outside_its_grammar(raw, as_text, by_id, tokenizer):
     assert bool(message.flags) == (D in raw)
 
 
+@pytest.mark.parametrize("raw", ["é</｜DSML", "é\n<｜DS", f"é\n</{D}too"])
+def test_a_tag_cut_off_in_a_block_without_calls_adds_no_text(raw):
+    message = parse(raw, start="calls", tools=TOOLS)
+    assert (message.content.rstrip("\n"), message.flags) == ("é", ("truncated_markup",))
+
+
 def test_without_tools_markup_is_left_alone(tokenizer):
     for output in (GET, ids_of(GET, tokenizer)):
         message = parse(output, start="content", tokenizer=tokenizer, tools=[])

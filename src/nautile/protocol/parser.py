@@ -258,9 +258,11 @@ class StreamParser:
             self._close_block()
         elif tag.kind == "invoke" and not tag.closing:
             self._open_call(tag)
+        elif tag.kind == "cut":
+            self._flag("truncated_markup")
         else:
             self._raw.append(raw)
-            self._flag("truncated_markup" if tag.kind == "cut" else "markup_dropped")
+            self._flag("markup_dropped")
         return True
 
     def _note(self, text: str) -> None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nautile.protocol import ProtocolError, encode, texts
+from nautile.protocol import ProtocolError, encode, parse, texts
 from protocol.completions import byte_tokenizer, close, function, parameter, tag
 
 B, E, U, A, O, C = texts.BOS, texts.EOS, texts.USER, texts.ASSISTANT, texts.THINK_OPEN, texts.THINK_CLOSE  # noqa: E741
@@ -125,6 +125,48 @@ def test_start_says_where_the_answer_begins():
     assert encode([user(), assistant("a", wo_eos=True)]).start == "content"
 
 
+def test_a_prefix_is_gone_on_with():
+    chat = encode([user(), assistant("Once", prefix=True)], thinking=False)
+    assert (chat.text, chat.start, chat.continued) == (f"{B}{U}u{A}{C}Once", "content", True)
+    both = encode([user(), assistant("Once", reasoning_content="why", prefix=True)])
+    assert (both.text, both.start, both.continued) == (f"{B}{U}u{A}{O}why{C}Once", "content", True)
+    alone = encode([user(), assistant(None, reasoning_content="why", prefix=True)])
+    assert (alone.text, alone.start, alone.continued) == (f"{B}{U}u{A}{O}why", "reasoning", True)
+    empty = encode([user(), assistant("", prefix=True)])
+    assert (empty.text, empty.start, empty.continued) == (f"{B}{U}u{A}{O}", "reasoning", False)
+    typed = encode([user(), assistant(O, prefix=True)], thinking=False)
+    assert (typed.start, typed.continued) == ("content", True)
+
+
+@pytest.mark.parametrize("reasoning", [True, False])
+def test_what_is_gone_on_with_keeps_its_newlines(reasoning):
+    fields = {"reasoning_content": "so"} if reasoning else {"content": "so"}
+    prompt = encode([user(), {"role": "assistant", **fields, "prefix": True}], thinking=reasoning)
+    message = parse("\n\nthen", start=prompt.start, continued=prompt.continued)
+    assert (message.reasoning, message.content) == (("\n\nthen", "") if reasoning else ("", "\n\nthen"))
+
+
+def test_a_block_of_calls_can_be_opened_in_the_prompt():
+    tokenizer = byte_tokenizer()
+    prompt = encode([user()], thinking=False, tools=[TOOL], tokenizer=tokenizer)
+    opened = prompt.with_calls_open()
+    assert opened.text == prompt.text + f"\n\n<{texts.DSML}tool_calls>\n" and opened.start == "calls"
+    mark = tokenizer.special(texts.DSML)
+    assert opened.ids == [*prompt.ids, *tokenizer.encode("\n\n<"), mark, *tokenizer.encode("tool_calls>\n")]
+    history = [user(), assistant("", tool_calls=calls("c1"))]
+    whole = encode(history, thinking=False, tools=[TOOL], tokenizer=tokenizer)
+    assert whole.text.startswith(opened.text)
+    message = parse(whole.ids[len(opened.ids) :], start=opened.start, tokenizer=tokenizer, tools=[TOOL])
+    assert [(call.name, call.arguments, call.flags) for call in message.tool_calls] == [("get", "{}", ())]
+    with pytest.raises(ProtocolError, match="Thinking mode does not support this tool_choice"):
+        encode([user()], tools=[TOOL]).with_calls_open()
+
+
+def test_nothing_to_render():
+    assert encode([], effort="max").text == B
+    assert encode([], effort="max", add_bos=False).text == ""
+
+
 # Arguments
 
 
@@ -180,6 +222,10 @@ def test_arguments_as_text_or_object():
         ([user()], {"tools": ["get"]}, "tools"),
         ([user()], {"tools": {"name": "get"}}, "tools"),
         ([user()], {"response_format": {"a": object()}}, "JSON"),
+        ([assistant("a", prefix=True), user()], {}, "prefix"),
+        ([user(prefix=True)], {}, "prefix"),
+        ([user()], {"context": [assistant("a", prefix=True)]}, "prefix"),
+        ([user(), assistant("a", prefix=True, tool_calls=calls("c"))], {}, "tool_calls"),
     ],
 )
 def test_bad_input_says_what_to_change(messages, options, says):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from nautile.protocol import texts
@@ -29,11 +29,16 @@ class Special(str):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered conversation. ``start`` says where the model's answer begins: in its reasoning, or in its content."""
+    """A rendered conversation. ``start`` says where the model's answer begins: in its reasoning, its content or its calls.
+
+    ``continued`` is True when the answer goes on in text that the prompt already holds: the parser must be told, because
+    newlines at the start of an answer mean nothing and those in the middle of a text do.
+    """
 
     parts: tuple[str, ...]
     start: Literal["reasoning", "content", "calls"]
     tokenizer: Tokenizer | None = field(default=None, repr=False)
+    continued: bool = False
 
     @property
     def text(self) -> str:
@@ -55,6 +60,15 @@ class Prompt:
                 text += part
         return ids + self.tokenizer.encode(text) if text else ids
 
+    def with_calls_open(self) -> Prompt:
+        """The same prompt with a block of calls begun in it, so that the answer can only be calls.
+
+        Raises ProtocolError where the model reasons first.
+        """
+        if self.start != "content":
+            raise ProtocolError("Thinking mode does not support this tool_choice; turn thinking off, or let the model choose")
+        return replace(self, parts=(*self.parts, "\n\n", *_marked(texts.CALLS_OPEN)), start="calls", continued=False)
+
 
 def encode(  # noqa: PLR0913  # the public signature
     messages: Sequence[Message],
@@ -73,10 +87,12 @@ def encode(  # noqa: PLR0913  # the public signature
 
     ``tools`` and ``response_format`` go on the first system message, that of ``context`` included (an empty one is made when
     there is none). ``context`` is what an earlier call already rendered: it counts for the rules but is not rendered again.
+    A last assistant message with ``prefix: true`` is left open, in its reasoning if that is all it has: the model goes on.
     Raises ProtocolError.
     """
     prefix = _effort_prefix(dialect, effort)
     context, messages = _with_tools(context or (), messages, tools, response_format)
+    _check_prefix(context, messages)
     before = _merged(context)
     turns = _sorted_results(before + _merged(messages))
     dropping = drop_thinking and not any(turn.get("tools") for turn in turns)
@@ -85,12 +101,26 @@ def encode(  # noqa: PLR0913  # the public signature
         turns, rendered = _dropped(turns, rendered)
     renderer = _Renderer(turns, thinking, dropping)
     parts: list[str] = [Special(texts.BOS)] if add_bos and not before else []
-    if thinking and not before:
+    if thinking and turns and not before:
         parts.append(prefix)
     for index in range(rendered, len(turns)):
         parts += renderer.message(index)
         parts += renderer.transition(index)
-    return Prompt(tuple(part for part in parts if part and _encodable(part)), _start(parts), tokenizer)
+    kept = tuple(part for part in parts if part and _encodable(part))
+    is_open = bool(turns) and turns[-1]["role"] == "assistant" and bool(turns[-1].get("prefix") or turns[-1].get("wo_eos"))
+    special = kept[-1] if kept and isinstance(kept[-1], Special) else None
+    in_reasoning = special == texts.THINK_OPEN or (is_open and renderer.reasons_on(len(turns) - 1))
+    return Prompt(kept, "reasoning" if in_reasoning else "content", tokenizer, is_open and special is None and bool(kept))
+
+
+def _check_prefix(context: Sequence[Message], messages: Sequence[Message]) -> None:
+    for message in (*context, *messages):
+        if not message.get("prefix"):
+            continue
+        if message["role"] != "assistant" or not messages or message is not messages[-1]:
+            raise ProtocolError("prefix: true is for the last message, which must be an assistant's; take it off this one")
+        if message.get("tool_calls"):
+            raise ProtocolError("a message with prefix: true is text to go on with; take its tool_calls away")
 
 
 def _encodable(part: str) -> bool:
@@ -100,11 +130,6 @@ def _encodable(part: str) -> bool:
         found = part[max(error.start - 20, 0) : error.start + 1]
         raise ProtocolError(f"half of a surrogate pair after {found!r}; send text that is valid Unicode") from None
     return True
-
-
-def _start(parts: Sequence[str]) -> Literal["reasoning", "content", "calls"]:
-    last = next((part for part in reversed(parts) if part), "")
-    return "reasoning" if isinstance(last, Special) and last == texts.THINK_OPEN else "content"
 
 
 def _effort_prefix(dialect: str, effort: str | None) -> str:
@@ -241,8 +266,9 @@ class _Renderer:
 
     def _assistant(self, index: int) -> list[str]:
         turn, parts = self.turns[index], []
-        after_task = index > 0 and self.turns[index - 1].get("task")
-        if self.thinking and not after_task and (not self.dropping or index > self.last_user):
+        if self.reasons_on(index):
+            return [_text_of(turn.get("reasoning_content"))]
+        if self._shows_reasoning(index):
             parts += [_text_of(turn.get("reasoning_content")), Special(texts.THINK_CLOSE)]
         parts.append(_text_of(turn.get("content")))
         calls = turn.get("tool_calls")
@@ -251,7 +277,16 @@ class _Renderer:
             for number, call in enumerate(calls):
                 parts += [*(["\n"] if number else []), *_invoke(call)]
             parts += _marked(texts.CALLS_CLOSE)
-        return parts if turn.get("wo_eos") else [*parts, Special(texts.EOS)]
+        return parts if turn.get("wo_eos") or turn.get("prefix") else [*parts, Special(texts.EOS)]
+
+    def _shows_reasoning(self, index: int) -> bool:
+        after_task = index > 0 and self.turns[index - 1].get("task")
+        return self.thinking and not after_task and (not self.dropping or index > self.last_user)
+
+    def reasons_on(self, index: int) -> bool:
+        """True for a prefix without content: the model goes on in its reasoning."""
+        turn = self.turns[index]
+        return bool(turn.get("prefix")) and not _text_of(turn.get("content")) and self._shows_reasoning(index)
 
     def transition(self, index: int) -> list[str]:
         """What hands over to the assistant, or a task token; nothing when another turn's header follows."""

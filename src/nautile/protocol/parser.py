@@ -46,9 +46,10 @@ def parse(
     tokenizer: Tokenizer | None = None,
     tools: Tools | None = None,
     finish_reason: Literal["stop", "length"] | None = None,
+    continued: bool = False,
 ) -> ParsedMessage:
     """Parse a whole completion, ids or text; the options are those of ``StreamParser`` and of its ``finish``."""
-    parser = StreamParser(start=start, tokenizer=tokenizer, tools=tools)
+    parser = StreamParser(start=start, tokenizer=tokenizer, tools=tools, continued=continued)
     events = parser.feed(output) + parser.finish(finish_reason)
     last = events[-1]
     assert isinstance(last, Finish)
@@ -80,14 +81,20 @@ class _OpenCall:
 class StreamParser:
     """Turns a completion into events while it arrives; ``parse`` does the same for a whole one.
 
-    ``start`` is ``Prompt.start``. With ids, ``</think>``, ``｜DSML｜`` and the end of sentence are recognised by id only and
+    ``start`` and ``continued`` are those of the ``Prompt``. With ids, ``</think>``, ``｜DSML｜`` and the end of sentence are recognised by id only and
     ``tokenizer`` is needed; with text (str, or bytes of UTF-8) the first two are recognised by their spelling. ``tools=None``
     parses calls without schemas, ``tools=[]`` leaves markup alone. Ids of calls are made from ``call_seed`` and the output up
     to the call: give each turn of a conversation its own seed.
     """
 
     def __init__(
-        self, *, start: Start = "reasoning", tokenizer: Tokenizer | None = None, tools: Tools | None = None, call_seed: str = ""
+        self,
+        *,
+        start: Start = "reasoning",
+        tokenizer: Tokenizer | None = None,
+        tools: Tools | None = None,
+        call_seed: str = "",
+        continued: bool = False,
     ) -> None:
         if start not in ("reasoning", "content", "calls"):
             raise ProtocolError(f"unknown start {start!r}; an answer starts in its reasoning, its content or its calls")
@@ -104,8 +111,8 @@ class StreamParser:
         # reasoning and content
         self._reasoning = start == "reasoning"
         self._newlines = 0  # seen, and dropped unless text follows
-        self._skip_newlines = True  # at the start of reasoning and of content
-        self._said_content = False
+        self._skip_newlines = not continued  # at the start of reasoning and of content
+        self._said_content = continued and start == "content"
         self._after_calls = False  # nothing but newlines since the last block
         # calls
         self._count = 0

@@ -18,7 +18,7 @@ EOS = 0
 
 
 class FakePool:
-    """Blocks with reference counts, a cache of whole blocks by prefix and partition, slots. Follows the contract of StatePool."""
+    """Blocks with reference counts, a cache of whole blocks by prefix and partition, slots: the contract of StatePool."""
 
     def __init__(self, blocks: int, slots: int, block_tokens: int = 4) -> None:
         self.block_tokens = block_tokens

@@ -1,0 +1,60 @@
+"""/v1/responses: OpenAI's Responses API, without storage. Every request carries its whole conversation."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from nautile.server.chat_request import checked
+from nautile.server.errors import ApiError
+from nautile.server.intake import caller, read_json, service_of
+from nautile.server.responses_events import ResponseWriter
+from nautile.server.responses_request import ResponsesRequest, Wanted, to_wanted
+from nautile.server.service import Service
+from nautile.server.sse import event, stream_events, while_connected
+from nautile.server.turn import run
+
+__all__ = ["router"]
+
+router = APIRouter()
+_BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": ResponsesRequest.model_json_schema()}}}}
+
+
+@router.post("/v1/responses", openapi_extra=_BODY)
+@router.post("/responses", openapi_extra=_BODY)
+async def responses(request: Request) -> Response:
+    """One response to a conversation."""
+    service = service_of(request)
+    body = checked(ResponsesRequest, await read_json(request))
+    wanted = to_wanted(body, service, *caller(request))
+    writer = ResponseWriter(body, wanted, service.name)
+    if body.stream:
+        return await stream_events(request, _events(writer, wanted, service), service.options.keep_alive)
+    await while_connected(request, _all(writer, wanted, service))
+    return JSONResponse(writer.response)
+
+
+async def _events(writer: ResponseWriter, wanted: Wanted, service: Service) -> AsyncGenerator[bytes, None]:
+    """Server-sent events. A fault before the first of them is raised, a later one ends the response as failed."""
+    begun = False
+    try:
+        async with aclosing(run(wanted.turn, service)) as turn:
+            async for item in turn:
+                for made in writer.events(item):
+                    begun = True
+                    yield event(made, made["type"])
+    except ApiError as error:
+        if not begun:
+            raise
+        made = writer.failed(error.message)
+        yield event(made, made["type"])
+
+
+async def _all(writer: ResponseWriter, wanted: Wanted, service: Service) -> None:
+    async with aclosing(run(wanted.turn, service)) as turn:
+        async for item in turn:
+            for _ in writer.events(item):
+                pass

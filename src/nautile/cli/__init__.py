@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from nautile import __version__
-from nautile.cli import agent, chat, demo, evaluate, train
+from nautile.cli import agent, chat, demo, evaluate, serve, train
 
 __all__ = ["app", "main"]
 
@@ -31,6 +31,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("agent")(agent.agent)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(train.app, name="train")
 for _verb in ("plan", "convert"):

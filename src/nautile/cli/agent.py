@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from nautile.agent.client import EngineClient
     from nautile.agent.loop import Budget
     from nautile.agent.trajectory import Trajectory
+    from nautile.engine import Engine
 
-__all__ = ["SetupError", "agent", "open_client", "shipped_model"]
+__all__ = ["SetupError", "agent", "open_client", "open_engine", "shipped_model"]
 
 
 class SetupError(RuntimeError):
@@ -171,15 +172,22 @@ def shipped_model() -> Path:
 def open_client(
     model: str = "", *, thinking: bool = True, temperature: float = 0.0, seed: int = 0, dialect: str | None = None
 ) -> EngineClient:
-    """Load a model (default: the shipped one) and open it for conversations. Raises SetupError when its weights are missing."""
+    """Load a model and open it for conversations. Raises SetupError when the shipped one lacks its weights."""
+    engine = open_engine(model)
+    from nautile.agent.client import EngineClient  # noqa: PLC0415
+    from nautile.engine import SamplingParams  # noqa: PLC0415
+
+    return EngineClient(engine, SamplingParams(temperature, seed=seed), model or "nano", thinking, dialect)
+
+
+def open_engine(model: str = "") -> Engine:
+    """Load a model (default: the shipped one). Raises SetupError when its weights are missing."""
     if not model:
         place = shipped_model()
         missing = [name for name in ("config.json", "tokenizer.json") if not (place / name).is_file()]
         missing += [] if list(place.glob("*.safetensors")) else ["*.safetensors"]
         if missing:
             raise SetupError(f"the shipped model is not complete: {place} lacks {', '.join(missing)}; pass --model DIRECTORY")
-    from nautile.agent.client import EngineClient  # noqa: PLC0415  # torch is loaded here, after the cheap checks
-    from nautile.engine import Engine, SamplingParams  # noqa: PLC0415
+    from nautile.engine import Engine  # noqa: PLC0415  # torch is loaded here, after the cheap checks
 
-    name = model or "nano"
-    return EngineClient(Engine(model or shipped_model()), SamplingParams(temperature, seed=seed), name, thinking, dialect)
+    return Engine(model or shipped_model())

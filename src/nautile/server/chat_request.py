@@ -199,7 +199,7 @@ def response_format_of(value: Mapping[str, Any] | None) -> Mapping[str, Any] | N
     if value.get("type") != "json_schema":
         raise invalid('response_format.type must be "text", "json_object" or "json_schema"', "response_format")
     inner = value.get("json_schema")
-    schema = inner.get("schema") if isinstance(inner, Mapping) else None
-    if not isinstance(schema, Mapping):
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("schema"), Mapping):
         raise invalid("response_format.json_schema.schema must be a JSON schema", "response_format")
-    return {"type": "json_schema", "json_schema": {"name": inner.get("name"), "schema": schema, "strict": inner.get("strict")}}
+    kept = {key: inner.get(key) for key in ("name", "schema", "strict")}
+    return {"type": "json_schema", "json_schema": kept}

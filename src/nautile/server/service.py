@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["ServerOptions", "Service", "ServiceError"]
 
 
+_SHORTEST_KEY = 8
+
+
 class ServiceError(ValueError):
     """The server cannot start with this model or these options; the text says what to change."""
 
@@ -42,6 +45,13 @@ class ServerOptions:
     strict_reasoning: bool = False  # 400 instead of the server's own memory for reasoning that was not sent back
     log_prompts: bool = False
     log_format: str = "console"  # or "json"
+
+    def __post_init__(self) -> None:
+        if any(len(key) < _SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key for key in self.api_keys):
+            raise ServiceError(f"an API key needs at least {_SHORTEST_KEY} letters, digits or signs of ASCII, and no spaces")
+        for origin in self.allowed_origins:
+            if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
+                raise ServiceError(f"an origin is written https://NAME or http://NAME:PORT, not {origin!r}")
 
 
 @dataclass

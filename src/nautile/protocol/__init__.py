@@ -1,5 +1,6 @@
 """The agent protocol: messages -> prompt ids (``encode``), completion ids -> events (``parse``, ``StreamParser``)."""
 
+from nautile.protocol.conversation import Conversation, conversation
 from nautile.protocol.encoder import Prompt, encode
 from nautile.protocol.errors import ProtocolError
 from nautile.protocol.events import (
@@ -18,6 +19,7 @@ from nautile.protocol.tokenizer import Tokenizer, TokenizerError
 
 __all__ = [
     "ContentDelta",
+    "Conversation",
     "Event",
     "Finish",
     "ParsedMessage",
@@ -31,6 +33,7 @@ __all__ = [
     "ToolCallArguments",
     "ToolCallEnd",
     "ToolCallStart",
+    "conversation",
     "encode",
     "parse",
 ]

@@ -81,10 +81,10 @@ class _OpenCall:
 class StreamParser:
     """Turns a completion into events while it arrives; ``parse`` does the same for a whole one.
 
-    ``start`` and ``continued`` are those of the ``Prompt``. With ids, ``</think>``, ``｜DSML｜`` and the end of sentence are recognised by id only and
-    ``tokenizer`` is needed; with text (str, or bytes of UTF-8) the first two are recognised by their spelling. ``tools=None``
-    parses calls without schemas, ``tools=[]`` leaves markup alone. Ids of calls are made from ``call_seed`` and the output up
-    to the call: give each turn of a conversation its own seed.
+    ``start`` and ``continued`` are those of the ``Prompt``. With ids, ``</think>``, ``｜DSML｜`` and the end of sentence are
+    recognised by id only and ``tokenizer`` is needed; with text (str, or bytes of UTF-8) the first two are recognised by
+    their spelling. ``tools=None`` parses calls without schemas, ``tools=[]`` leaves markup alone. Ids of calls are made from
+    ``call_seed`` and the output up to the call: give each turn of a conversation its own seed.
     """
 
     def __init__(

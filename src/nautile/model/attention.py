@@ -17,12 +17,12 @@ from nautile.config import ModelConfig
 from nautile.kernels.attention import attend
 from nautile.kernels.topk import topk_mask
 from nautile.model.chunk import Chunk
-from nautile.model.compressor import Compressor, block_numbers
+from nautile.model.compressor import Compressor
 from nautile.model.indexer import Indexer
 from nautile.model.layers import GroupedLinear, Linear, RMSNorm, unit_rms
 from nautile.model.rope import Rotation, rotate
 from nautile.quant import fp8
-from nautile.state import LayerState
+from nautile.state.interface import LayerRows
 
 __all__ = ["Attention", "AttentionTrace"]
 
@@ -54,7 +54,7 @@ class Attention(nn.Module):
         self.compressor = Compressor(config, ratio, c) if ratio else None
         self.indexer = Indexer(config) if ratio == 4 else None
 
-    def forward(self, x: Tensor, chunk: Chunk, state: LayerState | None = None, trace: AttentionTrace | None = None) -> Tensor:
+    def forward(self, x: Tensor, chunk: Chunk, state: LayerRows | None = None, trace: AttentionTrace | None = None) -> Tensor:
         """x [B, T, d], already normalised -> [B, T, d]. With a state, the chunk is appended to it."""
         turn = chunk.rotations[int(self.ratio != 0)]
         turn_heads = Rotation(turn.cos.unsqueeze(2), turn.sin.unsqueeze(2))
@@ -95,28 +95,27 @@ class Attention(nn.Module):
         plain = self.config.head_dim - self.config.qk_rope_head_dim
         return torch.cat((fp8.fake_quant_groups(kv[..., :plain]), kv[..., plain:]), dim=-1)
 
-    def _append_window(self, kv: Tensor, chunk: Chunk, state: LayerState | None) -> Tensor:
+    def _append_window(self, kv: Tensor, chunk: Chunk, state: LayerRows | None) -> Tensor:
         """Rows that the chunk can see: [B, W + T, c], row j at position start - W + j. Keeps the last W in the state."""
         size = self.config.sliding_window
         if state is None:
             return F.pad(kv, (0, 0, size, 0))
         return state.window.extend(kv, chunk.lengths).to(kv.dtype)
 
-    def _append_entries(self, x: Tensor, chunk: Chunk, state: LayerState | None) -> Tensor | None:
+    def _append_entries(self, x: Tensor, chunk: Chunk, state: LayerRows | None) -> Tensor | None:
         """All compressed entries of the sequences so far, [B, n, c]; None when no query of the chunk can see one."""
         if self.compressor is None:
             return None
         new, first = self.compressor(x, chunk, state.tail if state else None)
         new = self._quantise(new)
         if state is not None:
-            assert state.entries is not None
-            new = _store(state.entries, new, first, self._entry_count(chunk)).to(x.dtype)
+            new = state.store_entries(new, first, self._entry_count(chunk)).to(x.dtype)
         return new if new.shape[1] else None
 
     def _entry_count(self, chunk: Chunk) -> int:
         return max((start + length) // self.ratio for start, length in zip(chunk.starts, chunk.lengths, strict=True))
 
-    def _append_index_keys(self, x: Tensor, chunk: Chunk, state: LayerState | None) -> Tensor | None:
+    def _append_index_keys(self, x: Tensor, chunk: Chunk, state: LayerRows | None) -> Tensor | None:
         """All indexer keys so far, [B, n, index_head_dim]; None in layers without an indexer."""
         if self.indexer is None:
             return None
@@ -124,8 +123,7 @@ class Attention(nn.Module):
         new = self.indexer.prepare_keys(new)
         if state is None:
             return new
-        assert state.index_keys is not None
-        return _store(state.index_keys, new, first, self._entry_count(chunk)).to(x.dtype)
+        return state.store_index_keys(new, first, self._entry_count(chunk)).to(x.dtype)
 
     def _complete(self, count: int, chunk: Chunk) -> Tensor:
         """Entries a query may see at all, [B, T, n] bool: complete by then, and of its own document."""
@@ -134,17 +132,6 @@ class Attention(nn.Module):
         if chunk.documents is not None:
             visible = visible & (block * self.ratio >= chunk.documents.unsqueeze(-1))
         return visible
-
-
-def _store(buffer: Tensor, new: Tensor, first: tuple[int, ...], count: int) -> Tensor:
-    """Write rows new [B, n, w] at ``first[b]`` of each sequence of buffer [B, capacity, w]; return its first ``count`` rows."""
-    rows = new.shape[1]
-    if rows and len(set(first)) == 1:
-        buffer[:, first[0] : first[0] + rows] = new
-    elif rows:
-        index = block_numbers(first, rows, new.device).unsqueeze(-1).expand(new.shape)
-        buffer.scatter_(1, index, new.to(buffer.dtype))
-    return buffer[:, :count]
 
 
 def _indexer_divergence(weights: Tensor, scores: Tensor, visible: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from nautile.model.chunk import Chunk
 from nautile.model.layers import RMSNorm
 from nautile.model.mhc import collapse, distribute, mixing
 from nautile.model.moe import MoE, Routing
-from nautile.state import LayerState
+from nautile.state.interface import LayerRows
 
 __all__ = ["Block", "BlockTrace"]
 
@@ -49,9 +49,7 @@ class Block(nn.Module):
             self.register_parameter(f"hc_{site}_base", nn.Parameter(torch.zeros(rows)))
             self.register_parameter(f"hc_{site}_scale", nn.Parameter(torch.ones(3)))
 
-    def forward(
-        self, streams: Tensor, chunk: Chunk, state: LayerState | None = None, trace: BlockTrace | None = None
-    ) -> Tensor:
+    def forward(self, streams: Tensor, chunk: Chunk, state: LayerRows | None = None, trace: BlockTrace | None = None) -> Tensor:
         """streams [B, T, n, d] -> [B, T, n, d]."""
         pre, post, matrix = mixing(streams, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale, self.config)
         y = self.attn(self.attn_norm(collapse(streams, pre)), chunk, state, trace.attention if trace else None)

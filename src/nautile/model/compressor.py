@@ -15,7 +15,8 @@ from nautile.config import ModelConfig
 from nautile.model.chunk import Chunk
 from nautile.model.layers import Linear, RMSNorm
 from nautile.model.rope import rotate
-from nautile.state import CompressorTail, take_rows
+from nautile.state import take_rows
+from nautile.state.interface import TailRows
 
 __all__ = ["Compressor", "block_numbers"]
 
@@ -35,7 +36,7 @@ class Compressor(nn.Module):
         self.wgate = Linear(config.hidden_size, width)
         self.norm = RMSNorm(dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, chunk: Chunk, tail: CompressorTail | None) -> tuple[Tensor, tuple[int, ...]]:
+    def forward(self, x: Tensor, chunk: Chunk, tail: TailRows | None) -> tuple[Tensor, tuple[int, ...]]:
         """x [B, T, d] -> (entries [B, n, dim], index of the first of them in each sequence).
 
         n is the largest number of blocks that any sequence completes in this chunk; a sequence that completes fewer has
@@ -54,7 +55,7 @@ class Compressor(nn.Module):
         return self._finish(entries.to(x.dtype), chunk, first_block), first_block
 
     def _join(
-        self, kv: Tensor, gate: Tensor, chunk: Chunk, tail: CompressorTail, offsets: tuple[int, ...]
+        self, kv: Tensor, gate: Tensor, chunk: Chunk, tail: TailRows, offsets: tuple[int, ...]
     ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         """Put the tail before the chunk, keep the new tail, and say in which row each first block now begins."""
         rows = tuple(offset - start + tail.kv.size for offset, start in zip(offsets, chunk.starts, strict=True))

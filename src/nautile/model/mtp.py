@@ -15,7 +15,7 @@ from nautile.model.block import Block, BlockTrace
 from nautile.model.chunk import Chunk
 from nautile.model.layers import Linear, RMSNorm
 from nautile.model.mhc import head_collapse
-from nautile.state import LayerState
+from nautile.state.interface import LayerRows
 
 __all__ = ["MTPBlock"]
 
@@ -36,7 +36,7 @@ class MTPBlock(Block):
         self.hc_head_scale = nn.Parameter(torch.ones(1))
 
     def draft(
-        self, streams: Tensor, embedded: Tensor, chunk: Chunk, state: LayerState | None = None, trace: BlockTrace | None = None
+        self, streams: Tensor, embedded: Tensor, chunk: Chunk, state: LayerRows | None = None, trace: BlockTrace | None = None
     ) -> tuple[Tensor, Tensor]:
         """streams [B, T, n, d] at t and embeddings [B, T, d] of t + 1 -> (streams of the next step, hidden [B, T, d])."""
         joined = self.e_proj(self.enorm(embedded)).unsqueeze(-2) + self.h_proj(self.hnorm(streams))

@@ -18,6 +18,7 @@ from nautile.model.mhc import head_collapse
 from nautile.model.mtp import MTPBlock
 from nautile.model.rope import inverse_frequencies, rotation
 from nautile.state import State
+from nautile.state.interface import BatchState
 
 __all__ = ["Trace", "Transformer"]
 
@@ -56,7 +57,7 @@ class Transformer(nn.Module):
         self,
         input_ids: Tensor,
         *,
-        state: State | None = None,
+        state: BatchState | None = None,
         lengths: Tensor | None = None,
         logits: Literal["all", "last", "none"] = "all",
         trace: Trace | None = None,
@@ -93,7 +94,7 @@ class Transformer(nn.Module):
     def new_chunk(
         self,
         input_ids: Tensor,
-        state: State | None = None,
+        state: BatchState | None = None,
         lengths: Tensor | None = None,
         documents: Tensor | None = None,
         indexer_loss: bool = False,
@@ -110,12 +111,12 @@ class Transformer(nn.Module):
         if state is not None:
             if documents is not None:
                 raise ValueError("documents are for packed rows without a state")
-            state.reserve(max(starts) + input_ids.shape[1] + 128)
+            state.begin(real, input_ids.shape[1])
         frequencies = (self.window_frequencies, self.compressed_frequencies)
         turns = (rotation(positions, frequencies[0]), rotation(positions, frequencies[1]))
         return Chunk(starts, real, positions, documents, frequencies, turns, state is not None, input_ids, indexer_loss)
 
-    def streams(self, input_ids: Tensor, chunk: Chunk, state: State | None = None, trace: Trace | None = None) -> Tensor:
+    def streams(self, input_ids: Tensor, chunk: Chunk, state: BatchState | None = None, trace: Trace | None = None) -> Tensor:
         """The residual streams after the last layer, before the final collapse: [B, T, n, d]."""
         embedded = self.embed(input_ids)
         if torch.is_autocast_enabled(embedded.device.type):
@@ -159,7 +160,7 @@ def _check_documents(documents: Tensor, positions: Tensor) -> None:
 
 
 def _check(
-    input_ids: Tensor, state: State | None, lengths: Tensor | None, config: ModelConfig
+    input_ids: Tensor, state: BatchState | None, lengths: Tensor | None, config: ModelConfig
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
         raise ValueError(f"input_ids must be int64 [batch, tokens], got {input_ids.dtype} {tuple(input_ids.shape)}")

@@ -171,6 +171,10 @@ class Pages:
             tensor = getattr(self, name)
             tensor[target].copy_(tensor[source])
 
+    def equal_blocks(self, one: list[int], other: list[int]) -> bool:
+        """Whether two lists of blocks hold the same bytes."""
+        return torch.equal(self.read_blocks(one), self.read_blocks(other))
+
     def read_blocks(self, blocks: list[int]) -> Tensor:
         """The bytes of these blocks in host memory: uint8 [blocks, block_bytes]; per block csa, index, hca."""
         chosen = torch.tensor(blocks, dtype=torch.int64, device=self.device)

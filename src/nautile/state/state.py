@@ -99,6 +99,16 @@ class LayerState:
     index_tail: CompressorTail | None = None
     index_keys: Tensor | None = None  # [B, capacity, index c]
 
+    def store_entries(self, new: Tensor, first: tuple[int, ...], count: int) -> Tensor:
+        """Write new entries [B, n, c] at ``first[b]`` of each sequence; returns the first ``count`` rows."""
+        assert self.entries is not None
+        return _store(self.entries, new, first, count)
+
+    def store_index_keys(self, new: Tensor, first: tuple[int, ...], count: int) -> Tensor:
+        """The same for indexer keys."""
+        assert self.index_keys is not None
+        return _store(self.index_keys, new, first, count)
+
 
 class State:
     """State of ``batch_size`` sequences. ``lengths`` [B] int64 on the CPU is the number of tokens each has taken in."""
@@ -137,6 +147,10 @@ class State:
                 layer.entries = _grown(layer.entries, self.capacity // ratio)
             if layer.index_keys is not None:
                 layer.index_keys = _grown(layer.index_keys, self.capacity // ratio)
+
+    def begin(self, lengths: tuple[int, ...], width: int) -> None:
+        """Make room for a chunk of ``width`` tokens; rows that a short sequence leaves without meaning need room as well."""
+        self.reserve(int(self.lengths.max()) + width + 128)
 
     def snapshot(self) -> State:
         """An independent copy of everything, to be given to ``restore`` later (any number of times)."""
@@ -203,6 +217,17 @@ class State:
                     yield value.buffer
                 elif value is not None:
                     yield from (value.kv.buffer, value.gate.buffer)
+
+
+def _store(buffer: Tensor, new: Tensor, first: tuple[int, ...], count: int) -> Tensor:
+    """Write rows new [B, n, w] at ``first[b]`` of each sequence of buffer [B, capacity, w]; return its first ``count`` rows."""
+    rows = new.shape[1]
+    if rows and len(set(first)) == 1:
+        buffer[:, first[0] : first[0] + rows] = new
+    elif rows:
+        numbers = torch.tensor(first, device=new.device).unsqueeze(1) + torch.arange(rows, device=new.device)
+        buffer.scatter_(1, numbers.unsqueeze(-1).expand(new.shape), new.to(buffer.dtype))
+    return buffer[:, :count]
 
 
 def _values(layer: LayerState) -> list[Rows | Tensor | CompressorTail | None]:

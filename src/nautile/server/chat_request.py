@@ -5,8 +5,8 @@ docs/api.md has the same table for readers: every field is honoured, ignored bec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -14,9 +14,18 @@ from nautile.engine.sampling import SamplingParams
 from nautile.server.errors import ApiError, invalid, unprocessable
 from nautile.server.modes import effort_of, template_options, thinking_of
 from nautile.server.service import Service
-from nautile.server.turn import ToolChoice, Turn
+from nautile.server.turn import Turn
 
-__all__ = ["ChatRequest", "checked", "logit_bias_of", "sampling_of", "stops_of", "to_turn", "tool_choice_of"]
+__all__ = [
+    "ChatRequest",
+    "checked",
+    "logit_bias_of",
+    "response_format_of",
+    "sampling_of",
+    "stops_of",
+    "to_turn",
+    "tool_choice_of",
+]
 
 _MOST_STOPS = 16
 _LONGEST_STOP = 1000
@@ -51,9 +60,9 @@ class Sampled(BaseModel):
 class ChatRequest(Sampled):
     """A request to /v1/chat/completions."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     thinking: dict[str, Any] | bool | None = None
     reasoning_effort: str | None = None
@@ -94,11 +103,10 @@ def to_turn(request: ChatRequest, service: Service, partition: str, request_id: 
     thinking = thinking_of(request.thinking)
     if thinking is None:
         thinking = True if kwargs_thinking is None else kwargs_thinking
-    tools = tuple(request.tools or ())
     return Turn(
-        messages=tuple(request.messages),
-        tools=tools,
-        tool_choice=tool_choice_of(request.tool_choice, tools),
+        messages=request.messages,
+        tools=request.tools,
+        tool_choice=tool_choice_of(request.tool_choice, request.tools),
         parallel_calls=request.parallel_tool_calls is not False,
         thinking=thinking,
         effort=effort_of(request.reasoning_effort) or kwargs_effort,
@@ -107,7 +115,6 @@ def to_turn(request: ChatRequest, service: Service, partition: str, request_id: 
         response_format=response_format_of(request.response_format),
         stop=stops_of(request.stop),
         logprobs=_logprobs(request),
-        continues=request.messages[-1].get("prefix") is True,
         partition=partition,
         id=request_id,
     )
@@ -171,19 +178,19 @@ def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:
     return stops
 
 
-def tool_choice_of(choice: str | Mapping[str, Any] | None, tools: tuple[Mapping[str, Any], ...]) -> ToolChoice:
+def tool_choice_of(
+    choice: str | Mapping[str, Any] | None, tools: Sequence[Mapping[str, Any]] | None
+) -> str | Mapping[str, Any] | None:
     """The choice in protocol form. Raises ApiError for a choice without tools, or of a tool that is not offered."""
-    if choice is None or choice == "auto":
-        return "auto"
-    if choice == "none":
-        return "none"
+    if choice is None or choice in ("auto", "none"):
+        return choice
     if not tools:
         raise invalid("tool_choice asks for a call, but there are no tools; send tools", "tool_choice")
     if choice == "required":
-        return "required"
+        return choice
     function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
     name = function.get("name") if isinstance(function, Mapping) else None
-    names = [tool.get("function", {}).get("name") for tool in tools if isinstance(tool.get("function"), Mapping)]
+    names = [tool["function"].get("name") for tool in tools if isinstance(tool.get("function"), Mapping)]
     if not isinstance(name, str) or name not in names:
         text = f'tool_choice must be "auto", "none", "required" or name one of the tools ({", ".join(map(str, names))})'
         raise invalid(text, "tool_choice")
@@ -201,5 +208,4 @@ def response_format_of(value: Mapping[str, Any] | None) -> Mapping[str, Any] | N
     inner = value.get("json_schema")
     if not isinstance(inner, Mapping) or not isinstance(inner.get("schema"), Mapping):
         raise invalid("response_format.json_schema.schema must be a JSON schema", "response_format")
-    kept = {key: inner.get(key) for key in ("name", "schema", "strict")}
-    return {"type": "json_schema", "json_schema": kept}
+    return {"type": "json_schema", "json_schema": {key: inner.get(key) for key in ("name", "schema", "strict")}}

@@ -73,6 +73,8 @@ def to_wanted(request: CountRequest, service: Service, partition: str, request_i
     choice = Fields(request.tool_choice or {"type": "auto"}, "tool_choice")
     history = _history(request, names)
     messages = history.finished()
+    if _continues(messages):
+        messages = (*messages[:-1], {**messages[-1], "prefix": True})
     whole = request if isinstance(request, MessagesRequest) else None
     form = config.object("format")
     turn = Turn(
@@ -86,7 +88,6 @@ def to_wanted(request: CountRequest, service: Service, partition: str, request_i
         max_tokens=whole.max_tokens if whole else None,
         response_format=_response_format(form.value) if form else None,
         stop=stops_of(whole.stop_sequences if whole else None),
-        continues=_continues(messages),
         partition=partition,
         id=request_id,
     )

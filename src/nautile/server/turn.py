@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from nautile.engine.request import Request
 from nautile.engine.sampling import SamplingParams
@@ -25,13 +25,12 @@ from nautile.protocol import (
 )
 from nautile.server.errors import ApiError, invalid
 from nautile.server.generation import Answer, Job, TokenLogprobs, TurnFinished, TurnStarted, TurnUsage, Writer, generate
-from nautile.server.prompt import constrained, remember, render, restored, room
+from nautile.server.prompt import constrained, normalised, remember, render, room
 from nautile.server.service import Service
 
 __all__ = [
     "Answer",
     "TokenLogprobs",
-    "ToolChoice",
     "Turn",
     "TurnEvent",
     "TurnFinished",
@@ -43,7 +42,6 @@ __all__ = [
 ]
 
 Message = Mapping[str, Any]
-ToolChoice = Literal["auto", "none", "required"] | Mapping[str, Any]
 TurnEvent = (
     TurnStarted | ReasoningDelta | ContentDelta | ToolCallStart | ToolCallArguments | ToolCallEnd | TokenLogprobs | TurnFinished
 )
@@ -53,17 +51,16 @@ TurnEvent = (
 class Turn:
     """One answer to a conversation. Written by an endpoint, never changed.
 
-    ``messages`` are those of ``nautile.protocol.encode``; with ``continues`` the last one is an assistant message that the
-    answer goes on with. ``tools``, ``tool_choice`` and ``response_format`` have the form of the chat API:
-    ``{"type": "function", "function": {...}}``, "auto" | "none" | "required" | ``{"type": "function", "function": {"name"}}``,
-    ``{"type": "json_object"}`` | ``{"type": "json_schema", "json_schema": {"schema": {...}}}``. ``effort`` is low, high or max,
-    None means the server's default. ``max_tokens`` None means as much as the mode's default allows. ``logprobs`` None means
-    none, else how many likely tokens are wanted beside each. Without ``parallel_calls`` the turn ends after its first call.
+    ``messages``, ``tools``, ``tool_choice`` and ``response_format`` are as a client of the chat API sends them;
+    ``nautile.protocol.conversation`` checks them, so they may be anything. A last assistant message with ``prefix: true`` is
+    left open for the answer. ``effort`` is low, high or max, None means the server's default. ``max_tokens`` None means as much
+    as the mode's default allows. ``logprobs`` None means none, else how many likely tokens are wanted beside each. Without
+    ``parallel_calls`` the turn ends after its first call.
     """
 
-    messages: tuple[Message, ...]
-    tools: tuple[Mapping[str, Any], ...] = ()
-    tool_choice: ToolChoice = "auto"
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    tool_choice: str | Mapping[str, Any] | None = None
     parallel_calls: bool = True
     thinking: bool = True
     effort: str | None = None
@@ -72,14 +69,8 @@ class Turn:
     response_format: Mapping[str, Any] | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
-    continues: bool = False
     partition: str = ""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
-
-    @property
-    def offered(self) -> tuple[Mapping[str, Any], ...]:
-        """The tools that the model is told of."""
-        return () if self.tool_choice == "none" else self.tools
 
 
 async def run(turn: Turn, service: Service) -> AsyncGenerator[TurnEvent, None]:
@@ -119,16 +110,18 @@ async def collect(events: AsyncIterator[TurnEvent]) -> Answer:
 def prepare(turn: Turn, service: Service) -> Job:
     """Everything up to the engine: the prompt's ids, the constraint, the reader of the output. Raises ApiError."""
     tokenizer = service.tokenizer
-    turn = restored(turn, service)
-    prompt = render(turn, service)
+    asked = normalised(turn, service)
+    prompt = render(turn, asked, service)
     ids = prompt.ids
     limit = room(turn, len(ids), service)
     try:
         sampling = replace(turn.sampling, max_tokens=limit, logprobs=turn.logprobs)
     except ValueError as error:
         raise invalid(str(error)) from None
-    constraint = constrained(turn, prompt.start, service)
+    constraint = constrained(asked, prompt, service)
     request = Request(tuple(ids), sampling, id=turn.id, partition=turn.partition, constraint=constraint)
-    parser = StreamParser(start=prompt.start, tokenizer=tokenizer, tools=turn.offered, call_seed=turn.id)
+    parser = StreamParser(
+        start=prompt.start, tokenizer=tokenizer, tools=asked.tools, call_seed=turn.id, continued=prompt.continued
+    )
     writer = Writer(tokenizer, parser, start=prompt.start, stop=turn.stop, parallel_calls=turn.parallel_calls)
-    return Job(request, writer, lambda answer: remember(turn, answer, service))
+    return Job(request, writer, lambda answer: remember(turn, asked, answer, service))

@@ -1,5 +1,6 @@
 """``nautile eval tools`` with experts in the place of the model: what is run, how it is graded and reported."""
 
+import functools
 import json
 
 import pytest
@@ -9,7 +10,8 @@ from nautile.agent.client import Reply
 from nautile.agent.tools import TOOLS
 from nautile.cli import agent as agent_verb
 from nautile.cli import main
-from nautile.evals.tools import EvalConfig, Outcome, Report, evaluate, wilson
+from nautile.evals import tools
+from nautile.evals.tools import EvalConfig, Outcome, Report, evaluate, evaluate_in_processes, wilson
 from nautile.protocol import ToolCall
 from nautile.train.tasks import DEMO_KINDS, HELD_OUT_START, KINDS
 
@@ -67,6 +69,43 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(agent_verb, "open_client", lambda *a, **k: Experts(cases, cases[:2]))
     assert main(["eval", "tools", "--kinds", "count_lines", "--seeds", "4", "--in-process"]) == 1
     assert "pass@1 50.0%, bar not met" in capsys.readouterr().out
+
+
+def open_experts(cases, wrong=()):
+    return Experts(cases, wrong)
+
+
+def open_nothing():
+    raise OSError("no weights here")
+
+
+def test_processes_measure_what_one_does():
+    config = EvalConfig(kinds=("count_lines", "edit_value"), seeds=3, confined=False)
+    wrong = config.cases()[2:3]
+    seen = []
+    opening = functools.partial(open_experts, config.cases(), wrong)
+    many = evaluate_in_processes(opening, config, 2, seen.append)
+    one = evaluate(opening(), config, lambda outcome: None)
+    assert many.outcomes == one.outcomes and {outcome.seed for outcome in seen} == {seed for _, seed in config.cases()}
+    assert (many.model, many.commit, many.processes, many.score()) == (one.model, one.commit, 2, one.score())
+
+
+def test_a_process_that_fails_ends_the_measurement():
+    with pytest.raises(RuntimeError, match="no weights here"):
+        evaluate_in_processes(open_nothing, EvalConfig(kinds=("count_lines",), seeds=2), 2, lambda outcome: None)
+
+
+def test_the_commit_is_the_one_at_the_start(monkeypatch):
+    """Somebody commits while a long measurement runs: the result must name the code that was measured."""
+    versions = iter(("before", "after"))
+    monkeypatch.setattr(tools, "commit", lambda: next(versions))
+    config = EvalConfig(kinds=("count_lines",), seeds=1, confined=False)
+    assert evaluate(Experts(config.cases()), config, lambda outcome: None).to_json()["commit"] == "before"
+
+
+def test_training_seeds_are_not_evaluated():
+    with pytest.raises(ValueError, match="are for training"):
+        EvalConfig(first_seed=5)
 
 
 def test_garbage_fails_the_task_and_not_the_measurement():

@@ -57,7 +57,7 @@ def test_long_documents_are_cut_and_bad_lengths_refused() -> None:
             pack(iter([long]), 1, length)
 
 
-@pytest.mark.parametrize("stage", ["sft", "pretrain"])
+@pytest.mark.parametrize("stage", ["sft", "practice", "pretrain"])
 def test_build_resumes_and_is_deterministic(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = corpus.collect(packages=["iniconfig"])[:1]
     monkeypatch.setattr("nautile.train.corpus.collect", lambda: small)

@@ -2,14 +2,18 @@
 
 import json
 import random
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nautile.agent.tools import SYSTEM_PROMPT, TOOLS
 from nautile.protocol import Tokenizer, encode
-from nautile.train.tasks import KINDS
-from nautile.train.traces import Conversations, TraceError, TraceMaker, TraceMix, run_tasks, tokenise
+from nautile.train.slips import failed
+from nautile.train.tasks import HELD_OUT_START, KINDS, Pool
+from nautile.train.tasks.words import HELD_OUT_WORDS
+from nautile.train.traces import Conversations, TraceError, TraceMaker, TraceMix, lexicon_of, run_tasks, tokenise
 
 NANO = Path(__file__).parents[2] / "src" / "nautile" / "weights" / "nano"
 
@@ -30,7 +34,7 @@ def spans(loss: bytearray) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("thinking", [True, False])
 def test_training_ids_are_inference_ids(tokenizer: Tokenizer, thinking: bool) -> None:
     """Before every assistant turn the loop's prompt is exactly what precedes it in the trace, and the turn parses back."""
-    with Conversations(TraceMix(thinking=float(thinking), real_python=False)) as conversations:
+    with Conversations(TraceMix(thinking=float(thinking), real_python=False, slips=0)) as conversations:
         for seed in range(12):
             talk = conversations.make(seed)
             ids, loss, system = tokenise(talk.messages, talk.tools, tokenizer, talk.thinking, {})
@@ -45,7 +49,7 @@ def test_training_ids_are_inference_ids(tokenizer: Tokenizer, thinking: bool) ->
 
 
 def test_the_models_own_tokens_parse_back(tokenizer: Tokenizer) -> None:
-    with Conversations(TraceMix(real_python=False)) as conversations:
+    with Conversations(TraceMix(real_python=False, slips=0)) as conversations:
         for seed in range(12):
             talk = conversations.make(seed)
             ids, loss, _ = tokenise(talk.messages, talk.tools, tokenizer, talk.thinking, {})
@@ -124,3 +128,59 @@ def test_text_that_looks_special_stays_text(tokenizer: Tokenizer) -> None:
     assert ids.count(tokenizer.special("<｜User｜>")) == 1
     assert ids.count(tokenizer.special("<｜end▁of▁sentence｜>")) == 1
     assert sum(tokenizer.special("</think>") == token for token, own in zip(ids, loss, strict=True) if own) == 1
+
+
+def test_slips_are_seen_and_not_learnt(tokenizer: Tokenizer) -> None:
+    """A miscopied call really finds nothing, carries no loss, and is followed by the expert's own call, which does."""
+    mix, seen = TraceMix(thinking=1.0, slips=1.0, real_python=False), 0
+    with Conversations(mix, lexicon_of(tokenizer)) as conversations:
+        for seed in range(40):
+            talk = conversations.make(seed)
+            ids, loss, _ = tokenise(talk.messages, talk.tools, tokenizer, talk.thinking, {}, talk.slips)
+            whole, everything, _ = tokenise(talk.messages, talk.tools, tokenizer, talk.thinking)
+            turns = [index for index, message in enumerate(talk.messages) if message["role"] == "assistant"]
+            assert ids == whole
+            assert [own for own, _ in zip(spans(everything), turns, strict=True) if loss[own[0]]] == spans(loss)
+            for number in talk.slips:
+                seen += 1
+                wrong, output, repaired = talk.messages[turns[number] : turns[number] + 3]
+                assert failed(output["content"])
+                assert not any(loss[slice(*spans(everything)[number])])
+                assert all(loss[slice(*spans(everything)[number + 1])])
+                assert re.match('I wrote "(.+)"; the task says "(.+)". ', repaired["reasoning_content"], re.DOTALL)
+                assert wrong["tool_calls"] != repaired["tool_calls"]
+            assert len(talk.slips) <= len(talk.kinds)
+    assert seen > 60
+
+
+def test_what_is_not_there_is_compared_before_it_is_given_up(tokenizer: Tokenizer) -> None:
+    found = 0
+    for seed in range(400):
+        task = KINDS["lookup_value"].from_seed(seed)
+        if task.answer == "none":
+            found += 1
+            name = task.steps[-1].arguments["pattern"]
+            assert task.reasoning == f'I wrote "{name}"; the task says "{name}". There is none.'
+    assert found
+
+
+def test_names_of_the_whole_vocabulary_occur_and_words_kept_for_evaluation_do_not(tokenizer: Tokenizer) -> None:
+    lexicon = lexicon_of(tokenizer)
+    rng = random.Random(0)
+    words = [lexicon.word(rng) for _ in range(200_000)]
+    assert not {word.lower() for word in words} & set(HELD_OUT_WORDS)
+    letters = [number for number in range(tokenizer.vocab_size) if tokenizer.decode([number]) in lexicon.pieces]
+    used = {number for word in words for number in tokenizer.encode(word)}
+    assert len(used.intersection(letters)) > 0.97 * len(letters)
+    pool = Pool(rng, lexicon=replace(lexicon, share=1.0))
+    assert not {part.lower() for _ in range(2000) for part in pool.snake().split("_")} & set(HELD_OUT_WORDS)
+
+
+def test_a_lexicon_changes_nothing_for_evaluation(tokenizer: Tokenizer) -> None:
+    """The pinned first tasks of the published measurement: they must not move when training data changes."""
+    prompts = [KINDS[kind].from_seed(HELD_OUT_START).prompt for kind in ("lookup_value", "find_file", "replace_text")]
+    assert prompts == [
+        'What value has "freng-language" in repeat/vision.yaml? Give only the value.',
+        'Give me the name of the file with "Father shape horse apple home chalk field brand power limit.". Give only the path.',
+        KINDS["replace_text"].generate(random.Random(f"replace_text:{HELD_OUT_START}"), held_out=True).prompt,
+    ]

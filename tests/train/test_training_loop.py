@@ -1,11 +1,16 @@
 """Training: a resumed run is the run, packed documents do not see each other, Muon's step is what the paper says."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from nautile.checkpoint import load_model
+from nautile.config import ModelConfig
 from nautile.model import Transformer
 from nautile.model.initialise import initialise
+from nautile.quant import mxfp4
 from nautile.train.data import batches
 from nautile.train.loop import Trainer
 from nautile.train.losses import Batch, LossWeights, training_losses
@@ -65,6 +70,17 @@ def test_saved_weights_come_back(tmp_path):
     again = load_weights(model.config, tmp_path / "weights.safetensors", "cpu")
     for name, tensor in model.state_dict().items():
         assert torch.allclose(again.state_dict()[name].float(), tensor.float(), rtol=2**-8, atol=0), name
+
+
+def test_the_shipped_directory_continues_exactly():
+    """Weights read from a model directory lie on the grid of its formats: quantisation-aware training begins where it ended."""
+    shipped = Path(__file__).parents[2] / "src" / "nautile" / "weights" / "nano"
+    model = load_weights(ModelConfig.preset("nano"), shipped, "cpu")
+    state = load_model(shipped).state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    before = model.layers[3].ffn.experts.w1.clone()
+    assert torch.equal(mxfp4.fake_quant(before), before)
+    assert model.layers[3].ffn.experts.w1.requires_grad
 
 
 def test_documents_of_a_row_do_not_meet():

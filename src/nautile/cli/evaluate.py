@@ -29,6 +29,10 @@ def tools(  # noqa: PLR0913  # one parameter an option
     full: Annotated[bool, typer.Option("--full", help="Every seed: 50 a kind, 300 for each kind of the demo.")] = False,
     held_out_wording: Annotated[bool, typer.Option("--held-out-wording", help="Ask in words never trained on.")] = False,
     in_process: Annotated[bool, typer.Option("--in-process", help="No sandbox: quicker; the result says so.")] = False,
+    first_seed: Annotated[
+        int | None, typer.Option(help="Begin here instead of the published seeds, to try things without spending those.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes, each with the model and one thread.")] = 1,
     out: Annotated[
         Path | None, typer.Option(help="Also write the result to this file, and each task's to a .jsonl beside it.")
     ] = None,
@@ -39,12 +43,13 @@ def tools(  # noqa: PLR0913  # one parameter an option
     Example: nautile eval tools --kinds count_lines --seeds 50 --json
     """
     import dataclasses  # noqa: PLC0415
+    import functools  # noqa: PLC0415
 
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import Progress  # noqa: PLC0415
 
     from nautile.cli.agent import open_client  # noqa: PLC0415
-    from nautile.evals.tools import EvalConfig, Outcome, evaluate  # noqa: PLC0415
+    from nautile.evals.tools import EvalConfig, Outcome, evaluate, evaluate_in_processes  # noqa: PLC0415
     from nautile.train.tasks import KINDS  # noqa: PLC0415
 
     chosen = tuple(name for part in kinds or [] for name in part.split(",") if name) or tuple(KINDS)
@@ -52,10 +57,13 @@ def tools(  # noqa: PLR0913  # one parameter an option
         config = EvalConfig.full(chosen) if full else EvalConfig(chosen)
         if seeds is not None:
             config = dataclasses.replace(config, seeds=seeds, demo_seeds=None)
+        if first_seed is not None:
+            config = dataclasses.replace(config, first_seed=first_seed)
         config = dataclasses.replace(config, held_out_wording=held_out_wording, confined=not in_process)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    client = open_client(model, dialect=dialect)
+    opening = functools.partial(open_client, model, dialect=dialect)
+    client = opening() if processes == 1 else None  # opened before anything is measured: a model that is missing says so
     if out is not None:
         out.with_suffix(".jsonl").unlink(missing_ok=True)
     passed, done = 0, 0
@@ -69,7 +77,10 @@ def tools(  # noqa: PLR0913  # one parameter an option
             if out is not None:  # a long run that is cut short leaves what it measured
                 _append(out.with_suffix(".jsonl"), json.dumps(dataclasses.asdict(outcome), ensure_ascii=False))
 
-        report = evaluate(client, config, count)
+        if client is not None:
+            report = evaluate(client, config, count)
+        else:
+            report = evaluate_in_processes(opening, config, processes, count)
     result = report.to_json()
     if out is not None:
         _write(out, json.dumps(result, ensure_ascii=False, indent=1) + "\n")

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Train a V4 model: tokenizer, data, pretrain, sft.", no_args_is_help=True)
+app = typer.Typer(help="Train a V4 model: tokenizer, data, pretrain, sft, practice.", no_args_is_help=True)
 
 _H100_BF16 = 766e12  # measured with a large product of random matrices
 _LENGTH = 2048  # tokens of a row
@@ -28,7 +28,7 @@ def tokenizer(out: Annotated[Path, typer.Option(help="Directory for tokenizer.js
 
 @app.command()
 def data(
-    stage: Annotated[str, typer.Argument(help="pretrain or sft")],
+    stage: Annotated[str, typer.Argument(help="pretrain, practice or sft")],
     out: Annotated[Path, typer.Option(help="Directory for the shards.")],
     tokens: int = 50_000_000,
     length: int = 2048,
@@ -36,11 +36,12 @@ def data(
     seed: int = 0,
 ) -> None:
     """Write packed shards for a stage. Example: nautile train data sft --out data/sft --tokens 5000000"""
-    from nautile.train.packing import build  # noqa: PLC0415
+    from nautile.train.packing import build, stage_named  # noqa: PLC0415
 
-    if stage not in ("pretrain", "sft"):
-        raise typer.BadParameter("stage is pretrain or sft")
-    build(out, "pretrain" if stage == "pretrain" else "sft", tokens, length, processes, seed)
+    try:
+        build(out, stage_named(stage), tokens, length, processes, seed)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,30 @@ def pretrain(  # noqa: PLR0913
     """Pretrain. Example: nautile train pretrain --data data/pretrain --out runs/out/pretrain --build-tokens 50000000"""
     run = _Run(data, out, init, preset, build_tokens, processes, device, compile)
     _stage("pretrain", run, steps=steps, seconds=seconds, batch_rows=rows)
+
+
+@app.command()
+def practice(  # noqa: PLR0913
+    *,
+    data: Annotated[Path, typer.Option(help="Shards, or where to write them.")],
+    out: Annotated[Path, typer.Option(help="Directory of the run; a checkpoint there is resumed.")],
+    init: Annotated[Path, typer.Option(help="Weights to continue from: a file of a stage, or a model directory.")],
+    preset: str = "nano",
+    steps: int | None = None,
+    seconds: Annotated[float | None, typer.Option(help="End the stage, schedule included, after this time.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of 2,048 tokens a step.")] = None,
+    peak_lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    build_tokens: Annotated[int, typer.Option(help="Also build the shards, this many tokens.")] = 0,
+    processes: Annotated[int, typer.Option(help="Processes that build.")] = 2,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    compile: Annotated[bool, typer.Option(help="torch.compile the blocks (CUDA only).")] = True,
+) -> None:
+    """Continue a trained model on traces and copying exercises.
+
+    Example: nautile train practice --data data/practice --out runs/out/practice --init src/nautile/weights/nano
+    """
+    run = _Run(data, out, init, preset, build_tokens, processes, device, compile)
+    _stage("practice", run, steps=steps, seconds=seconds, batch_rows=rows, peak_lr=peak_lr)
 
 
 @app.command()
@@ -124,12 +149,12 @@ def _stage(name: str, run: _Run, **changes: float | None) -> None:
     from nautile.config import ModelConfig  # noqa: PLC0415
     from nautile.engine.costs import train_flops_per_token  # noqa: PLC0415
     from nautile.train import stages  # noqa: PLC0415
+    from nautile.train.packing import stage_named  # noqa: PLC0415
 
     config, builder = ModelConfig.preset(run.preset), None
     device = ("cuda" if torch.cuda.is_available() else "cpu") if run.device == "auto" else run.device
     if run.build_tokens:
-        kind: Literal["pretrain", "sft"] = "pretrain" if name == "pretrain" else "sft"
-        builder = stages.build_in_background(run.data, kind, run.build_tokens, _LENGTH, run.processes)
+        builder = stages.build_in_background(run.data, stage_named(name), run.build_tokens, _LENGTH, run.processes)
     stage = stages.stage_config(
         name,
         compile=run.compile and device == "cuda",

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import platform
 import subprocess
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 from nautile.agent.client import ChatClient
@@ -25,7 +28,7 @@ from nautile.agent.workbench import InProcess
 from nautile.sandbox import open_sandbox
 from nautile.train.tasks import DEMO_KINDS, HELD_OUT_START, KINDS
 
-__all__ = ["BAR", "DEMO_BAR", "EvalConfig", "KindScore", "Outcome", "Report", "evaluate", "wilson"]
+__all__ = ["BAR", "DEMO_BAR", "EvalConfig", "KindScore", "Outcome", "Report", "evaluate", "evaluate_in_processes", "wilson"]
 
 BAR = 0.60  # of all tasks
 DEMO_BAR = 0.98  # of each kind of the demo, judged in a full run
@@ -55,6 +58,8 @@ class EvalConfig:
             raise ValueError(f"unknown kind {', '.join(unknown) or '(none given)'}; choose from {', '.join(KINDS)}")
         if self.seeds < 1:
             raise ValueError("at least one seed a kind is needed")
+        if self.first_seed < HELD_OUT_START:
+            raise ValueError(f"seeds below {HELD_OUT_START} are for training; begin at {HELD_OUT_START} or above")
 
     def cases(self) -> list[tuple[str, int]]:
         """(kind, seed) of every task. Kinds take turns, so that a run that is cut short has seen them all."""
@@ -95,6 +100,8 @@ class Report:
     config: EvalConfig
     model: str
     seconds: float
+    commit: str = "unknown"  # of the code when the run began
+    processes: int = 1
 
     def score(self, kind: str | None = None) -> KindScore:
         """The score of one kind, or of everything."""
@@ -122,24 +129,83 @@ class Report:
             "first_seed": config.first_seed,
             "device": device_name(),
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "commit": commit(),
+            "commit": self.commit,
             "seconds": round(self.seconds, 1),
+            "processes": self.processes,
             "failures": [vars(outcome) for outcome in failures[:_FAILURES_KEPT]],
         }
 
 
 def evaluate(client: ChatClient, config: EvalConfig, report_progress: Callable[[Outcome], None]) -> Report:
     """Run every task once. ``report_progress`` sees each outcome. Raises SandboxError when tools cannot be confined."""
-    began = time.monotonic()
+    began, version = time.monotonic(), commit()
     outcomes = []
-    for outcome in _outcomes(client, config):
+    for outcome in _outcomes(client, config, config.cases()):
         outcomes.append(outcome)
         report_progress(outcome)
-    return Report(tuple(outcomes), config, client.name, time.monotonic() - began)
+    return Report(tuple(outcomes), config, client.name, time.monotonic() - began, version)
 
 
-def _outcomes(client: ChatClient, config: EvalConfig) -> Iterator[Outcome]:
-    for kind, seed in config.cases():
+def evaluate_in_processes(
+    open_client: Callable[[], ChatClient], config: EvalConfig, processes: int, report_progress: Callable[[Outcome], None]
+) -> Report:
+    """``evaluate`` by several processes with a client and one thread each; every task's outcome is the same.
+
+    ``open_client`` must survive pickling. Raises RuntimeError with the traceback of a process that fails.
+    """
+    began, version, cases = time.monotonic(), commit(), config.cases()
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    workers = [
+        context.Process(target=_work, args=(open_client, config, cases[index::processes], queue), daemon=True)
+        for index in range(min(processes, len(cases)))
+    ]
+    for worker in workers:
+        worker.start()
+    outcomes: dict[tuple[str, int], Outcome] = {}
+    names: set[str] = set()
+    try:
+        while len(outcomes) < len(cases):
+            item = _next_item(queue, workers)
+            if isinstance(item, str):
+                raise RuntimeError(f"a process of the evaluation failed:\n{item}")
+            name, outcome = item
+            names.add(name)
+            outcomes[outcome.kind, outcome.seed] = outcome
+            report_progress(outcome)
+    finally:
+        for worker in workers:
+            worker.terminate()
+            worker.join()
+    return Report(tuple(outcomes[case] for case in cases), config, names.pop(), time.monotonic() - began, version, len(workers))
+
+
+def _next_item(queue: Any, workers: Sequence[Any]) -> Any:
+    """What the next process has to say; a traceback (str) when one of them died without a word."""
+    while True:
+        try:
+            return queue.get(timeout=2.0)
+        except Empty:
+            dead = [worker.exitcode for worker in workers if worker.exitcode]
+            if dead:
+                return f"it ended with exit status {dead[0]}"
+
+
+def _work(open_client: Callable[[], ChatClient], config: EvalConfig, cases: Sequence[tuple[str, int]], queue: Any) -> None:
+    """The tasks of one process; each outcome goes into the queue, and so does the traceback of a failure."""
+    try:
+        import torch  # noqa: PLC0415  # only here: a scripted client needs none
+
+        torch.set_num_threads(1)
+        client = open_client()
+        for outcome in _outcomes(client, config, cases):
+            queue.put((client.name, outcome))
+    except Exception:
+        queue.put(traceback.format_exc())
+
+
+def _outcomes(client: ChatClient, config: EvalConfig, cases: Sequence[tuple[str, int]]) -> Iterator[Outcome]:
+    for kind, seed in cases:
         task = KINDS[kind].from_seed(seed, held_out_wording=config.held_out_wording)
         with tempfile.TemporaryDirectory(prefix="nautile-eval-") as scratch:
             root, state = Path(scratch, "work"), Path(scratch, "state")

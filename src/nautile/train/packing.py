@@ -16,15 +16,16 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from nautile.protocol import Tokenizer
-from nautile.train import corpus, procedural
+from nautile.train import copying, corpus, procedural
+from nautile.train.tasks import Lexicon, Pool
 from nautile.train.tokenizer import PAD, SPECIALS
 from nautile.train.traces import TraceMaker, TraceMix
 
@@ -36,8 +37,11 @@ __all__ = [
     "Stage",
     "build",
     "build_shards",
+    "copying_documents",
     "pack",
+    "practice_documents",
     "pretrain_documents",
+    "stage_named",
     "trace_documents",
 ]
 
@@ -45,7 +49,7 @@ ALIGNMENT = 128  # documents start at multiples of this
 SHARD_TOKENS = 1 << 20
 _SHARD_SECONDS = 120  # a shard takes 15 to 40; one that takes longer hangs
 MANIFEST = "corpus.json"  # in a directory of pretraining shards: the files they were made of, with their licences
-Stage = Literal["pretrain", "sft"]
+Stage = Literal["pretrain", "practice", "sft"]
 
 
 @dataclass(frozen=True)
@@ -188,19 +192,52 @@ def _procedural_texts(seed: int, shard: int) -> Iterator[str]:
         yield procedural.document(rng)
 
 
-def pretrain_documents(maker: TraceMaker, natural: Iterator[str], seed: int, shard: int, longest: int) -> Iterator[Document]:
-    """35 % code and documents (``natural``), 35 % procedural, 30 % traces, by tokens; loss on all but the system prompt."""
-    streams = (
-        _text_documents(maker.tokenizer, natural, longest),
-        _text_documents(maker.tokenizer, _procedural_texts(seed, shard), longest),
-        _all_but_system(maker, f"pretrain:{seed}:{shard}", 0.5, longest),
-    )
-    shares, written = (0.35, 0.35, 0.30), [0, 0, 0]
+def copying_documents(tokenizer: Tokenizer, lexicon: Lexicon, seed: str, longest: int) -> Iterator[Document]:
+    """Endless copying exercises with loss on the copies alone."""
+    rng = random.Random(f"copying:{seed}")
+    bos, eos = tokenizer.special(SPECIALS[0]), tokenizer.special(SPECIALS[1])
+    sizes = [len(tokenizer.decode_bytes([number])) for number in range(tokenizer.vocab_size)]
     while True:
-        behind = min(range(3), key=lambda index: written[index] / shares[index])
-        document = next(streams[behind])
+        pool = Pool(rng, lexicon=replace(lexicon, share=rng.uniform(0.3, 1.0)))
+        passages = copying.document(pool, rng.choice((1000, 2000, 4000)))
+        text = "".join(passage.text for passage in passages)
+        counts = b"".join(bytes([passage.copied]) * len(passage.text.encode()) for passage in passages)
+        ids, loss, place = tokenizer.encode(text), bytearray(), 0
+        for number in ids:
+            loss.append(counts[place])  # a token counts when its first byte is part of a copy
+            place += sizes[number]
+        yield Document([bos, *ids, eos][:longest], (b"\0" + bytes(loss) + b"\0")[:longest])
+
+
+def practice_documents(maker: TraceMaker, seed: str, longest: int) -> Iterator[Document]:
+    """Traces and copying exercises, 70 to 30 by tokens; loss on the model's own tokens and on copies."""
+    yield from _mixed(
+        (
+            (trace_documents(maker, f"practice:{seed}", 0.5, longest), 0.70),
+            (copying_documents(maker.tokenizer, maker.lexicon, seed, longest), 0.30),
+        )
+    )
+
+
+def _mixed(streams: Sequence[tuple[Iterator[Document], float]]) -> Iterator[Document]:
+    """Documents of several streams, each with its share of the tokens."""
+    written = [0] * len(streams)
+    while True:
+        behind = min(range(len(streams)), key=lambda index: written[index] / streams[index][1])
+        document = next(streams[behind][0])
         written[behind] += len(document.ids)
         yield document
+
+
+def pretrain_documents(maker: TraceMaker, natural: Iterator[str], seed: int, shard: int, longest: int) -> Iterator[Document]:
+    """35 % code and documents (``natural``), 35 % procedural, 30 % traces, by tokens; loss on all but the system prompt."""
+    yield from _mixed(
+        (
+            (_text_documents(maker.tokenizer, natural, longest), 0.35),
+            (_text_documents(maker.tokenizer, _procedural_texts(seed, shard), longest), 0.35),
+            (_all_but_system(maker, f"pretrain:{seed}:{shard}", 0.5, longest), 0.30),
+        )
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- the builder
@@ -235,6 +272,14 @@ def shard_path(directory: Path, shard: int) -> Path:
     return directory / f"shard-{shard:05d}.npz"
 
 
+def stage_named(name: str) -> Stage:
+    """The stage called ``name``. Raises ValueError for another word."""
+    for stage in get_args(Stage):
+        if name == stage:
+            return stage  # type: ignore[no-any-return]
+    raise ValueError(f"there is no stage {name!r}; choose one of {', '.join(get_args(Stage))}")
+
+
 class _Writer:
     """Writes shards; one per process, so that tokenizer, caches and the list of files are made once."""
 
@@ -251,6 +296,8 @@ class _Writer:
         if config.stage == "sft":
             seed = f"sft:{config.seed}:{shard}"
             documents = trace_documents(self.maker, seed, config.without_system, config.sequence_length)
+        elif config.stage == "practice":
+            documents = practice_documents(self.maker, f"{config.seed}:{shard}", config.sequence_length)
         else:
             natural = corpus.documents(self.sources, self.files, f"{config.seed}:{shard}")
             documents = pretrain_documents(self.maker, natural, config.seed, shard, config.sequence_length)
@@ -396,7 +443,7 @@ def main() -> None:
     """``python -m nautile.train.packing DIRECTORY STAGE TOKENS``: build without the rest of the program."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("stage", choices=("pretrain", "sft"))
+    parser.add_argument("stage", choices=("pretrain", "practice", "sft"))
     parser.add_argument("tokens", type=int)
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2))

@@ -11,11 +11,12 @@ import multiprocessing
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from nautile.checkpoint import load_model
 from nautile.config import ModelConfig
 from nautile.model import Transformer
 from nautile.model.initialise import initialise
@@ -27,12 +28,16 @@ __all__ = ["STAGES", "build_in_background", "load_weights", "run_stage", "save_w
 
 STAGES: dict[str, StageConfig] = {
     "pretrain": StageConfig(steps=3600, peak_lr=4e-3, end_lr_fraction=0.02, decay_fraction=0.55, qat=True),
+    # Continues from weights that are trained already: copying exercises and traces, then traces alone, over one long decay.
+    "practice": StageConfig(
+        steps=12_000, peak_lr=3e-3, end_lr_fraction=0.01, decay_fraction=0.65, warmup_steps=100, qat=True, save_every=1000
+    ),
     "sft": StageConfig(steps=4000, peak_lr=3e-3, end_lr_fraction=0.02, decay_fraction=0.6, warmup_steps=50, qat=True),
 }
 
 
 def build_in_background(
-    directory: Path, stage: Literal["pretrain", "sft"], tokens: int, length: int, processes: int, seed: int = 0
+    directory: Path, stage: packing.Stage, tokens: int, length: int, processes: int, seed: int = 0
 ) -> multiprocessing.process.BaseProcess:
     """Start writing a stage's shards; training can begin when the first is there."""
     arguments = (directory, stage, tokens, length, processes, seed)
@@ -74,9 +79,15 @@ def save_weights(model: Transformer, path: Path) -> None:
 
 
 def load_weights(config: ModelConfig, path: Path | None, device: str, seed: int = 0) -> Transformer:
-    """A model with the weights of a ``weights.safetensors`` or ``checkpoint.pt``, or fresh ones when ``path`` is None."""
+    """A model with the weights of a ``weights.safetensors``, a ``checkpoint.pt`` or a model directory; fresh ones when ``path``
+    is None.
+
+    A model trained quantisation-aware lies on the grid of the formats, so its directory continues exactly.
+    """
     model = initialise(Transformer(config), seed)
-    if path is not None:
+    if path is not None and path.is_dir():
+        model.load_state_dict(load_model(path).state_dict())
+    elif path is not None:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)["model"]
         model.load_state_dict(
             {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}

@@ -11,8 +11,8 @@ import json
 import random
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,9 +20,14 @@ from nautile.agent.toolbox import execute
 from nautile.agent.tools import SYSTEM_PROMPT, TOOLS
 from nautile.protocol import Tokenizer, encode, texts
 from nautile.protocol.encoder import Special
-from nautile.train.tasks import KINDS, Kind, Pool, Task, Workspace
+from nautile.train.slips import failed, make_slip
+from nautile.train.tasks import KINDS, Kind, Lexicon, Pool, Step, Task, Workspace
+from nautile.train.tasks.words import HELD_OUT_WORDS
 
-__all__ = ["Conversation", "Conversations", "Trace", "TraceError", "TraceMaker", "TraceMix", "run_tasks", "tokenise"]
+__all__ = [
+    "Conversation", "Conversations", "Trace", "TraceError", "TraceMaker", "TraceMix", "Turns", "lexicon_of", "run_tasks",
+    "tokenise",
+]  # fmt: skip
 
 
 class TraceError(RuntimeError):
@@ -44,6 +49,8 @@ class TraceMix:
     thinking: float = 0.85
     all_tools: float = 0.8  # share that offers every tool in the usual order
     real_python: bool = True
+    wide: float = 0.75  # share of conversations whose names are partly made of pieces of the vocabulary
+    slips: float = 0.08  # share of tasks (of conversations that think) in which the expert miscopies a name, and repairs it
 
 
 @dataclass(frozen=True)
@@ -56,28 +63,61 @@ class Trace:
     kinds: tuple[str, ...]
 
 
-def run_tasks(tasks: Sequence[Task], root: Path, thinking: bool = True) -> list[dict[str, Any]]:
-    """Run the experts of tasks that follow each other on one directory; the messages from the first user turn on.
+@dataclass
+class Turns:
+    """Messages from the first user turn on. ``slips``: turns of the assistant (from 0) that are mistakes, not to be learnt."""
 
-    ``root`` must be empty; the first task's files are written to it. Raises TraceError when a tool's output is not what the
-    task expects, or when a directory-changing task does not grade itself as done.
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    slips: set[int] = field(default_factory=set)
+
+    def call(self, step: Step, output: str, thinking: bool) -> None:
+        """Append a call and what the tool said."""
+        function = {"name": step.tool, "arguments": json.dumps(dict(step.arguments), ensure_ascii=False)}
+        call = {"id": "call_00", "type": "function", "function": function}
+        self.messages.append(_assistant(step.reasoning if thinking else None, "", [call]))
+        self.messages.append({"role": "tool", "tool_call_id": "call_00", "content": output})
+
+    def slip(self, step: Step, output: str) -> None:
+        """Append a mistaken call and what the tool said."""
+        self.slips.add(sum(message["role"] == "assistant" for message in self.messages))
+        self.call(step, output, thinking=True)
+
+
+def run_tasks(tasks: Sequence[Task], root: Path, thinking: bool = True, slipping: tuple[Pool, float] | None = None) -> Turns:
+    """Run the experts of tasks that follow each other on one directory; the conversation from the first user turn on.
+
+    ``root`` must be empty; the first task's files are written to it. ``slipping`` = (source of randomness, share of tasks) lets
+    the expert miscopy a name of its first step in some, see what the tool says, and do it again. Raises TraceError when a
+    tool's output is not what the task expects, or when a directory-changing task does not grade itself as done.
     """
     tasks[0].write(root)
-    messages: list[dict[str, Any]] = []
+    turns = Turns()
     for task in tasks:
-        messages.append({"role": "user", "content": task.prompt})
-        for step in task.expert():
+        turns.messages.append({"role": "user", "content": task.prompt})
+        first, *others = task.expert()
+        if slipping is not None and first.shows != "error" and slipping[0].rng.random() < slipping[1]:
+            first = _slipped(turns, slipping[0], first, task, root)
+        for step in (first, *others):
             output = execute(step.tool, dict(step.arguments), root).output
             if step.shows not in output:
                 raise TraceError(f"{task.kind}: {step.tool} {dict(step.arguments)} showed {output!r}, not {step.shows!r}")
-            function = {"name": step.tool, "arguments": json.dumps(dict(step.arguments), ensure_ascii=False)}
-            call = {"id": "call_00", "type": "function", "function": function}
-            messages.append(_assistant(step.reasoning if thinking else None, "", [call]))
-            messages.append({"role": "tool", "tool_call_id": "call_00", "content": output})
-        messages.append(_assistant(task.reasoning if thinking else None, task.final))
+            turns.call(step, output, thinking)
+        turns.messages.append(_assistant(task.reasoning if thinking else None, task.final))
         if (task.after or task.removed) and not task.grade(root, task.final):
             raise TraceError(f"{task.kind}: the directory is not as the task wants it after {task.prompt!r}")
-    return messages
+    return turns
+
+
+def _slipped(turns: Turns, pool: Pool, step: Step, task: Task, root: Path) -> Step:
+    """Miscopy a name of ``step`` and append what came of it: the step that repairs it, or ``step`` when nothing was wrong."""
+    slip = make_slip(pool, step, task.files)
+    if slip is None:
+        return step
+    output = execute(slip.wrong.tool, dict(slip.wrong.arguments), root).output
+    if not failed(output):
+        return step
+    turns.slip(slip.wrong, output)
+    return slip.repaired
 
 
 def _assistant(reasoning: str | None, content: str, calls: list[dict[str, Any]] | None = None) -> dict[str, Any]:
@@ -95,15 +135,17 @@ def tokenise(
     tokenizer: Tokenizer,
     thinking: bool = True,
     cache: dict[str, list[int]] | None = None,
+    unlearnt: Collection[int] = (),
 ) -> tuple[list[int], bytearray, int]:
     """Ids, loss mask and length of the system part of a conversation in the 0731 dialect.
 
-    ``cache`` keeps the ids of texts before the first user turn, which repeat; pass the same dictionary again.
+    ``cache`` keeps the ids of texts before the first user turn, which repeat; pass the same dictionary again. ``unlearnt``
+    are turns of the assistant (from 0) that carry no loss.
     """
     parts = encode(messages, tools=tools, thinking=thinking, dialect="0731").parts
     ids: list[int] = []
     loss = bytearray()
-    text, system, own, opening = "", -1, False, False
+    text, system, own, opening, turn = "", -1, False, False, -1
     for part in (*parts, None):
         if part is not None and not isinstance(part, Special):
             text += part
@@ -119,7 +161,8 @@ def tokenise(
         loss.append(own and not opening)
         if part == texts.USER:
             system = len(ids) - 1 if system < 0 else system
-        own = (own or part == texts.ASSISTANT) and part != texts.EOS
+        turn += part == texts.ASSISTANT
+        own = (own or part == texts.ASSISTANT) and part != texts.EOS and turn not in unlearnt
         opening = part == texts.ASSISTANT  # the <think> or </think> that follows belongs to the header
     return ids, loss, max(system, 0)
 
@@ -140,13 +183,17 @@ class Conversation:
     tools: list[dict[str, Any]]
     thinking: bool
     kinds: tuple[str, ...]
+    slips: frozenset[int] = frozenset()  # turns of the assistant (from 0) that are mistakes
 
 
 class Conversations:
-    """Makes conversations from random numbers. Owns a scratch directory in memory; close it, or use ``with``."""
+    """Makes conversations from random numbers. Owns a scratch directory in memory; close it, or use ``with``.
 
-    def __init__(self, mix: TraceMix | None = None) -> None:
-        self.mix = mix or TraceMix()
+    Without a ``lexicon`` all names come from the dictionary of words.
+    """
+
+    def __init__(self, mix: TraceMix | None = None, lexicon: Lexicon | None = None) -> None:
+        self.mix, self.lexicon = mix or TraceMix(), lexicon
         memory = Path("/dev/shm")
         self._scratch = Path(tempfile.mkdtemp(prefix="nautile-", dir=memory if memory.is_dir() else None))
         self.made, self.rejected = 0, 0  # rejected: a tool did not agree with the generator
@@ -177,40 +224,53 @@ class Conversations:
                     raise
 
     def _make(self, rng: random.Random) -> Conversation:
-        tasks = self.tasks(rng)
+        pool = Pool(rng, lexicon=self._lexicon(rng))
+        tasks = self.tasks(pool)
         thinking = rng.random() < self.mix.thinking
         tools = _tools(rng, {step.tool for task in tasks for step in task.steps}, self.mix.all_tools)
         root = self._scratch / "work"
         root.mkdir()
         try:
-            turns = run_tasks(tasks, root, thinking)
+            turns = run_tasks(tasks, root, thinking, (pool, self.mix.slips) if thinking else None)
         finally:
             shutil.rmtree(root)
-        messages = [{"role": "system", "content": SYSTEM_PROMPT}, *turns]
-        return Conversation(messages, tools, thinking, tuple(task.kind for task in tasks))
+        messages = [{"role": "system", "content": SYSTEM_PROMPT}, *turns.messages]
+        return Conversation(messages, tools, thinking, tuple(task.kind for task in tasks), frozenset(turns.slips))
 
-    def tasks(self, rng: random.Random) -> list[Task]:
+    def _lexicon(self, rng: random.Random) -> Lexicon | None:
+        """This conversation's source of rare names: none, or with a share of its own."""
+        if self.lexicon is None or rng.random() >= self.mix.wide:
+            return None
+        return replace(self.lexicon, share=rng.uniform(0.15, 0.85))
+
+    def tasks(self, pool: Pool) -> list[Task]:
         """One task, or a chain of them over one directory."""
-        mix = self.mix
+        mix, rng = self.mix, pool.rng
         count = rng.randint(2, mix.longest) if rng.random() < mix.chained else 1
         names = rng.choices(list(mix.kinds), list(mix.kinds.values()), k=count)
         if count > 1 and rng.random() < 0.3:  # several questions of one kind: the answers before do not help
             names = [names[0]] * count
         kinds = [KINDS[name] for name in names]
         if count == 1:
-            return [kinds[0].generate(rng, real_python=mix.real_python)]
-        pool = Pool(rng)
+            return [kinds[0].generate(rng, real_python=mix.real_python, lexicon=pool.lexicon)]
         needs = tuple(sorted({kind.needs for kind in kinds}))
         workspace = Workspace.random(pool, needs, mix.real_python)
         tasks = [task for kind in kinds if (task := _try(kind, pool, workspace)) is not None]
-        return tasks or self.tasks(rng)
+        return tasks or self.tasks(pool)
+
+
+def lexicon_of(tokenizer: Tokenizer) -> Lexicon:
+    """Every entry of the vocabulary that is letters, for names; words kept for evaluation are never made of them."""
+    entries = (tokenizer.decode([number]) for number in range(tokenizer.vocab_size) if not tokenizer.is_special(number))
+    return Lexicon.of(entries, HELD_OUT_WORDS)
 
 
 class TraceMaker:
     """Makes encoded conversations from random numbers; close it, or use ``with``."""
 
     def __init__(self, tokenizer: Tokenizer, mix: TraceMix | None = None) -> None:
-        self.tokenizer, self.conversations = tokenizer, Conversations(mix)
+        self.tokenizer, self.lexicon = tokenizer, lexicon_of(tokenizer)
+        self.conversations = Conversations(mix, self.lexicon)
         self._system: dict[str, list[int]] = {}
 
     def __enter__(self) -> Self:
@@ -224,7 +284,7 @@ class TraceMaker:
         talk = self.conversations.make(seed)
         if len(self._system) > 500:
             self._system.clear()
-        ids, loss, system = tokenise(talk.messages, talk.tools, self.tokenizer, talk.thinking, self._system)
+        ids, loss, system = tokenise(talk.messages, talk.tools, self.tokenizer, talk.thinking, self._system, talk.slips)
         return Trace(ids, loss, system, talk.kinds)
 
 

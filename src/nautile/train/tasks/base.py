@@ -14,13 +14,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
+from nautile.train.tasks.lexicon import Lexicon
 from nautile.train.tasks.words import Pool
 from nautile.train.tasks.workspace import Workspace
 
-__all__ = ["HELD_OUT_START", "NONE", "Approach", "Kind", "Step", "Task", "approach", "file_phrase", "fill", "quote"]
+__all__ = [
+    "HELD_OUT_START", "NONE", "NOTHING", "Approach", "Kind", "Step", "Task", "approach", "compared", "file_phrase", "fill",
+    "quote",
+]  # fmt: skip
 
 HELD_OUT_START = 10_000_000  # seeds below it train, seeds from it on evaluate
 NONE = "none"  # the answer when there is nothing to find
+NOTHING = "There is none."  # what the expert concludes then
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,14 @@ def _same(given: str, answer: str) -> bool:
     return given.strip() == answer.strip() or bare(given) == answer.strip().removeprefix("./")
 
 
+def compared(wrote: str, said: str) -> str:
+    """What the expert thinks when a tool finds nothing: first what it wrote beside what it was told, then what follows.
+
+    Both are written out before anything is decided, so that a miscopied name can be seen and written again.
+    """
+    return f'I wrote "{wrote}"; the task says "{said}".'
+
+
 # ------------------------------------------------------------------------------------------------------------------ wording
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./][\w./-]*[\w]|\w")
@@ -137,10 +150,16 @@ class Kind(ABC):
 
     @classmethod
     def generate(
-        cls, rng: random.Random, *, held_out: bool = False, held_out_wording: bool = False, real_python: bool = False
+        cls,
+        rng: random.Random,
+        *,
+        held_out: bool = False,
+        held_out_wording: bool = False,
+        real_python: bool = False,
+        lexicon: Lexicon | None = None,
     ) -> Task:
         """A task in a directory of its own. ``held_out`` draws half of the words from the part kept for evaluation."""
-        pool = Pool(rng, held_out)
+        pool = Pool(rng, held_out, lexicon)
         while True:
             task = cls.make(pool, Workspace.random(pool, (cls.needs,), real_python), held_out_wording)
             if task is not None:
@@ -201,7 +220,7 @@ def approach(pool: Pool, workspace: Workspace, path: str, call: Callable[[str], 
         return Approach(phrase, used, (call(used),))
     folder = given.rpartition("/")[0] or "."
     failing = replace(call(given), shows="error")
-    listing = Step(f'There is no "{given}". I list "{folder}".', "list", {"path": folder}, shows=path.rpartition("/")[2])
+    listing = Step(f'{compared(given, given)} I list "{folder}".', "list", {"path": folder}, shows=path.rpartition("/")[2])
     last = call(path)
     last = replace(last, reasoning=f'It is "{path}". {last.reasoning}')
     return Approach(quote(pool, given, 0.5), path, (failing, listing, last))

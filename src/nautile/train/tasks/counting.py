@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from nautile.train.tasks.base import NONE, Kind, Step, Task, approach, quote
+from nautile.train.tasks.base import NONE, NOTHING, Kind, Step, Task, approach, compared, quote
 from nautile.train.tasks.words import Pool
 from nautile.train.tasks.workspace import Workspace
 
@@ -137,7 +137,8 @@ class CountLines(Kind):
             phrase, steps = found.phrase, found.steps
             answer = str(len(workspace.grep(path, text)))
         prompt = cls.ask(pool, held_out_wording, {"file": phrase, "text": quote(pool, text, 0.15)})
-        return Task(cls.name, files, prompt, answer, steps, f"The count is {answer}.", answer)
+        reasoning = f"The count is {answer}." if answer != "0" else f"{compared(text, text)} The count is 0."
+        return Task(cls.name, files, prompt, answer, steps, reasoning, answer)
 
 
 class FileLength(Kind):
@@ -262,6 +263,6 @@ class FindLine(Kind):
         )
         lines = workspace.grep(path, text)
         answer = str(lines[0] + 1) if lines else NONE
-        reasoning = f"The first line is {answer}." if lines else f'There is no "{text}".'
+        reasoning = f"The first line is {answer}." if lines else f"{compared(text, text)} {NOTHING}"
         prompt = cls.ask(pool, held_out_wording, {"file": found.phrase, "text": quote(pool, text, 0.15)})
         return Task(cls.name, files, prompt, answer, found.steps, reasoning, answer)

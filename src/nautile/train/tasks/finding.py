@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nautile.train.tasks.base import NONE, Kind, Step, Task, approach, quote
+from nautile.train.tasks.base import NONE, NOTHING, Kind, Step, Task, approach, compared, quote
 from nautile.train.tasks.counting import piece_of_line
 from nautile.train.tasks.documents import Definition
 from nautile.train.tasks.words import Pool
@@ -90,7 +90,9 @@ class FindDefinition(Kind):
             lambda name: Step(f'I look for "{pattern}" in "{name}".', "grep", {"pattern": pattern, "path": name}),
         )
         answer = str(wanted.line + 1) if wanted.line >= 0 else NONE
-        reasoning = f'Line {answer} defines "{wanted.name}".' if wanted.line >= 0 else f'There is no "{pattern}".'
+        reasoning = (
+            f'Line {answer} defines "{wanted.name}".' if wanted.line >= 0 else f"{compared(wanted.name, wanted.name)} {NOTHING}"
+        )
         values = {"file": found.phrase, "name": _named(pool, wanted), "what": wanted.what}
         clear = wanted.name[0].isupper() == (wanted.what == "class")  # what it is can be seen from the name
         prompt = cls.ask(pool, held_out_wording, values, "" if clear else "{what}")
@@ -194,7 +196,9 @@ class LookupValue(Kind):
         )
         answer = value if line >= 0 else NONE
         # The line word for word, then the value: to copy a whole line is easier than to pick a value out of many lines.
-        reasoning = f"It says {workspace.documents[path].lines[line].strip()}" if line >= 0 else f'There is no "{key}".'
+        reasoning = (
+            f"It says {workspace.documents[path].lines[line].strip()}" if line >= 0 else f"{compared(key, key)} {NOTHING}"
+        )
         prompt = cls.ask(pool, held_out_wording, {"file": found.phrase, "key": quote(pool, key, 0.5)})
         return Task(cls.name, files, prompt, answer, found.steps, reasoning, answer)
 
@@ -269,7 +273,7 @@ class FindFile(Kind):
         if sum(len(lines[number]) for _, number in found) > 500:
             return None
         answer = NONE if absent else path
-        reasoning = f'There is no "{text}".' if absent else f'The file is "{path}".'
+        reasoning = f"{compared(text, text)} {NOTHING}" if absent else f'The file is "{path}".'
         steps = (Step(f'I look for "{text}" in all files.', "grep", {"pattern": text, "path": "."}),)
         prompt = cls.ask(pool, held_out_wording, {"text": quote(pool, text, 0.2)})
         return Task(cls.name, files, prompt, answer, steps, reasoning, answer)

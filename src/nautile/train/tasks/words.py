@@ -11,6 +11,8 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from nautile.train.tasks.lexicon import Lexicon
+
 __all__ = ["HELD_OUT_WORDS", "TRAIN_WORDS", "Pool"]
 
 _WORDS = """
@@ -114,14 +116,18 @@ _DOMAINS = ("com", "org", "net", "io", "dev", "local", "example", "test", "inter
 
 @dataclass(frozen=True)
 class Pool:
-    """Random words, names and values. With ``held_out`` half of the words come from the part kept for evaluation."""
+    """Random words, names and values. With ``held_out`` half of the words come from the part kept for evaluation; with a
+    ``lexicon`` its share of them is made of pieces of the vocabulary (training only)."""
 
     rng: random.Random
     held_out: bool = False
+    lexicon: Lexicon | None = None
 
     def word(self) -> str:
         """A dictionary word, or in one case of four an invented one."""
         rng = self.rng
+        if self.lexicon is not None and rng.random() < self.lexicon.share:
+            return self.lexicon.word(rng)
         if rng.random() < 0.25:
             return self.invented()
         if self.held_out and rng.random() < 0.5:
@@ -134,6 +140,9 @@ class Pool:
         chosen = self.rng.choices(source, k=count)
         if count and self.rng.random() < 0.3:
             chosen[self.rng.randrange(count)] = self.invented()
+        if self.lexicon is not None:
+            share, made = self.lexicon.share, self.lexicon.word
+            chosen = [made(self.rng) if self.rng.random() < share else word for word in chosen]
         return chosen
 
     def invented(self) -> str:

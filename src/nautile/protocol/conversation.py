@@ -16,7 +16,7 @@ from nautile.protocol.encoder import Prompt, encode
 from nautile.protocol.errors import ProtocolError
 from nautile.protocol.tokenizer import Tokenizer
 
-__all__ = ["Conversation", "conversation"]
+__all__ = ["Conversation", "choose", "conversation"]
 
 Message = dict[str, Any]
 
@@ -82,7 +82,7 @@ def conversation(
         raise ProtocolError(f"messages must be a list, got {type(messages).__name__}")
     if not messages:
         raise ProtocolError("Empty input messages")
-    offered, choice = _choice(tool_choice, _checked_tools(tools))
+    offered, choice = choose(tool_choice, _checked_tools(tools))
     turns = [_message(message, number, developer) for number, message in enumerate(messages)]
     _check_prefix(turns)
     _check_results(turns)
@@ -290,10 +290,10 @@ def _shown(function: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"name": function["name"], "description": function.get("description") or "", "parameters": parameters}
 
 
-def _choice(
+def choose(
     choice: Any, tools: tuple[Mapping[str, Any], ...]
 ) -> tuple[tuple[Mapping[str, Any], ...], Literal["auto", "none", "required"]]:
-    """The tools that may be called, and whether one must be."""
+    """The tools that may be called, and whether one must be. Raises ProtocolError for a choice that cannot be met."""
     kind = choice.get("type") if isinstance(choice, Mapping) else choice
     if kind is None:
         return tools, "auto"
@@ -309,14 +309,14 @@ def _choice(
         return tools, "required"
     function = choice.get("function", choice)
     name = function.get("name") if isinstance(function, Mapping) else None
-    chosen = tuple(tool for tool in tools if tool["function"]["name"] == name)
+    chosen = tuple(tool for tool in tools if tool.get("function", tool).get("name") == name)
     if not chosen:
         raise ProtocolError(f"tool_choice names {name!r}, which is none of the tools; they are {_names(tools)}")
     return chosen, "required"
 
 
 def _names(tools: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join(tool["function"]["name"] for tool in tools)
+    return ", ".join(str(tool.get("function", tool).get("name")) for tool in tools)
 
 
 def _response_format(shape: Any) -> Mapping[str, Any] | None:

@@ -13,7 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import llguidance
 import tokenizers
+
+from nautile.protocol.texts import EOS
 
 __all__ = ["Tokenizer", "TokenizerError"]
 
@@ -76,6 +79,13 @@ class Tokenizer:
         """True for ids that plain text never produces."""
         return token_id in self._special_text
 
+    @functools.cached_property
+    def trie(self) -> llguidance.LLTokenizer:
+        """The vocabulary as grammars need it; made at the first use (0.8 s for V4's)."""
+        return llguidance.LLTokenizer(
+            llguidance.TokenizerWrapper(_ForGrammars(self)), n_vocab=self.vocab_size, eos_token=self.special(EOS)
+        )
+
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The bytes of ids; a cut inside a character leaves its bytes incomplete. Raises ValueError for unknown ids."""
         return b"".join(self._bytes(token_id) for token_id in ids)
@@ -93,6 +103,19 @@ class Tokenizer:
                 return b""  # a hole in the vocabulary: an untrained row of the embedding
             raise ValueError(f"token id {token_id} is outside the vocabulary of {self.vocab_size}")
         return bytes(self._byte_of[character] for character in token)
+
+
+class _ForGrammars:
+    """A tokenizer as llguidance asks for it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.eos_token_id, self.bos_token_id = tokenizer.special(EOS), None
+        self.tokens = [tokenizer.decode_bytes([token]) for token in range(tokenizer.vocab_size)]
+        self.special_token_ids = [token for token in range(tokenizer.vocab_size) if tokenizer.is_special(token)]
+        self._encode = tokenizer.encode
+
+    def __call__(self, text: str) -> list[int]:
+        return self._encode(text)
 
 
 @functools.cache

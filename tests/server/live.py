@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import httpx
 import uvicorn
 
 from nautile.server import ServerOptions, Service, create_app
@@ -24,13 +28,37 @@ class Live:
     url: str
     engine: ScriptedEngine
 
+    def reset(self) -> None:
+        """Forget what was asked and what was to be said."""
+        self.engine.scripts.clear()
+        self.engine.requests.clear()
+        self.engine.cancelled.clear()
+        self.engine.answer = None
+
+    def post(self, path: str, **body: Any) -> Any:
+        """The JSON answer to a request, whatever its status."""
+        return httpx.post(self.url + path, json=body, timeout=20).json()
+
+    def events(self, path: str, **body: Any) -> list[dict[str, Any]]:
+        """The server-sent events of a streamed answer; each must carry its own name."""
+        with httpx.stream("POST", self.url + path, json={**body, "stream": True}, timeout=20) as answer:
+            assert answer.status_code == 200, answer.read()
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            lines = list(answer.iter_lines())
+        found = []
+        for line, following in itertools.pairwise(lines):
+            if line.startswith("event: "):
+                found.append(json.loads(following.removeprefix("data: ")))
+                assert found[-1]["type"] == line.removeprefix("event: ")
+        return found
+
 
 @contextmanager
 def serving(
     options: ServerOptions | None = None, engine: ScriptedEngine | None = None, name: str = "scripted"
 ) -> Iterator[Live]:
     """Run a server until the block ends; the port is one that the system gives."""
-    engine = engine or ScriptedEngine()
+    engine = ScriptedEngine()
     app = create_app(Service(engine, name, options or ServerOptions()))
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=3))

@@ -16,7 +16,7 @@ __all__ = ["caller", "read_json", "service_of"]
 
 _DISCARD_SECONDS = 5.0
 _DISCARD_BYTES = 2**28
-_SURROGATE = re.compile(rb"\\u[dD][89abAB]")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _DEEPEST = 200
 
 

@@ -56,7 +56,7 @@ def cut(length: int, count: int, interval: int) -> list[int]:
 @torch.no_grad()
 def feed(pool: StatePool, sequence: Sequence, ids: tuple[int, ...], net: Transformer | None = None) -> torch.Tensor:
     """Append tokens the way an engine does: logits of all of them, [len(ids), V]."""
-    parts = []
+    parts = [torch.empty(0, (net or model()).config.vocab_size)]
     for size in cut(sequence.length, len(ids), pool.options.snapshot_every):
         step, ids = ids[:size], ids[size:]
         pool.ensure(sequence, size)

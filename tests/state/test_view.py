@@ -23,8 +23,8 @@ def test_any_chunking_gives_the_same_logits(sizes: list[int]) -> None:
     pool = new_pool()
     sequence = pool.open(row(0))
     total = 0
-    for size in sizes:
-        size = min(size, LONGEST - total)
+    for wanted in sizes:
+        size = min(wanted, LONGEST - total)
         if not size:
             break
         close(feed(pool, sequence, row(0)[total : total + size]), logits_of(row(0))[total : total + size])

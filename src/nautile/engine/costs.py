@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 from nautile.checkpoint.layout import Entry, entries, stored_tensors
 from nautile.config import ModelConfig
 from nautile.state import Rows
+from nautile.state.formats import RowName, index_row_bytes, row_bytes
 
 __all__ = [
     "Baselines",
@@ -46,8 +47,7 @@ KVFormat = Literal["packed", "bf16", "fp32"]
 WeightFormat = Literal["stored", "bf16", "fp32"]
 
 _FP32 = 4
-_FP8_GROUP = 64  # elements of a packed entry under one scale byte
-_FP4_GROUP = 32
+_ROWS: dict[KVFormat, RowName] = {"packed": "packed", "bf16": "bfloat16", "fp32": "float32"}
 
 
 # Costs as data -------------------------------------------------------------------------------------------------------
@@ -257,7 +257,8 @@ def kv_bytes(config: ModelConfig, context: int, batch: int = 1, dtype: KVFormat 
     c, ci, window = config.head_dim, config.index_head_dim, config.sliding_window
     in_memory = dtype != "packed"
     tokens = -(-context // 128) * 128 if in_memory else context
-    row, index_row = _kv_row(c, config.qk_rope_head_dim, dtype), _index_row(ci, dtype)
+    rows = _ROWS[dtype]
+    row, index_row = row_bytes(c, config.qk_rope_head_dim, rows), index_row_bytes(ci, rows)
     spare = Rows.SPARE if in_memory else 0
     widths = csa * 2 * 2 * c + hca * 2 * c + csa * 2 * 2 * ci  # fp32 elements of one row in every tail
     return KVBytes(
@@ -551,20 +552,6 @@ def _entry_bytes(entry: Entry, dtype: WeightFormat) -> int:
 
 def _is_first_expert(entry: Entry) -> bool:
     return entry.expert == 0 and entry.name.startswith("layers.0.")
-
-
-def _kv_row(c: int, rotated: int, dtype: KVFormat) -> int:
-    if dtype != "packed":
-        return c * (2 if dtype == "bf16" else _FP32)
-    plain = c - rotated
-    scales = -(-plain // _FP8_GROUP)
-    return plain + 2 * rotated + -(-scales // 8) * 8
-
-
-def _index_row(ci: int, dtype: KVFormat) -> int:
-    if dtype != "packed":
-        return ci * (2 if dtype == "bf16" else _FP32)
-    return -(-ci // 2) + -(-ci // _FP4_GROUP)
 
 
 def _matrices(config: ModelConfig, mtp: bool) -> Iterator[Entry]:

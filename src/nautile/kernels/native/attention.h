@@ -1,0 +1,218 @@
+// Attention of a few query rows (tokens x heads of one sequence) over rows found by pointer: ring slots, new rows of the chunk,
+// entries in pages, all of one shared key-value head. Keys are packed 64 at a time so that lanes are keys for the logits and
+// channels for the sum; both are then products with a packed panel. Key number j of a query always sits in the same lane and
+// pair (window rows by absolute position, entries by number), and hidden keys weigh exactly zero, so grouping queries changes
+// no bit.
+#pragma once
+#include <algorithm>
+
+#include "gemm.h"
+
+namespace nautile {
+
+enum RowType { FLOAT32, BFLOAT16 };
+constexpr int KEYS = PANEL * LANES;  // of one packed panel
+
+// out[w][lane] = rows[lane][w] for 16 rows of `words` 32-bit words; consecutive w are `step` words apart.
+static inline void transpose(const uint32_t* const* rows, int words, uint32_t* out, int64_t step) {
+    int w = 0;
+#if defined(__AVX512F__)
+    for (; w + LANES <= words; w += LANES) {
+        __m512i a[LANES], b[LANES];
+        for (int i = 0; i < LANES; i++) a[i] = _mm512_loadu_si512(rows[i] + w);
+        for (int i = 0; i < LANES; i += 2) {
+            b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+            b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+        }
+        for (int i = 0; i < LANES; i += 4)
+            for (int j = 0; j < 2; j++) {
+                a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+                a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+            }
+        for (int i = 0; i < 4; i++) {  // a[4 g + i] holds words i, 4 + i, 8 + i, 12 + i of rows 4 g .. 4 g + 3
+            __m512i low0 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88), high0 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xDD);
+            __m512i low1 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88), high1 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xDD);
+            b[i] = _mm512_shuffle_i32x4(low0, low1, 0x88);
+            b[8 + i] = _mm512_shuffle_i32x4(low0, low1, 0xDD);
+            b[4 + i] = _mm512_shuffle_i32x4(high0, high1, 0x88);
+            b[12 + i] = _mm512_shuffle_i32x4(high0, high1, 0xDD);
+        }
+        for (int i = 0; i < LANES; i++) _mm512_storeu_si512(out + (w + i) * step, b[i]);
+    }
+#endif
+    for (; w < words; w++)
+        for (int i = 0; i < LANES; i++) out[w * step + i] = rows[i][w];
+}
+
+// Packs rows of one type for products of one kind. One object a thread.
+class Packer {
+  public:
+    Packer(int kind, RowType type, int width) : kind(kind), type(type), width(width) {
+        depth = kind == WIDE ? width : width / 2;
+        panel_ = allocate<uint32_t>((int64_t)KEYS * std::max(width, KEYS));
+        moved_ = allocate<uint32_t>((int64_t)LANES * width);
+    }
+
+    // Lanes are keys: [depth][tiles][16] of 16 * tiles rows.
+    const uint32_t* keys(const void* const* rows, int tiles) {
+        for (int t = 0; t < tiles; t++) {
+            const uint32_t* words[LANES];
+            for (int i = 0; i < LANES; i++) words[i] = converted(rows[t * LANES + i], i);
+            transpose(words, depth, panel_.get() + t * LANES, (int64_t)tiles * LANES);
+        }
+        return panel_.get();
+    }
+
+    // Lanes are channels: [count or count / 2][tiles][16] of channels from 16 * first on. count is even.
+    const uint32_t* values(const void* const* rows, int count, int first, int tiles) {
+        uint32_t* out = panel_.get();
+        for (int j = 0; j < count; j += 2)
+            for (int t = 0; t < tiles; t++) {
+                int at = (first + t) * LANES;
+                uvec a = words(rows[j], at), b = words(rows[j + 1], at);
+                if (kind == WIDE) {
+                    std::memcpy(out + ((int64_t)j * tiles + t) * LANES, &a, 64);
+                    std::memcpy(out + ((int64_t)(j + 1) * tiles + t) * LANES, &b, 64);
+                } else {
+                    uvec pair = a | (b << 16);
+                    std::memcpy(out + ((int64_t)(j / 2) * tiles + t) * LANES, &pair, 64);
+                }
+            }
+        return out;
+    }
+
+    const int kind;
+    const RowType type;
+    const int width;
+    int depth;
+
+  private:
+    // The row as words of the operand's kind.
+    const uint32_t* converted(const void* row, int i) {
+        if ((kind == WIDE) == (type == FLOAT32)) return (const uint32_t*)row;
+        uint32_t* to = moved_.get() + (int64_t)i * width;
+        if (kind == WIDE)
+            for (int k = 0; k < width; k++) ((float*)to)[k] = from_bf16(((const uint16_t*)row)[k]);
+        else
+            write_row(PAIRS, to, 0, 0, (const float*)row, width);
+        return to;
+    }
+    // Channels at .. at + 15 as floats, or as bfloat16 in the low halves.
+    uvec words(const void* row, int at) const {
+        int left = width - at;
+        if (type == FLOAT32) {
+            vec v = load_some((const float*)row + at, left);
+            if (kind == WIDE) return (uvec)v;
+            uint16_t half[LANES];
+            store_bf16(half, v);
+            return widen(half);
+        }
+        uint16_t half[LANES] = {};
+        std::memcpy(half, (const uint16_t*)row + at, (size_t)(left < LANES ? left : LANES) * 2);
+        uvec wide = widen(half);
+        return kind == WIDE ? wide << 16 : wide;
+    }
+
+    Buffer<uint32_t> panel_, moved_;
+};
+
+// Keys of a group of queries: rows by pointer, padded to a multiple of 16 with rows of zeros.
+typedef std::vector<const void*> KeyList;
+
+// logits[r][at + j] = query row r . key j for the panels in `blocks`; rows of logits are `stride` floats apart.
+static inline void key_logits(Packer& packer, const KeyList& keys, Range blocks, const Rows& queries, int first_row, int rows,
+                              float* logits, int64_t stride, int64_t at) {
+    for (int b = blocks.begin; b < blocks.end; b++) {
+        int tiles = std::min(PANEL, (int)keys.size() / LANES - b * PANEL);
+        const uint32_t* panel = packer.keys(keys.data() + (int64_t)b * KEYS, tiles);
+        const uint32_t* from[ROWS];
+        float* to[ROWS];
+        for (int r = 0; r < rows; r += ROWS) {
+            int count = std::min(ROWS, rows - r);
+            for (int i = 0; i < count; i++) {
+                from[i] = queries.row(first_row + r + i);
+                to[i] = logits + (r + i) * stride + at + (int64_t)b * KEYS;
+            }
+            panel_product(packer.kind, count, from, queries.low, panel, tiles, packer.depth, to, false);
+        }
+    }
+}
+static inline int key_blocks(const KeyList& keys) { return ((int)keys.size() + KEYS - 1) / KEYS; }
+
+// out[r][16 t ..] += sum_j weight[r][at + j] key_j for channel tiles t in `tiles`. Weights are operand rows of the packer's kind.
+static inline void weighted_values(Packer& packer, const KeyList& keys, Range tiles, const Rows& weights, int rows, int64_t at,
+                                   float* out, int64_t stride) {
+    int per_word = packer.kind == WIDE ? 1 : 2;
+    for (int first = 0; first < (int)keys.size(); first += KEYS) {
+        int count = std::min(KEYS, (int)keys.size() - first);
+        for (int t = tiles.begin; t < tiles.end; t += PANEL) {
+            int wide = std::min(PANEL, tiles.end - t);
+            const uint32_t* panel = packer.values(keys.data() + first, count, t, wide);
+            const uint32_t* from[ROWS];
+            float* to[ROWS];
+            for (int r = 0; r < rows; r += ROWS) {
+                int tall = std::min(ROWS, rows - r);
+                for (int i = 0; i < tall; i++) {
+                    from[i] = weights.row(r + i) + (at + first) / per_word;
+                    to[i] = out + (r + i) * stride + (int64_t)t * LANES;
+                }
+                panel_product(packer.kind, tall, from, weights.low, panel, wide, count / per_word, to, true);
+            }
+        }
+    }
+}
+
+// A span of keys that a query may see, as lanes of its row of logits.
+struct Span {
+    int64_t at;       // first lane of the region, a multiple of 16
+    int size;         // lanes of the region, a multiple of 16
+    int begin, end;   // visible lanes within it
+};
+
+// The scaled logits of 16 lanes of a span, minus infinity where a key is hidden.
+static inline vec seen_logits(const float* logits, const Span& span, int j, float scale) {
+    const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    vec v = load(logits + span.at + j) * scale;
+    if (j >= span.begin && j + LANES <= span.end) return v;
+    ivec number = lane + j, seen = (number >= span.begin) & (number < span.end);
+    return seen ? v : spread(-__builtin_inff());
+}
+
+// Softmax over the visible lanes of some spans and the sink: weights e^(l - top) as one operand row (zero where hidden).
+// Returns 1 / total.
+static inline float soften(const float* logits, const Span* spans, int count, float scale, float sink, int kind, uint32_t* weights) {
+    vec top = spread(sink), total = {};
+    for (int s = 0; s < count; s++)
+        for (int j = 0; j < spans[s].size; j += LANES) top = larger(seen_logits(logits, spans[s], j, scale), top);
+    float most = maximum(top);
+    for (int s = 0; s < count; s++)
+        for (int j = 0; j < spans[s].size; j += LANES) {
+            vec v = seen_logits(logits, spans[s], j, scale);
+            vec e = exponential(v - most);
+            e = v == -__builtin_inff() ? vec{} : e;
+            total = total + e;
+            if (kind == WIDE) store((float*)weights + spans[s].at + j, e);
+            else store_bf16((uint16_t*)weights + spans[s].at + j, e);
+        }
+    return 1.0f / (sum(total) + std::exp(sink - most));
+}
+
+// Pairs (2 i, 2 i + 1) of the last 2 * half of x [size], turned by (cos, sin); sign -1 turns back. Only channels begin .. end - 1.
+static inline void turn(float* x, int size, const float* cosine, const float* sine, int half, float sign, int begin, int end) {
+    int start = size - 2 * half;
+    for (int at = std::max(start, begin); at + 1 < end; at += 2) {
+        int i = (at - start) / 2;
+        float even = x[at], odd = x[at + 1], s = sign * sine[i];
+        x[at] = even * cosine[i] - odd * s;
+        x[at + 1] = even * s + odd * cosine[i];
+    }
+}
+
+// One row of the state.
+static inline void write_state(RowType type, char* to, const float* x, int size) {
+    if (type == FLOAT32) std::memcpy(to, x, (size_t)size * 4);
+    else write_row(PAIRS, (uint32_t*)to, 0, 0, x, size);
+}
+static inline int64_t row_bytes(RowType type, int64_t size) { return size * (type == FLOAT32 ? 4 : 2); }
+
+}  // namespace nautile

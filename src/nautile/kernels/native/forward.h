@@ -1,0 +1,298 @@
+// One slice of a step: some tokens of some sequences through all layers. Every member of the team runs the same functions;
+// what differs is its share. With one token, products are split by outputs and the small per-token work is done by every
+// member for itself, which is cheaper than waiting. With a few tokens, products are split by outputs and per-token work by
+// tokens. With many, everything is split by tokens and members meet only where a token needs another one's keys.
+#pragma once
+#include "model.h"
+#include "quantise.h"
+#include "select.h"
+#include "team.h"
+
+namespace nautile {
+
+constexpr int SLICE = 256;  // tokens of a slice: bounds the scratch memory
+constexpr int MANY = 48;    // tokens from which work is split by tokens
+constexpr int GROUP = 4;    // tokens whose attention shares packed keys
+constexpr int INDEX_GROUP = 16;
+
+struct Segment {
+    const Piece* piece;
+    const int64_t* blocks;
+    int64_t start;  // position of its first token in this slice
+    int first, count;
+};
+
+// Buffers with one row a token that a member fills for its own tokens (or, with one token, for itself).
+struct TokenBuffers {
+    Buffer<float> mix, wide, head_rows, gate, index_weights, route_weights;
+    Buffer<uint32_t> input, q_low, query, index_query, output, low;
+    Buffer<int> route;
+};
+
+struct MemberBuffers {
+    TokenBuffers own;  // for one token
+    std::unique_ptr<Packer> rows, keys;
+    Selector selector;
+    Buffer<float> logits, sums, scores, products, pooled;
+    Buffer<uint32_t> weights;
+    std::vector<int32_t> chosen;
+    KeyList window, entries;
+    std::vector<int> expert_first, expert_next, expert_slots;
+    std::vector<float> inverse;  // 1 / total of each softmax
+    int64_t logits_size = 0, scores_size = 0;
+};
+
+class Runner {
+  public:
+    Runner(const Model& model, int threads, RowType row_type, RowType index_type)
+        : model_(model), s_(model.shape), row_type_(row_type), index_type_(index_type), team_(threads), members_(threads) {
+        nd_ = round_up(s_.streams * s_.hidden, LANES);
+        d_ = round_up(s_.hidden, LANES);
+        outs_ = round_up(model.mixing().outputs(), LANES);
+        half_ = (int)s_.rotated / 2;
+        prepare(shared_, SLICE);
+        int64_t projected = 0, queries = 0;
+        for (const Layer& layer : model.layers) {
+            projected = std::max<int64_t>(projected, layer.inputs.tiles * LANES);
+            queries = std::max<int64_t>(queries, layer.queries.tiles * LANES);
+        }
+        projected_ = projected, queries_ = queries, rank_ = round_up(s_.o_rank, LANES), inner_ = round_up(s_.inner, LANES);
+        streams_ = allocate<float>(SLICE * nd_), z_ = allocate<float>(SLICE * outs_), y_ = allocate<float>(SLICE * d_);
+        proj_ = allocate<float>(SLICE * projected_), q_ = allocate<float>(SLICE * queries_);
+        u_ = allocate<float>(SLICE * s_.groups * rank_);
+        hidden_ = allocate<uint32_t>(SLICE * (s_.chosen + 1) * inner_ * 2);
+        attended_ = allocate<uint32_t>(SLICE * operand(s_.heads * s_.head_dim).stride);
+        fresh_ = allocate<char>(SLICE * s_.head_dim * 4), zeros_ = allocate<char>(std::max(s_.head_dim, s_.index_dim) * 4);
+        turns_ = allocate<float>(SLICE * 4 * half_);
+        logits_ = allocate<float>(SLICE * model.head().tiles * LANES);
+        for (MemberBuffers& member : members_) {
+            prepare(member.own, 1);
+            member.rows = std::make_unique<Packer>((int)s_.attention_kind, row_type, (int)s_.head_dim);
+            member.keys = std::make_unique<Packer>((int)s_.index_kind, index_type, (int)s_.index_dim);
+            member.sums = allocate<float>(GROUP * s_.heads * round_up(s_.head_dim, LANES));
+            member.products = allocate<float>(std::max<int64_t>(INDEX_GROUP * s_.index_heads, ROWS) * KEYS);
+            member.pooled = allocate<float>(round_up(std::max(s_.head_dim, s_.index_dim), LANES));
+        }
+    }
+
+    // Takes the pieces in, writes the state, and returns the wanted rows of logits in order.
+    void step(const Pools& pools, const Piece* pieces, int count, const int64_t* ids, const int64_t* blocks, float* logits) {
+        pools_ = &pools;
+        int64_t longest = 0;
+        for (int i = 0; i < count; i++) longest = std::max(longest, pieces[i].start + pieces[i].count);
+        grow(longest);
+        out_ = logits;
+        const int64_t* next = ids;
+        std::vector<Segment> segments;
+        int filled = 0;
+        for (int i = 0; i < count; i++) {
+            for (int64_t done = 0; done < pieces[i].count;) {
+                int take = (int)std::min<int64_t>(SLICE - filled, pieces[i].count - done);
+                segments.push_back({&pieces[i], blocks + pieces[i].block_offset, pieces[i].start + done, filled, take});
+                for (int j = 0; j < take; j++) ids_[filled + j] = *next++;
+                filled += take, done += take;
+                if (filled == SLICE) slice(segments, filled), segments.clear(), filled = 0;
+            }
+        }
+        if (filled) slice(segments, filled);
+    }
+
+  private:
+    // What a member knows about its share of the slice.
+    struct Share {
+        int member, parts;
+        bool one, many;
+        Range tokens, rows;  // of per-token work; of products
+        TokenBuffers* t;
+        MemberBuffers* m;
+        Range panels(const Matrix& w) const { return many ? Range{0, w.panels} : part(w.panels, member, parts); }
+        bool writes_tokens() const { return !one || member == 0; }  // of shared buffers
+    };
+
+    Rows operand(int64_t inputs) const {  // every operand row has room for both kinds
+        Rows rows;
+        rows.stride = round_up(inputs, LANES), rows.low = rows.stride / 2;
+        return rows;
+    }
+    Rows operand(const Buffer<uint32_t>& buffer, int64_t inputs) const {
+        Rows rows = operand(inputs);
+        rows.base = buffer.get();
+        return rows;
+    }
+
+    void prepare(TokenBuffers& t, int64_t tokens) {
+        t.mix = allocate<float>(tokens * outs_), t.wide = allocate<float>(tokens * d_);
+        t.head_rows = allocate<float>(tokens * round_up(std::max(s_.heads * s_.head_dim, s_.index_heads * s_.index_dim), LANES));
+        t.gate = allocate<float>(tokens * round_up(s_.experts, LANES));
+        t.index_weights = allocate<float>(tokens * s_.index_heads);
+        t.route_weights = allocate<float>(tokens * s_.chosen), t.route = allocate<int>(tokens * s_.chosen);
+        t.input = allocate<uint32_t>(tokens * operand(s_.hidden).stride);
+        t.q_low = allocate<uint32_t>(tokens * operand(s_.q_rank).stride);
+        t.query = allocate<uint32_t>(tokens * s_.heads * operand(s_.head_dim).stride);
+        t.index_query = allocate<uint32_t>(tokens * s_.index_heads * operand(s_.index_dim).stride);
+        t.low = allocate<uint32_t>(tokens * operand(s_.groups * s_.o_rank).stride);
+    }
+
+    // Lanes of a row of logits: the window with room on both sides, and the entries of either kind of layer.
+    void grow(int64_t longest) {
+        int64_t csa = std::min(longest / 4, s_.index_topk), hca = longest / 128;
+        lanes_ = s_.window + GROUP + 3 * LANES + round_up(std::max(csa, hca), LANES) + LANES;
+        lanes_ = round_up(lanes_ * 2, 512);
+        for (MemberBuffers& member : members_) {
+            if (member.logits_size < lanes_) {
+                member.logits = allocate<float>(GROUP * s_.heads * lanes_);
+                member.weights = allocate<uint32_t>(GROUP * s_.heads * lanes_);
+                member.logits_size = lanes_;
+            }
+            lanes_ = member.logits_size;
+            int64_t keys = longest / 4 > s_.index_topk ? round_up(longest / 4 + KEYS, 4096) : 0;
+            if (member.scores_size < keys) {
+                member.scores = allocate<float>(INDEX_GROUP * keys);
+                member.scores_size = keys;
+            }
+        }
+    }
+
+    void slice(const std::vector<Segment>& segments, int tokens) {
+        segments_ = &segments, tokens_ = tokens;
+        for (const Segment& segment : segments)
+            for (int i = 0; i < segment.count; i++)
+                positions_[segment.first + i] = segment.start + i, segment_of_[segment.first + i] = (int)(&segment - segments.data());
+        const std::function<void(int)> job = [this](int member) { work(member); };
+        team_.run(job);
+        out_ += wanted_count_ * s_.vocabulary;
+    }
+
+    void work(int member) {
+        Share s{};
+        s.member = member, s.parts = team_.size(), s.one = tokens_ == 1, s.many = tokens_ >= MANY, s.m = &members_[member];
+        s.tokens = s.one ? Range{0, 1} : part(tokens_, member, s.parts);
+        s.rows = s.many ? s.tokens : Range{0, tokens_};
+        s.t = s.one ? &s.m->own : &shared_;
+        begin(s);
+        team_.barrier();
+        for (const Layer& layer : model_.layers) {
+            read_streams(s, {layer.attn_fn.data.get(), layer.t.attn_base, layer.t.attn_scale, layer.attn_fn.stride}, layer.t.attn_norm,
+                         (int)s_.main_kind);
+            attention(s, layer);
+            read_streams(s, {layer.ffn_fn.data.get(), layer.t.ffn_base, layer.t.ffn_scale, layer.ffn_fn.stride}, layer.t.ffn_norm,
+                         (int)s_.expert_kind);
+            experts(s, layer);
+        }
+        finish(s);
+    }
+
+    // Barriers after work that was split by outputs, or by tokens where somebody else goes on with all of them.
+    void after_product(const Share& s) { if (!s.many) team_.barrier(); }
+    void after_tokens(const Share& s) { if (!s.many && !s.one) team_.barrier(); }
+
+    const float* cosine(int token, bool compressed) const { return turns_.get() + ((int64_t)token * 4 + 2 * compressed) * half_; }
+    const float* sine(int token, bool compressed) const { return cosine(token, compressed) + half_; }
+    void angles(int64_t position, bool compressed, float* cosines, float* sines) const {
+        const float* frequencies = compressed ? model_.t.compressed_frequencies : model_.t.window_frequencies;
+        for (int i = 0; i < half_; i++) {
+            float angle = (float)position * frequencies[i];
+            cosines[i] = std::cos(angle), sines[i] = std::sin(angle);
+        }
+    }
+
+    void begin(const Share& s) {
+        for (int m = s.tokens.begin; m < s.tokens.end; m++) {
+            for (int kind = 0; kind < 2; kind++)
+                if (!s.one || kind == s.member || s.parts == 1)
+                    angles(positions_[m], kind, (float*)cosine(m, kind), (float*)sine(m, kind));
+            if (!s.writes_tokens()) continue;
+            float* streams = streams_.get() + m * nd_;
+            for (int j = 0; j < s_.streams; j++) std::memcpy(streams + j * s_.hidden, model_.t.embed + ids_[m] * s_.hidden, s_.hidden * 4);
+        }
+    }
+
+    // The mappings of a site, and what its sublayer reads: the collapsed streams, normalised, as floats and as operand rows.
+    void read_streams(const Share& s, const Site& site, const float* norm, int kind) {
+        const Mixing mix = model_.mixing();
+        int outs = mix.outputs();
+        dot_rows(streams_.get(), nd_, s.rows, site.fn, site.stride, s.many ? Range{0, outs} : part(outs, s.member, s.parts), nd_,
+                 z_.get(), outs_);
+        after_product(s);
+        Rows input = operand(s.t->input, s_.hidden);
+        for (int m = s.tokens.begin; m < s.tokens.end;) {
+            int count = std::min(LANES, s.tokens.end - m);
+            if (count < LANES) count = std::min(4, count);
+            float square[LANES];
+            for (int i = 0; i < count; i++) square[i] = sum_of_squares(streams_.get() + (m + i) * nd_, nd_) / (float)(s_.streams * s_.hidden);
+            const float* z = z_.get() + m * outs_;
+            if (count <= 4) mappings<vec4>(mix, site, z, square, count, outs_, s.t->mix.get() + m * outs_);
+            else mappings<vec>(mix, site, z, square, count, outs_, s.t->mix.get() + m * outs_);
+            for (int i = 0; i < count; i++, m++) {
+                float* x = s.t->wide.get() + m * d_;
+                collapse(streams_.get() + m * nd_, s.t->mix.get() + m * outs_, mix.streams, (int)s_.hidden, x);
+                rms_norm(x, norm, (int)s_.hidden, mix.norm_eps, x);
+                write_row(kind, input.row(m), input.low, 0, x, (int)s_.hidden);
+            }
+        }
+        after_tokens(s);
+    }
+
+    // Adds a sublayer's output to the streams, for this member's tokens and columns of `last`, the product that made it.
+    void write_streams(const Share& s, const Matrix& last) {
+        Range panels = s.panels(last);
+        int begin = panels.begin * KEYS, end = std::min<int>(panels.end * KEYS, (int)s_.hidden), n = (int)s_.streams;
+        for (int m = s.rows.begin; m < s.rows.end; m++) {
+            const float* mix = s.t->mix.get() + m * outs_;
+            distribute(streams_.get() + m * nd_, y_.get() + m * d_, mix + n, mix + 2 * n, n, (int)s_.hidden, begin, end);
+        }
+        after_product(s);
+    }
+
+    // forward_attention.h
+    void attention(const Share& s, const Layer& layer);
+    void read_inputs(const Share& s, const Layer& layer);
+    void compress(const Share& s, const Layer& layer);
+    void compress_block(const Share& s, const Layer& layer, const Segment& segment, int64_t block, bool index);
+    void save_tails(const Share& s, const Layer& layer);
+    void save_window(const Share& s, const Layer& layer);
+    void prepare_queries(const Share& s, const Layer& layer);
+    void attend(const Share& s, const Layer& layer);
+    bool selects(const Layer& layer, int token) const { return layer.ratio == 4 && visible(layer, token) > s_.index_topk; }
+    int64_t visible(const Layer& layer, int token) const { return layer.ratio ? (positions_[token] + 1) / layer.ratio : 0; }
+    void score_entries(const Share& s, const Layer& layer, int first, int count);
+    void attend_group(const Share& s, const Layer& layer, int first, int count, const int32_t* chosen);
+    void list_window(const Share& s, const Layer& layer, int first, int last);
+    void list_entries(const Share& s, const Layer& layer, const Segment& segment, int64_t count, const int32_t* chosen);
+    void project_output(const Share& s, const Layer& layer);
+    const char* entry_row(const Pool& pool, const Layer& layer, const Segment& segment, int64_t entry) const {
+        int64_t per_block = pools_->block_tokens / layer.ratio;
+        return pool.at(segment.blocks[entry / per_block], layer.ordinal, entry % per_block);
+    }
+
+    // forward_experts.h
+    void experts(const Share& s, const Layer& layer);
+    void route(const Share& s, const Layer& layer, int token);
+    void group_by_expert(const Share& s);
+    void expert_up(const Share& s, const Layer& layer);
+    void expert_down(const Share& s, const Layer& layer);
+    void finish(const Share& s);
+    void read_head(const Share& s, int row, int token);
+
+    const Model& model_;
+    const Shape s_;
+    const RowType row_type_, index_type_;
+    Team team_;
+    std::vector<MemberBuffers> members_;
+    TokenBuffers shared_;
+    Buffer<float> streams_, z_, y_, proj_, q_, u_, turns_, logits_;
+    Buffer<uint32_t> hidden_, attended_;
+    Buffer<char> fresh_, zeros_;
+    int64_t nd_, d_, outs_, projected_, queries_, rank_, inner_, lanes_ = 0;
+    int half_;
+
+    // The slice being run; written by slice() only.
+    const Pools* pools_ = nullptr;
+    const std::vector<Segment>* segments_ = nullptr;
+    int tokens_ = 0, wanted_count_ = 0;
+    int64_t ids_[SLICE], positions_[SLICE];
+    int segment_of_[SLICE];
+    float* out_ = nullptr;
+};
+
+}  // namespace nautile

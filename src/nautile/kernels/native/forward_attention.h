@@ -1,0 +1,286 @@
+// The attention of one layer (tech report section 2.3): projections, compressors, indexer, softmax with sinks, output.
+#pragma once
+#include "forward.h"
+
+namespace nautile {
+
+inline void Runner::attention(const Share& s, const Layer& layer) {
+    multiply(layer.inputs, operand(s.t->input, s_.hidden), s.rows, s.panels(layer.inputs), proj_.get(), projected_);
+    team_.barrier();
+    read_inputs(s, layer);
+    compress(s, layer);
+    after_tokens(s);
+    multiply(layer.queries, operand(s.t->q_low, s_.q_rank), s.rows, s.panels(layer.queries), q_.get(), queries_);
+    team_.barrier();
+    save_tails(s, layer);
+    prepare_queries(s, layer);
+    attend(s, layer);
+    team_.barrier();
+    save_window(s, layer);
+    project_output(s, layer);
+}
+
+// The low-rank query and the new window row of each token.
+inline void Runner::read_inputs(const Share& s, const Layer& layer) {
+    const int c = (int)s_.head_dim, ci = (int)s_.index_dim;
+    Rows low = operand(s.t->q_low, s_.q_rank);
+    float row[4096];
+    for (int m = s.tokens.begin; m < s.tokens.end; m++) {
+        const float* x = proj_.get() + m * projected_;
+        rms_norm(x + layer.at.q, layer.t.q_norm, (int)s_.q_rank, (float)model_.numbers.norm_eps, row);
+        write_row((int)s_.main_kind, low.row(m), low.low, 0, row, (int)s_.q_rank);
+        float factor = 1.0f / std::sqrt((float)ci) / std::sqrt((float)s_.index_heads);
+        if (layer.ratio == 4)
+            for (int h = 0; h < s_.index_heads; h++) s.t->index_weights[m * s_.index_heads + h] = x[layer.at.index_weights + h] * factor;
+        if (!s.writes_tokens()) continue;
+        rms_norm(x + layer.at.kv, layer.t.kv_norm, c, (float)model_.numbers.norm_eps, row);
+        turn(row, c, cosine(m, layer.ratio != 0), sine(m, layer.ratio != 0), half_, 1.0f, 0, c);
+        if (s_.quantise_kv) quantise_row(row, c - 2 * half_);
+        write_state(row_type_, fresh_.get() + m * row_bytes(row_type_, c), row, c);
+    }
+}
+
+// Every block of 4 or 128 tokens that the slice completes becomes an entry (and an indexer key), one after another in turn.
+inline void Runner::compress(const Share& s, const Layer& layer) {
+    if (!layer.ratio) return;
+    int item = 0;
+    for (const Segment& segment : *segments_)
+        for (int64_t block = segment.start / layer.ratio; block < (segment.start + segment.count) / layer.ratio; block++)
+            for (int index = 0; index < (layer.ratio == 4 ? 2 : 1); index++)
+                if (item++ % s.parts == s.member) compress_block(s, layer, segment, block, index);
+}
+
+// Softmax per channel over the slots of a block; with ratio 4 the first halves of the block before take part.
+inline void Runner::compress_block(const Share& s, const Layer& layer, const Segment& segment, int64_t block, bool index) {
+    const int m = layer.ratio, dim = (int)(index ? s_.index_dim : s_.head_dim), ring = m == 4 ? 8 : 128, width = m == 4 ? 2 * dim : dim;
+    const Pool& kv_pool = index ? pools_->index_kv : m == 4 ? pools_->csa_kv : pools_->hca_kv;
+    const Pool& gate_pool = index ? pools_->index_gate : m == 4 ? pools_->csa_gate : pools_->hca_gate;
+    const float* bias = index ? layer.t.index_ape : layer.t.ape;
+    const float *kv[128], *gate[128], *ape[128];
+    int slots = 0;
+    for (int64_t p = std::max<int64_t>(0, m == 4 ? (block - 1) * m : block * m); p < (block + 1) * m; p++, slots++) {
+        int64_t column = m == 4 && p >= block * m ? dim : 0;
+        ape[slots] = bias + p % m * width + column;
+        if (p >= segment.start) {
+            const float* x = proj_.get() + (segment.first + p - segment.start) * projected_;
+            kv[slots] = x + (index ? layer.at.index_kv : layer.at.entry_kv) + column;
+            gate[slots] = x + (index ? layer.at.index_gate : layer.at.entry_gate) + column;
+        } else {
+            kv[slots] = (const float*)kv_pool.at(segment.piece->slot, layer.ordinal, p % ring) + column;
+            gate[slots] = (const float*)gate_pool.at(segment.piece->slot, layer.ordinal, p % ring) + column;
+        }
+    }
+    float* pooled = s.m->pooled.get();
+    for (int i = 0; i < dim; i += LANES) {
+        const int left = dim - i;
+        vec top = spread(-3e38f), total = {}, value = {};
+        for (int j = 0; j < slots; j++) top = larger(load_some(gate[j] + i, left) + load_some(ape[j] + i, left), top);
+        for (int j = 0; j < slots; j++) {
+            vec e = exponential(load_some(gate[j] + i, left) + load_some(ape[j] + i, left) - top);
+            total = total + e;
+            value = fma(e, load_some(kv[j] + i, left), value);
+        }
+        store_some(pooled + i, value / total, left);
+    }
+    rms_norm(pooled, index ? layer.t.index_norm : layer.t.comp_norm, dim, (float)model_.numbers.norm_eps, pooled);
+    float cosines[512], sines[512];
+    angles(block * m, true, cosines, sines);
+    turn(pooled, dim, cosines, sines, half_, 1.0f, 0, dim);
+    if (index && s_.quantise_index) quantise_index(pooled, dim);
+    if (!index && s_.quantise_kv) quantise_row(pooled, dim - 2 * half_);
+    const Pool& pool = index ? pools_->index : m == 4 ? pools_->csa : pools_->hca;
+    write_state(index ? index_type_ : row_type_, (char*)entry_row(pool, layer, segment, block), pooled, dim);
+}
+
+// The projections that later blocks still need go to the rings; nobody reads the old rows any more.
+inline void Runner::save_tails(const Share& s, const Layer& layer) {
+    if (!layer.ratio || !s.writes_tokens()) return;
+    const int ring = layer.ratio == 4 ? 8 : 128, c = (int)s_.head_dim, ci = (int)s_.index_dim;
+    for (int m = s.tokens.begin; m < s.tokens.end; m++) {
+        const Segment& segment = (*segments_)[segment_of_[m]];
+        if (segment.start + segment.count - positions_[m] > ring) continue;
+        const float* x = proj_.get() + m * projected_;
+        int64_t slot = segment.piece->slot, row = positions_[m] % ring;
+        auto save = [&](const Pool& pool, int column, int size) {
+            std::memcpy(pool.at(slot, layer.ordinal, row), x + column, (size_t)size * 4);
+        };
+        if (layer.ratio == 4) {
+            save(pools_->csa_kv, layer.at.entry_kv, 2 * c), save(pools_->csa_gate, layer.at.entry_gate, 2 * c);
+            save(pools_->index_kv, layer.at.index_kv, 2 * ci), save(pools_->index_gate, layer.at.index_gate, 2 * ci);
+        } else {
+            save(pools_->hca_kv, layer.at.entry_kv, c), save(pools_->hca_gate, layer.at.entry_gate, c);
+        }
+    }
+}
+
+inline void Runner::save_window(const Share& s, const Layer& layer) {
+    if (!s.writes_tokens()) return;
+    int64_t bytes = row_bytes(row_type_, s_.head_dim), number = &layer - model_.layers.data();
+    for (int m = s.tokens.begin; m < s.tokens.end; m++) {
+        const Segment& segment = (*segments_)[segment_of_[m]];
+        if (segment.start + segment.count - positions_[m] > s_.window) continue;
+        std::memcpy(pools_->window.at(segment.piece->slot, number, positions_[m] % s_.window), fresh_.get() + m * bytes, bytes);
+    }
+}
+
+inline void Runner::prepare_queries(const Share& s, const Layer& layer) {
+    const int c = (int)s_.head_dim, ci = (int)s_.index_dim;
+    Rows query = operand(s.t->query, c), index = operand(s.t->index_query, ci);
+    float row[4096];
+    for (int m = s.tokens.begin; m < s.tokens.end; m++) {
+        const float *x = q_.get() + m * queries_, *cosines = cosine(m, layer.ratio != 0), *sines = sine(m, layer.ratio != 0);
+        for (int h = 0; h < s_.heads; h++) {
+            rms_norm(x + h * c, nullptr, c, (float)model_.numbers.norm_eps, row);
+            turn(row, c, cosines, sines, half_, 1.0f, 0, c);
+            write_row((int)s_.attention_kind, query.row(m * s_.heads + h), query.low, 0, row, c);
+        }
+        if (!selects(layer, m)) continue;
+        for (int h = 0; h < s_.index_heads; h++) {
+            std::memcpy(row, x + layer.index_column + h * ci, (size_t)ci * 4);
+            turn(row, ci, cosines, sines, half_, 1.0f, 0, ci);
+            if (s_.quantise_index) quantise_index(row, ci);
+            write_row((int)s_.index_kind, index.row(m * s_.index_heads + h), index.low, 0, row, ci);
+        }
+    }
+}
+
+inline void Runner::attend(const Share& s, const Layer& layer) {
+    const int64_t k = s_.index_topk;
+    for (int m = s.tokens.begin; m < s.tokens.end;) {
+        int count = 1;
+        while (count < INDEX_GROUP && m + count < s.tokens.end && segment_of_[m + count] == segment_of_[m]) count++;
+        if (selects(layer, m + count - 1)) score_entries(s, layer, m, count);
+        for (int i = 0; i < count; i += GROUP)
+            attend_group(s, layer, m + i, std::min(GROUP, count - i), s.m->chosen.data() + i * k);
+        m += count;
+    }
+}
+
+// Indexer scores of all entries that `count` tokens may see, and the k largest of each token, ascending, in m->chosen.
+inline void Runner::score_entries(const Share& s, const Layer& layer, int first, int count) {
+    const int heads = (int)s_.index_heads, k = (int)s_.index_topk;
+    const Segment& segment = (*segments_)[segment_of_[first]];
+    MemberBuffers &m = *s.m, &shared = s.one ? members_[0] : m;
+    const int64_t size = m.scores_size;
+    const int last = (int)visible(layer, first + count - 1), blocks = (last + KEYS - 1) / KEYS;
+    Range mine = s.one ? part(blocks, s.member, s.parts) : Range{0, blocks};
+    Rows queries = operand(s.t->index_query, s_.index_dim);
+    KeyList keys(KEYS);
+    int from_token = first;
+    while (!selects(layer, from_token)) from_token++;
+    const int rows = (first + count - from_token) * heads, skipped = from_token - first;
+    for (int b = mine.begin; b < mine.end; b++) {
+        int here = std::min(KEYS, last - b * KEYS);
+        for (int j = 0; j < KEYS; j++) keys[j] = j < here ? entry_row(pools_->index, layer, segment, b * KEYS + j) : zeros_.get();
+        key_logits(*m.keys, keys, {0, 1}, queries, from_token * heads, rows, m.products.get(), KEYS, 0);
+        for (int i = skipped; i < count; i++)
+            for (int j = 0; j < KEYS; j += LANES) {
+                const float *w = s.t->index_weights.get() + (first + i) * heads, *p = m.products.get() + (i - skipped) * heads * KEYS + j;
+                vec score = {};
+                for (int h = 0; h < heads; h++) score = fma(spread(w[h]), larger(load(p + h * KEYS), vec{}), score);
+                store(shared.scores.get() + i * size + (int64_t)b * KEYS + j, score);
+            }
+    }
+    if (s.one) team_.barrier();
+    m.chosen.resize(INDEX_GROUP * k);
+    for (int i = skipped; i < count; i++)
+        m.selector.select(shared.scores.get() + i * size, (int)visible(layer, first + i), k, m.chosen.data() + i * k);
+}
+
+inline void Runner::list_window(const Share& s, const Layer& layer, int first, int last) {
+    const Segment& segment = (*segments_)[segment_of_[first]];
+    const int64_t bytes = row_bytes(row_type_, s_.head_dim), number = &layer - model_.layers.data();
+    int64_t oldest = std::max<int64_t>(0, positions_[first] - s_.window + 1), begin = oldest / LANES * LANES;
+    KeyList& keys = s.m->window;
+    keys.assign(round_up(positions_[last] + 1 - begin, LANES), zeros_.get());
+    for (int64_t p = oldest; p <= positions_[last]; p++)
+        keys[p - begin] = p >= segment.start ? fresh_.get() + (segment.first + p - segment.start) * bytes
+                                             : pools_->window.at(segment.piece->slot, number, p % s_.window);
+}
+
+inline void Runner::list_entries(const Share& s, const Layer& layer, const Segment& segment, int64_t count, const int32_t* chosen) {
+    const Pool& pool = layer.ratio == 4 ? pools_->csa : pools_->hca;
+    KeyList& keys = s.m->entries;
+    keys.assign(round_up(count, LANES), zeros_.get());
+    for (int64_t i = 0; i < count; i++) keys[i] = entry_row(pool, layer, segment, chosen ? chosen[i] : i);
+}
+
+// Attention of up to GROUP consecutive tokens of one sequence. With one token in the slice, members share the keys for the
+// logits and the channels for the sum; the softmax between them is done by each for itself.
+inline void Runner::attend_group(const Share& s, const Layer& layer, int first, int count, const int32_t* chosen) {
+    MemberBuffers &m = *s.m, &shared = s.one ? members_[0] : m;
+    const int heads = (int)s_.heads, c = (int)s_.head_dim, last = first + count - 1, c_tiles = (c + LANES - 1) / LANES;
+    const Segment& segment = (*segments_)[segment_of_[first]];
+    Rows queries = operand(s.t->query, c), weights;
+    weights.base = m.weights.get(), weights.stride = lanes_;
+    const int parts = s.one ? s.parts : 1, mine = s.one ? s.member : 0;
+    list_window(s, layer, first, last);
+    const int64_t window_lanes = (int64_t)m.window.size(), begin = std::max<int64_t>(0, positions_[first] - s_.window + 1) / LANES * LANES;
+    const bool apart = selects(layer, last);  // every token has its own entries
+    auto entry_count = [&](int i) { return selects(layer, first + i) ? s_.index_topk : visible(layer, first + i); };
+    auto list = [&](int i) {
+        list_entries(s, layer, segment, entry_count(i), selects(layer, first + i) ? chosen + i * s_.index_topk : nullptr);
+    };
+    float* logits = shared.logits.get();
+    key_logits(*m.rows, m.window, part(key_blocks(m.window), mine, parts), queries, first * heads, count * heads, logits, lanes_, 0);
+    for (int i = apart ? 0 : count - 1; i < count; i++) {
+        list(i);
+        int row = apart ? i * heads : 0, rows = apart ? heads : count * heads;
+        key_logits(*m.rows, m.entries, part(key_blocks(m.entries), mine, parts), queries, first * heads + row, rows, logits + row * lanes_,
+                   lanes_, window_lanes);
+    }
+    if (s.one) team_.barrier();
+    std::vector<float>& scale = m.inverse;
+    scale.resize(count * heads);
+    for (int i = 0; i < count; i++) {
+        int64_t t = positions_[first + i], entries = entry_count(i), all = apart ? entries : entry_count(count - 1);
+        const Span spans[2] = {
+            {0, (int)window_lanes, (int)(std::max<int64_t>(0, t - s_.window + 1) - begin), (int)(t + 1 - begin)},
+            {window_lanes, (int)round_up(all, LANES), 0, (int)entries},
+        };
+        for (int h = 0; h < heads; h++)
+            scale[i * heads + h] = soften(logits + (i * heads + h) * lanes_, spans, 2, 1.0f / std::sqrt((float)c), layer.t.sink[h],
+                                          (int)s_.attention_kind, weights.row(i * heads + h));
+    }
+    const int64_t stride = (int64_t)c_tiles * LANES;
+    const Range tiles = part(c_tiles, mine, parts);
+    float* sums = m.sums.get();
+    for (int r = 0; r < count * heads; r++) std::fill(sums + r * stride + tiles.begin * LANES, sums + r * stride + tiles.end * LANES, 0.0f);
+    weighted_values(*m.rows, m.window, tiles, weights, count * heads, 0, sums, stride);
+    for (int i = apart ? 0 : count - 1; i < count; i++) {
+        if (apart) list(i);
+        int row = apart ? i * heads : 0, rows = apart ? heads : count * heads;
+        Rows some = weights;
+        some.base = weights.row(row);
+        weighted_values(*m.rows, m.entries, tiles, some, rows, window_lanes, sums + row * stride, stride);
+    }
+    Rows out = operand(attended_, s_.heads * c);
+    const int from = tiles.begin * LANES, to = std::min(c, tiles.end * LANES);
+    for (int i = 0; i < count; i++)
+        for (int h = 0; h < heads; h++) {
+            float* x = sums + (i * heads + h) * stride;
+            for (int j = from; j < to; j++) x[j] *= scale[i * heads + h];
+            turn(x, c, cosine(first + i, layer.ratio != 0), sine(first + i, layer.ratio != 0), half_, -1.0f, from, to);
+            if (to > from) write_row((int)s_.main_kind, out.row(first + i), out.low, h * c + from, x + from, to - from);
+        }
+}
+
+// Heads in groups, each projected on its own; then all of them together, added to the streams.
+inline void Runner::project_output(const Share& s, const Layer& layer) {
+    const int64_t slice = s_.heads * s_.head_dim / s_.groups;
+    for (int g = 0; g < s_.groups; g++) {
+        Rows heads = operand(attended_, s_.heads * s_.head_dim);
+        heads.base += s_.main_kind == WIDE ? g * slice : g * slice / 2;
+        multiply(layer.wo_a[g], heads, s.rows, s.panels(layer.wo_a[g]), u_.get() + g * rank_, s_.groups * rank_);
+    }
+    after_product(s);
+    Rows low = operand(s.t->low, s_.groups * s_.o_rank);
+    for (int m = s.tokens.begin; m < s.tokens.end; m++)
+        for (int g = 0; g < s_.groups; g++)
+            write_row((int)s_.main_kind, low.row(m), low.low, g * s_.o_rank, u_.get() + (m * s_.groups + g) * rank_, (int)s_.o_rank);
+    after_tokens(s);
+    multiply(layer.wo_b, low, s.rows, s.panels(layer.wo_b), y_.get(), d_);
+    write_streams(s, layer.wo_b);
+}
+
+}  // namespace nautile

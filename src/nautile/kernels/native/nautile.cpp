@@ -1,0 +1,50 @@
+// The C interface of the kernels, for ctypes. Nothing here throws: a null or a nonzero result means that memory ran out.
+#include "forward_attention.h"
+#include "forward_experts.h"
+
+using namespace nautile;
+
+extern "C" {
+
+Model* nautile_model(const Shape* shape, const Numbers* numbers, const GlobalTensors* globals, const LayerTensors* layers,
+                     const int64_t* ratios) {
+    try {
+        return new Model(*shape, *numbers, *globals, layers, ratios);
+    } catch (const std::bad_alloc&) {
+        return nullptr;
+    }
+}
+void nautile_free_model(Model* model) { delete model; }
+
+Runner* nautile_runner(const Model* model, int64_t threads, int64_t row_type, int64_t index_type) {
+    try {
+        return new Runner(*model, (int)threads, (RowType)row_type, (RowType)index_type);
+    } catch (const std::bad_alloc&) {
+        return nullptr;
+    }
+}
+void nautile_free_runner(Runner* runner) { delete runner; }
+
+int64_t nautile_step(Runner* runner, const Pools* pools, const Piece* pieces, int64_t count, const int64_t* ids, const int64_t* blocks,
+                     float* logits) {
+    try {
+        runner->step(*pools, pieces, (int)count, ids, blocks, logits);
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+// What the compiler was allowed to use, for reports.
+const char* nautile_features() {
+#if defined(__AVX512BF16__)
+    return "AVX-512 with bfloat16";
+#elif defined(__AVX512F__)
+    return "AVX-512";
+#elif defined(__AVX2__)
+    return "AVX2";
+#else
+    return "generic";
+#endif
+}
+}

@@ -14,6 +14,7 @@ from nautile.protocol.events import (
     ToolCallEnd,
     ToolCallStart,
 )
+from nautile.protocol.grammar import constraint
 from nautile.protocol.parser import StreamParser, parse
 from nautile.protocol.tokenizer import Tokenizer, TokenizerError
 
@@ -33,6 +34,7 @@ __all__ = [
     "ToolCallArguments",
     "ToolCallEnd",
     "ToolCallStart",
+    "constraint",
     "conversation",
     "encode",
     "parse",

@@ -61,7 +61,8 @@ class GrammarConstraint:
             return
         if self._matcher.is_stopped() and not self._matcher.is_error() and token == self._end:
             return  # the grammar is complete
-        if self._matcher.validate_tokens([token]) != 1 or not self._matcher.consume_token(token):
+        known = 0 <= token < self._tokenizer.vocab_size
+        if not known or self._matcher.validate_tokens([token]) != 1 or not self._matcher.consume_token(token):
             raise ProtocolError(f"token {token} is not allowed by the grammar here; choose among those of mask()")
 
     def fork(self) -> GrammarConstraint:
@@ -311,7 +312,8 @@ def _first_line(message: str) -> str:
 
 def _culprit(schema: Schema) -> str:
     """The keyword without which the schema compiles, "" when it is not one alone."""
-    for path in _keywords(schema)[:200]:
+    paths = sorted(_keywords(schema), key=lambda path: (-len(path), path[-1] == "type"))
+    for path in paths[:200]:
         without = json.loads(json.dumps(schema))
         place = without
         for step in path[:-1]:
@@ -323,7 +325,7 @@ def _culprit(schema: Schema) -> str:
 
 
 def _keywords(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths to everything in a schema, the deepest first."""
+    """Paths to everything in a schema."""
     steps = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
     found = [inner for step, one in steps for inner in _keywords(one, (*path, step))]
     return [*found, path] if path and isinstance(path[-1], str) else found

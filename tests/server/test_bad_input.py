@@ -199,7 +199,7 @@ def test_ranges_are_422_and_forms_are_400() -> None:
     local = Local()
     assert local.refused(messages=user(), temperature=3)[0] == 422
     assert local.refused(messages=user(), temperature="warm")[0] == 400
-    status, error = local.refused(messages=user(), temperature=3)
+    _, error = local.refused(messages=user(), temperature=3)
     assert error["param"] == "temperature" and error["code"] == "invalid_parameter"
 
 

@@ -31,13 +31,13 @@ class KeyRing:
     """The keys that open the server. Comparing takes the same time whichever key is nearly right."""
 
     def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = [hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest() for key in keys]
+        self._digests = [hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest() for key in keys]
 
     def partition(self, key: str | None) -> str | None:
         """The partition of a key, "" where no keys are needed, None for a wrong or missing one."""
         if not self._digests:
             return ""
-        given = hashlib.sha256((key or "").encode("utf-8", "surrogateescape")).digest()
+        given = hashlib.sha256((key or "").encode("utf-8", "surrogatepass")).digest()
         known = [hmac.compare_digest(given, digest) for digest in self._digests]
         return given.hex()[:24] if any(known) else None
 

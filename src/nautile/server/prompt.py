@@ -10,6 +10,7 @@ from nautile.engine.request import TokenConstraint
 from nautile.protocol import Prompt, ProtocolError, texts
 from nautile.protocol.conversation import Conversation, conversation
 from nautile.protocol.encoder import Special
+from nautile.protocol.grammar import constraint
 from nautile.server.errors import invalid
 
 if TYPE_CHECKING:
@@ -66,9 +67,23 @@ def fits(prompt_tokens: int, service: Service) -> int:
     raise invalid(f"{text}: shorten the conversation, its tool results or its tools", "messages", "context_length_exceeded")
 
 
-def constrained(asked: Conversation, prompt: Prompt, service: Service) -> Callable[[], TokenConstraint] | None:
-    """What keeps the output to the tools or the format that was asked for; None when nothing was."""
-    return None
+def constrained(turn: Turn, asked: Conversation, prompt: Prompt, service: Service) -> Callable[[], TokenConstraint] | None:
+    """What keeps the output to the tools or the format that was asked for; None when nothing was. Raises ApiError."""
+    if prompt.continued and asked.response_format:
+        raise invalid(
+            "prefix: true and response_format exclude each other: the format holds for a whole answer", "response_format"
+        )
+    try:
+        return constraint(
+            service.tokenizer,
+            start=prompt.start,
+            tools=asked.tools,
+            tool_choice=asked.tool_choice,
+            response_format=asked.response_format,
+            parallel=turn.parallel_calls,
+        )
+    except ProtocolError as error:
+        raise invalid(str(error), "tools" if asked.tools else "response_format") from None
 
 
 def remember(turn: Turn, asked: Conversation, writer: Writer, service: Service) -> None:

@@ -118,7 +118,7 @@ def prepare(turn: Turn, service: Service) -> Job:
         sampling = replace(turn.sampling, max_tokens=limit, logprobs=turn.logprobs)
     except ValueError as error:
         raise invalid(str(error)) from None
-    constraint = constrained(asked, prompt, service)
+    constraint = constrained(turn, asked, prompt, service)
     request = Request(tuple(ids), sampling, id=turn.id, partition=turn.partition, constraint=constraint)
     parser = StreamParser(
         start=prompt.start, tokenizer=tokenizer, tools=asked.tools, call_seed=turn.id, continued=prompt.continued

@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint setup wheel clean help
+.PHONY: demo test test-slow test-clients lint setup wheel clean help
 
 help:
 	@echo "make demo       set up, then let the shipped model work on real files in a sandbox"
 	@echo "make test       set up, then lint, types and tests (under 10 minutes on two cores)"
 	@echo "make test-slow  the longer suites"
+	@echo "make test-clients  real agents against the server (installs them with npm and pip); writes bench/results/clients"
 	@echo "make wheel      build dist/*.whl with the model inside"
 
 setup: $(VENV)/.ready
@@ -30,6 +31,9 @@ test: lint
 
 test-slow: setup
 	$(BIN)/pytest -m slow --durations=15
+
+test-clients: setup
+	$(BIN)/pytest -n 0 tests/clients/check_clients.py
 
 wheel: setup
 	$(BIN)/python -m pip wheel --no-deps -w dist .

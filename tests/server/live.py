@@ -7,13 +7,14 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import uvicorn
+from starlette.types import ASGIApp
 
 from nautile.server import ServerOptions, Service, create_app
 from server.scripted import ScriptedEngine
@@ -55,11 +56,13 @@ class Live:
 
 @contextmanager
 def serving(
-    options: ServerOptions | None = None, engine: ScriptedEngine | None = None, name: str = "scripted"
+    options: ServerOptions | None = None, name: str = "scripted", wrap: Callable[[ASGIApp], ASGIApp] | None = None
 ) -> Iterator[Live]:
-    """Run a server until the block ends; the port is one that the system gives."""
+    """Run a server until the block ends; the port is one that the system gives. ``wrap`` may put a layer around it."""
     engine = ScriptedEngine()
-    app = create_app(Service(engine, name, options or ServerOptions()))
+    app: ASGIApp = create_app(Service(engine, name, options or ServerOptions()))
+    if wrap is not None:
+        app = wrap(app)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=3))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

@@ -32,7 +32,8 @@ async def messages(request: Request) -> Response:
     service = service_of(request)
     body = checked(MessagesRequest, await read_json(request))
     wanted = to_wanted(body, service, *caller(request))
-    writer = MessageWriter(wanted, service.name)
+    # The name that was asked for, since Claude Code sends no thinking back to a model of another name.
+    writer = MessageWriter(wanted, body.model or service.name)
     if body.stream:
         return await stream_events(request, _events(writer, wanted, service), service.options.keep_alive)
     await while_connected(request, _all(writer, wanted, service))

@@ -22,7 +22,7 @@ class FakePool:
 
     def __init__(self, blocks: int, slots: int, block_tokens: int = 4) -> None:
         self.block_tokens = block_tokens
-        self.total_blocks, self.slots = blocks, slots
+        self.blocks, self.slots = blocks, slots
         self.memory = [[-1] * block_tokens for _ in range(blocks)]
         self.references = [0] * blocks
         self.used_slots: set[int] = set()
@@ -38,8 +38,11 @@ class FakePool:
     def available_blocks(self) -> int:
         return sum(count == 0 for count in self.references) + len(self._evictable())
 
-    def blocks_needed(self, tokens: int) -> int:
-        return -(-tokens // self.block_tokens)
+    def blocks_needed(self, tokens: int, sequence: Sequence | None = None) -> int:
+        if sequence is None:
+            return -(-tokens // self.block_tokens) + 1
+        copy = sequence.length % self.block_tokens != 0 and self.references[sequence.blocks[-1]] > 1
+        return max(0, -(-(sequence.length + tokens) // self.block_tokens) - len(sequence.blocks)) + copy
 
     def open(self, ids: list[int], partition: str = "") -> Sequence:
         assert ids
@@ -59,7 +62,7 @@ class FakePool:
     def ensure(self, sequence: Sequence, tokens: int) -> None:
         assert sequence.slot is not None
         copy = sequence.length % self.block_tokens != 0 and self.references[sequence.blocks[-1]] > 1
-        missing = max(0, self.blocks_needed(sequence.length + tokens) - len(sequence.blocks))
+        missing = self.blocks_needed(tokens, sequence) - copy
         if missing + copy > self.available_blocks:
             self.refusals += 1
             raise PoolFull("full")
@@ -70,7 +73,7 @@ class FakePool:
             sequence.blocks[-1] = new
         sequence.blocks += [self._block() for _ in range(missing)]
 
-    def append(self, sequence: Sequence, ids: list[int]) -> None:
+    def append(self, sequence: Sequence, ids: list[int], seconds: float | None = None) -> None:
         sequence.ids += ids
         for end in range(self.block_tokens, sequence.length + 1, self.block_tokens):
             key = (sequence.partition, tuple(sequence.ids[:end]))
@@ -102,7 +105,7 @@ class FakePool:
             self.references[block] -= 1
 
     def check(self) -> None:
-        counts = [0] * self.total_blocks
+        counts = [0] * self.blocks
         for sequence in self.live:
             for block in sequence.blocks:
                 counts[block] += 1

@@ -1,80 +1,219 @@
-"""The engine: what it reuses is exact, what it samples depends on seed and position alone."""
+"""The engine on a network: sync and async use, reuse, limits, threads. Token-for-token equality is in test_one_answer.py."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from nautile.engine import Engine, EngineConfig, SamplingParams, sample
-from nautile.engine.sampling import uniform
+from nautile.engine import (
+    Engine,
+    EngineConfig,
+    EngineError,
+    Finished,
+    Prefilled,
+    Request,
+    RequestError,
+    SamplingParams,
+    TokenSampled,
+)
 from oracles.random_models import random_ids, tiny_network
 
 HOT = SamplingParams(temperature=1.0, top_p=0.95, seed=7, max_tokens=24)
+SMALL = EngineConfig(pool_bytes=4 << 20, block_tokens=128, snapshot_every=128, max_running=4, token_budget=64)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_network((0, 4, 128, 4), seed=3)
+    return tiny_network((0, 4, 128), seed=3)
+
+
+@pytest.fixture
+def engine(model):
+    engine = Engine(model, SMALL)
+    yield engine
+    engine.with_pool(lambda pool: pool.check())
+    engine.close()
 
 
 def prompt(model, length, seed):
     return random_ids(model.config, length, seed=seed).tolist()
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 512])
-def test_reuse_changes_nothing(model, chunk):
-    """Prompts that share a prefix, continue one another, or have nothing in common give what a fresh engine gives."""
-    engine = Engine(model, EngineConfig(prefill_chunk=chunk))
-    shared, tail = prompt(model, 150, 1), prompt(model, 30, 2)
-    first = engine.generate([shared], HOT)[0]
-    continued = shared + first.ids + tail
-    prompts = [shared + tail, shared + tail[:10], continued, prompt(model, 40, 9), shared + tail]
-    for ids in prompts:
-        fresh = Engine(model).generate([ids], HOT)[0]
-        assert engine.generate([ids], HOT)[0].ids == fresh.ids
-    assert engine.statistics.reused_tokens > 0
-
-
-def test_a_continued_conversation_computes_only_what_is_new(model):
-    engine = Engine(model)
+def test_a_continued_conversation_computes_only_what_is_new(model, engine):
     ids = prompt(model, 100, 4)
     out = engine.generate([ids], HOT)[0]
     again = engine.generate([ids + out.ids + [5, 6]], HOT)[0]
     assert again.reused_tokens >= len(ids) + len(out.ids) - 1
 
 
-def test_closing_a_stream_early_is_safe(model):
-    engine, ids = Engine(model), prompt(model, 60, 5)
+def test_closing_a_stream_early_is_safe(model, engine):
+    ids = prompt(model, 60, 5)
     stream = engine.stream(ids, HOT)
     begun = [next(stream) for _ in range(3)]
     stream.close()
     assert engine.generate([ids], HOT)[0].ids[:3] == begun
 
 
-def test_limits_and_bad_input(model):
-    engine = Engine(model)
-    with pytest.raises(ValueError, match="empty"):
+def test_limits_and_bad_input(model, engine):
+    with pytest.raises(RequestError, match="empty"):
         engine.generate([[]])
-    with pytest.raises(ValueError, match="token ids"):
-        engine.generate([[model.config.vocab_size]])
+    with pytest.raises(RequestError, match="token ids"):
+        engine.generate([[5], [model.config.vocab_size]])
+    with pytest.raises(RequestError, match="this model takes"):
+        engine.generate([[5] * model.config.max_position_embeddings])
+    tiny = Engine(model, EngineConfig(pool_bytes=600_000, block_tokens=128, snapshot_every=128, max_running=1))
+    with pytest.raises(RequestError, match="pool_bytes"):
+        tiny.generate([[5] * 4000])
+    tiny.close()
     out = engine.generate([prompt(model, 10, 6)], SamplingParams(max_tokens=3))[0]
     assert len(out.ids) <= 3 and (out.finish_reason == "length") == (out.ids[-1] != model.config.eos_token_id)
-    for wrong in ({"temperature": -1.0}, {"top_p": 0.0}, {"max_tokens": 0}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            SamplingParams(**wrong)
+    assert engine.stats().running == 0
 
 
-@given(st.integers(0, 2**63), st.integers(0, 2**20))
-def test_draws_are_uniform_numbers_of_seed_and_position(seed, position):
-    assert 0 <= uniform(seed, position) < 1
-    assert uniform(seed, position) == uniform(seed, position) != uniform(seed, position + 1)
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"pool_bytes": 1000}, "pool_bytes"),
+        ({"token_budget": 3}, "token_budget"),
+        ({"runner": "fast"}, "runner"),
+        ({"snapshot_every": 100}, "snapshot_every"),
+        ({"max_running": 0}, "max_running"),
+        ({"threads": 0}, "threads"),
+    ],
+)
+def test_options_that_cannot_work_say_so(model, changes, text):
+    with pytest.raises(ValueError, match=text):
+        Engine(model, EngineConfig(**{"max_running": 4, **changes}))
 
 
-def test_sampling_follows_the_distribution():
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    draws = [sample(logits, SamplingParams(temperature=1.0, seed=1), position) for position in range(8000)]
-    shares = torch.bincount(torch.tensor(draws), minlength=4) / len(draws)
-    assert (shares - logits.exp()).abs().max() < 0.02
-    nucleus = {sample(logits, SamplingParams(temperature=1.0, top_p=0.7, seed=2), position) for position in range(500)}
-    assert nucleus == {0, 1}
-    assert sample(torch.tensor([1.0, 3.0, 3.0]), SamplingParams(), 0) == 1  # greedy: the lowest of equals
+def test_choices_come_in_order_and_progress_is_told(model, engine):
+    seen = []
+    params = SamplingParams(temperature=1.0, seed=3, n=2, max_tokens=6, ignore_eos=True, logprobs=2)
+    prompts = [prompt(model, 20, 1), prompt(model, 30, 2)]
+    out = engine.generate(prompts, params, lambda done, total: seen.append((done, total)))
+    assert [completion.prompt_tokens for completion in out] == [20, 20, 30, 30]
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert len({tuple(completion.ids) for completion in out}) == 4
+    for completion in out:
+        assert completion.logprobs is not None and len(completion.logprobs) == 6
+        for token in completion.logprobs:
+            assert token.logprob is not None and token.logprob <= token.top[0][1]
+            assert token.top[0][1] >= token.top[1][1]
+
+
+def test_a_seed_is_drawn_where_none_is_given(model, engine):
+    params = SamplingParams(temperature=1.0, seed=None, max_tokens=12, ignore_eos=True)
+    first, second = (engine.generate([prompt(model, 9, 1)], params)[0].ids for _ in range(2))
+    assert first != second
+
+
+async def collect(engine, request):
+    return [event async for event in engine.submit(request)]
+
+
+def test_events_come_in_order_from_any_event_loop(model, engine):
+    request = Request(tuple(prompt(model, 150, 8)), HOT)
+    events = asyncio.run(collect(engine, request))
+    kinds = [type(event) for event in events]
+    assert kinds == sorted(kinds, key=[Prefilled, TokenSampled, Finished].index)
+    assert [event.done for event in events if isinstance(event, Prefilled)] == [64, 128, 150]
+    tokens = [event.token for event in events if isinstance(event, TokenSampled)]
+    assert tokens == engine.generate([list(request.prompt_ids)], HOT)[0].ids
+    assert events[-1].usage.completion_tokens == len(tokens)
+
+
+def test_leaving_an_async_stream_frees_the_sequence_within_one_step(model, engine):
+    long = SamplingParams(max_tokens=2000, ignore_eos=True)
+
+    async def leave():
+        stream = engine.submit(Request(tuple(prompt(model, 20, 1)), long))
+        async for event in stream:
+            if isinstance(event, TokenSampled):
+                break
+        before = engine.stats().steps
+        await stream.aclose()
+        for _ in range(1000):
+            if not engine.stats().running:
+                break
+            await asyncio.sleep(0.002)
+        return engine.stats().steps - before
+
+    assert asyncio.run(leave()) <= 2
+    assert engine.with_pool(lambda pool: pool.free_slots) == 4
+
+
+def test_cancel_ends_a_request_with_what_it_has(model, engine):
+    long = SamplingParams(max_tokens=2000, ignore_eos=True)
+    request = Request(tuple(prompt(model, 20, 1)), long)
+
+    async def run():
+        events = []
+        async for event in engine.submit(request):
+            events.append(event)
+            if isinstance(event, TokenSampled):
+                engine.cancel(request.id)
+        return events
+
+    events = asyncio.run(run())
+    assert events[-1].reason == "cancelled"
+    assert events[-1].usage.completion_tokens == len([e for e in events if isinstance(e, TokenSampled)])
+    engine.cancel("nobody")
+
+
+def test_many_threads_ask_at_once(model, engine):
+    prompts = [prompt(model, 10 + 7 * index, index) for index in range(6)]
+    alone = [engine.generate([ids], HOT)[0].ids for ids in prompts]
+    together: dict[int, list[int]] = {}
+    threads = [
+        threading.Thread(target=lambda i=index: together.update({i: list(engine.stream(prompts[i], HOT))}))
+        for index in range(len(prompts))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [together[index] for index in range(len(prompts))] == alone
+
+
+def test_a_closed_engine_says_so_and_ends_what_ran(model):
+    engine = Engine(model, SMALL)
+    stream = engine.submit_sync(Request(tuple(prompt(model, 20, 1)), SamplingParams(max_tokens=2000, ignore_eos=True)))
+    while not isinstance(next(stream), TokenSampled):
+        pass
+    engine.close()
+    rest = list(stream)
+    assert rest[-1].reason == "cancelled"
+    with pytest.raises(RequestError, match="closed"):
+        engine.generate([[1, 2]])
+    engine.close()
+
+
+def test_a_failing_step_is_an_error_for_its_requests_only(model, engine, monkeypatch):
+    step = engine.runner.step
+    monkeypatch.setattr(engine.runner, "step", lambda plan: step(plan) * float("nan"))
+    with pytest.raises(EngineError, match="NaN"):
+        engine.generate([prompt(model, 10, 1)], HOT)
+    monkeypatch.undo()
+    assert engine.generate([prompt(model, 10, 1)], HOT)[0].ids
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_broken_pool_stops_the_engine_and_leaves_nobody_waiting(model):
+    engine = Engine(model, SMALL)
+    ids = prompt(model, 10, 1)
+    engine.generate([ids], HOT)
+    engine.with_pool(lambda pool: pool.pages.references.__setitem__(0, 99))
+    engine._driver._thread.join(5)
+    with pytest.raises(RequestError, match="stopped"):
+        engine.generate([ids], HOT)
+
+
+def test_bytes_are_counted_by_kind_while_something_runs(model, engine):
+    stats = engine.stats()
+    assert stats.bytes_limit == SMALL.pool_bytes + SMALL.snapshot_bytes and stats.bytes_total == 0
+    engine.generate([prompt(model, 200, 1)], HOT)
+    used = engine.stats()
+    assert used.bytes_by_kind["csa"] > 0 and used.bytes_by_kind["snapshots"] > 0 and used.bytes_by_kind["window"] == 0
+    assert used.bytes_total == sum(used.bytes_by_kind.values()) <= used.bytes_limit

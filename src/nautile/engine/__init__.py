@@ -1,6 +1,7 @@
 """The engine: prompts to tokens, and what they cost."""
 
-from nautile.engine.engine import Completion, Engine, EngineConfig
+from nautile.engine.engine import Completion, Engine, EngineError
+from nautile.engine.options import EngineConfig
 from nautile.engine.request import (
     EngineEvent,
     EngineStats,
@@ -18,6 +19,7 @@ __all__ = [
     "Completion",
     "Engine",
     "EngineConfig",
+    "EngineError",
     "EngineEvent",
     "EngineStats",
     "Finished",

@@ -7,6 +7,7 @@ chooses at that position with that position's key, so outputs are the same with 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -40,6 +41,7 @@ class _Outcome:
     reason: Reason | None = None
     error: str | None = None
     row: Tensor | None = None  # logits that further choices start from
+    seconds: float = 0.0  # its share of the step
 
 
 class Core:
@@ -79,10 +81,15 @@ class Core:
         for task in [task for task in queues if task.request.id == request_id]:
             self._end(task, "cancelled")
 
-    def cancel_all(self, error: str | None = None) -> None:
+    def cancel_all(self) -> None:
         """End everything."""
         for task in [*self.scheduler.running, *self.scheduler.waiting]:
-            self._end(task, "cancelled", error)
+            self._end(task, "cancelled")
+
+    def fail_all(self, error: str) -> None:
+        """Tell every caller that the engine cannot go on; the pool is left as it is."""
+        for task in [*self.scheduler.running, *self.scheduler.waiting]:
+            task.finished("error", error)
 
     @torch.inference_mode()
     def step(self) -> int:
@@ -113,14 +120,18 @@ class Core:
     # Within a step ------------------------------------------------------------------------------------------------
 
     def _run(self, work: Work) -> list[_Outcome]:
+        began = time.perf_counter()
         logits = self.runner.step(work.plan)
+        each = (time.perf_counter() - began) / work.plan.tokens
         rows = logits.detach().to("cpu", torch.float32)
         best = rows.numpy().argmax(-1).tolist() if len(rows) else []
         outcomes, first = [], 0
         for task, piece in zip(work.tasks, work.plan.pieces, strict=True):
             last = first + piece.rows
             task.prefilled(piece.sequence.length + len(piece.ids))
-            outcomes.append(self._decide(task, piece, rows[first:last], best[first:last]))
+            outcome = self._decide(task, piece, rows[first:last], best[first:last])
+            outcome.seconds = each * len(piece.ids)
+            outcomes.append(outcome)
             first = last
         if self.drafter is not None:
             self._draft(work, outcomes)
@@ -180,7 +191,7 @@ class Core:
         if outcome.error is not None:
             self._end(task, "error", outcome.error, keep=False)
             return
-        self.pool.append(piece.sequence, list(piece.ids[: len(outcome.following)]))
+        self.pool.append(piece.sequence, piece.ids[: len(outcome.following)], outcome.seconds)
         if outcome.row is not None:
             self._fork(task, outcome.row)
         if outcome.reason is not None:
@@ -202,7 +213,7 @@ class Core:
             self._count(completion_tokens=1)
             if reason is not None:
                 task.finished(reason)
-            elif leader.sequence is not None and self.scheduler.room_to_fork(task):
+            elif leader.sequence is not None and self.scheduler.room_to_fork(task, leader.sequence):
                 self.scheduler.start(task, self.pool.fork(leader.sequence))
             else:
                 self.scheduler.add(task)

@@ -1,45 +1,44 @@
-"""Prompts in, tokens out: chunked prefill, one-token decode, and reuse of states whose tokens are a prefix of the next prompt.
+"""The engine: one model, one state pool, one thread that batches everything that is asked of it.
 
-This is the small engine: one sequence at a time. What it keeps between calls is exact, because a kept state is the state
-after precisely the tokens it is filed under.
+``submit`` is for event loops, ``generate`` and ``stream`` for everybody else; all three share the same queue, pool and prefix
+cache, and give the same tokens for the same request whatever else is running.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
-from torch import Tensor
 
-from nautile.engine.interim import Interim
-from nautile.engine.request import EngineEvent, EngineStats, Request
-from nautile.engine.sampling import SamplingParams, sample
+from nautile.engine.core import Core, ModelLimits
+from nautile.engine.driver import Driver, EventStream
+from nautile.engine.numpy_runner import NumpyRunner
+from nautile.engine.options import EngineConfig
+from nautile.engine.plan import Runner
+from nautile.engine.request import EngineEvent, EngineStats, Finished, Request, RequestError, TokenSampled
+from nautile.engine.runner import TorchRunner
+from nautile.engine.sampling import SamplingParams
+from nautile.engine.scheduler import Limits, Scheduler
 from nautile.model import Transformer
-from nautile.model.decode import TokenDecoder, can_decode
 from nautile.protocol import Prompt, Tokenizer
-from nautile.state import State
+from nautile.state import StatePool
+from nautile.state.fingerprint import fingerprint
+from nautile.state.pages import HISTORY, TAIL
 
 if TYPE_CHECKING:
     from nautile.config import ModelConfig
 
-__all__ = ["Completion", "Engine", "EngineConfig"]
+__all__ = ["Completion", "Engine", "EngineConfig", "EngineError"]
+
+Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class EngineConfig:
-    """Options of an engine. ``kept_states`` bounds the memory of prefix reuse; ``threads`` None leaves PyTorch's choice."""
-
-    prefill_chunk: int = 512
-    kept_states: int = 6
-    threads: int | None = None
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if self.prefill_chunk < 1 or self.kept_states < 0:
-            raise ValueError("prefill_chunk must be positive and kept_states not negative")
+class EngineError(RuntimeError):
+    """A request failed inside the engine; the text says how."""
 
 
 @dataclass(frozen=True)
@@ -47,39 +46,22 @@ class Completion:
     """What a prompt was continued with. ``ids`` hold the end of sentence when the model produced it."""
 
     ids: list[int]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "cancelled"]
     prompt_tokens: int
     reused_tokens: int  # of the prompt, not computed again
-
-
-@dataclass
-class _Kept:
-    """A state and the tokens it has taken in. Written by the engine, in order of use."""
-
-    ids: list[int]
-    state: State
-    logits: Tensor | None = None  # of the token after ``ids``
-
-
-@dataclass
-class _Statistics:
-    """Counters for reports. Written by the engine."""
-
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    new_tokens: int = 0
-
-
-_SHORTEST_KEPT = 64  # tokens; a shorter common prefix is cheaper to compute again than to keep
+    logprobs: list[TokenSampled] | None = None  # where asked for
 
 
 class Engine:
-    """Runs one model. Not thread-safe."""
+    """Runs one model. Every method may be called from any thread."""
 
     def __init__(
         self, path_or_model: str | Path | Transformer, config: EngineConfig | None = None, tokenizer: Tokenizer | None = None
     ) -> None:
-        """Load a model directory (or take a model and, if the caller has text, its tokenizer)."""
+        """Load a model directory (or take a model and, if the caller has text, its tokenizer).
+
+        Raises ValueError when the options do not fit the model.
+        """
         self.options = config or EngineConfig()
         if self.options.threads is not None:
             torch.set_num_threads(self.options.threads)
@@ -92,113 +74,214 @@ class Engine:
             self.model = load_model(path, device=self.options.device)
             self.tokenizer = tokenizer or Tokenizer.load(path)
         self.model.eval().requires_grad_(False)
-        self._decoder = TokenDecoder(self.model) if can_decode(self.model) else None
-        self.statistics = _Statistics()
-        self._live: _Kept | None = None  # the last sequence
-        self._prefixes: list[_Kept] = []  # copies at points where prompts parted, least recently used first
-        self._interim: Interim | None = None
+        self.pool = self._make_pool()
+        self.runner = self._make_runner()
+        kinds = self.pool.pages.bytes_by_kind
+        self._block_kinds = {name: kinds[name] for name in HISTORY}
+        self._slot_kinds = {name: kinds[name] for name in TAIL}
+        self._core = self._make_core()
+        self._driver: Driver | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    # What it is ---------------------------------------------------------------------------------------------------
 
     @property
     def config(self) -> ModelConfig:
         """The model's configuration; ``config.dialect`` is the prompt dialect it was trained on."""
         return self.model.config
 
-    def generate(self, prompts: Sequence[Prompt | Sequence[int]], sampling: SamplingParams | None = None) -> list[Completion]:
-        """Continue each prompt until the end of sentence or ``max_tokens``."""
+    @property
+    def runner_name(self) -> str:
+        """Which implementation runs the network."""
+        return type(self.runner).__name__
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges as of the last step."""
+        return self._driver.stats() if self._driver is not None else self._described(self._core.stats())
+
+    # Asking -------------------------------------------------------------------------------------------------------
+
+    async def submit(self, request: Request) -> AsyncIterator[EngineEvent]:
+        """See ``AsyncEngine.submit``."""
+        self.check(request)
+        stream = self._running().stream(request)
+        try:
+            async for event in stream:
+                yield event
+        finally:
+            await stream.aclose()  # type: ignore[attr-defined]  # at once, not when the collector comes by
+
+    def submit_sync(self, request: Request) -> EventStream:
+        """``submit`` for a caller without an event loop; closing the stream cancels."""
+        self.check(request)
+        return self._running().stream_sync(request)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request before the next step; unknown or finished ids are ignored."""
+        if self._driver is not None:
+            self._driver.cancel(request_id)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt | Sequence[int]],
+        sampling: SamplingParams | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Completion]:
+        """Continue every prompt until the end of sentence or ``max_tokens``, all of them batched.
+
+        Gives the choices of each prompt in order. ``progress`` is told (finished, of how many) choices. Raises RequestError
+        for a prompt that cannot run (nothing is started then), EngineError when a step fails.
+        """
         params = sampling or SamplingParams()
-        completions = []
-        for prompt in prompts:
-            ids = prompt.ids if isinstance(prompt, Prompt) else list(prompt)
-            before = self.statistics.reused_tokens
-            out = list(self.stream(ids, params))
-            stopped = bool(out) and out[-1] == self.config.eos_token_id
-            reused = self.statistics.reused_tokens - before
-            completions.append(Completion(out, "stop" if stopped else "length", len(ids), reused))
+        requests = [Request(_ids(prompt), params) for prompt in prompts]
+        for request in requests:
+            self.check(request)
+        streams = [self.submit_sync(request) for request in requests]
+        total, done = len(requests) * params.n, 0
+        completions: list[Completion] = []
+        for request, stream in _started(requests, streams):
+            collected = _Collected(params)
+            for event in stream:
+                if collected.take(event) and progress is not None:
+                    done += 1
+                    progress(done, total)
+            completions += collected.completions(request)
         return completions
 
-    @torch.inference_mode()
     def stream(self, prompt_ids: Sequence[int], sampling: SamplingParams | None = None) -> Iterator[int]:
-        """Yield new token ids, the end of sentence included. Raises ValueError for an empty prompt or one that does not fit.
+        """Yield new token ids (of the first choice), the end of sentence included. Raises as ``generate``.
 
         Closing the iterator early is safe; the tokens taken in so far are kept for a prompt that continues them.
         """
-        params, ids = sampling or SamplingParams(), list(prompt_ids)
-        room = self.config.max_position_embeddings - len(ids)
-        if room < 1:
-            raise ValueError(f"the prompt has {len(ids)} tokens; this model takes {self.config.max_position_embeddings - 1}")
-        kept = self._prefill(ids)
-        for _ in range(min(params.max_tokens, room)):
-            assert kept.logits is not None
-            token = sample(kept.logits[0], params, len(kept.ids))
-            self.statistics.new_tokens += 1
-            yield token
-            if token == self.config.eos_token_id:
-                return
-            self._feed(kept, [token])
+        params = replace(sampling or SamplingParams(), n=1)
+        events = self.submit_sync(Request(tuple(prompt_ids), params))
+        try:
+            for event in events:
+                if isinstance(event, TokenSampled):
+                    yield event.token
+                elif isinstance(event, Finished) and event.reason == "error":
+                    raise EngineError(event.error or "the request failed")
+        finally:
+            events.close()
 
-    def submit(self, request: Request) -> AsyncIterator[EngineEvent]:
-        """See ``AsyncEngine.submit``."""
-        if self._interim is None:
-            self._interim = Interim(self)
-        return self._interim.submit(request)
+    def check(self, request: Request) -> None:
+        """Raises RequestError when the request cannot run on this model and pool."""
+        config, ids = self.config, request.prompt_ids
+        if not ids:
+            raise RequestError("the prompt is empty: at least one token is needed")
+        if min(ids) < 0 or max(ids) >= config.vocab_size:
+            raise RequestError(f"token ids must lie in 0..{config.vocab_size - 1}, got {min(ids)}..{max(ids)}")
+        if len(ids) >= config.max_position_embeddings:
+            most = config.max_position_embeddings - 1
+            raise RequestError(f"the prompt has {len(ids):,} tokens; this model takes {most:,}: shorten it")
+        capacity = (self.pool.options.blocks - 1) * self.options.block_tokens
+        if len(ids) >= capacity:
+            raise RequestError(
+                f"the prompt has {len(ids):,} tokens; the state pool holds {capacity:,}: shorten it or raise pool_bytes"
+            )
 
-    def cancel(self, request_id: str) -> None:
-        """See ``AsyncEngine.cancel``."""
-        if self._interim is not None:
-            self._interim.cancel(request_id)
+    # Ending -------------------------------------------------------------------------------------------------------
 
-    def stats(self) -> EngineStats:
-        """See ``AsyncEngine.stats``."""
-        return self._interim.stats() if self._interim is not None else EngineStats()
+    def with_pool(self, action: Callable[[StatePool], Result]) -> Result:
+        """Run something on the pool between two steps, in the engine's thread."""
+        results: list[Result] = []
+        self._running().run(lambda: results.append(action(self.pool)))
+        return results[0]
 
     def close(self) -> None:
-        """Forget every kept state."""
-        if self._interim is not None:
-            self._interim.close()
-        self._live = None
-        self._prefixes.clear()
+        """Cancel what runs, end the thread, write the disk tier if there is one, forget the state. Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self._driver is not None:
+                self._driver.close()
+        self.pool.close()
 
-    def _prefill(self, ids: list[int]) -> _Kept:
-        """The state after ``ids``, continuing the longest kept one. Where this prompt parts from the last, a copy is kept."""
-        if not ids:
-            raise ValueError("the prompt is empty: at least one token is needed")
-        previous = self._live.ids if self._live else []
-        kept = self._longest(ids)
-        reused = len(kept.ids)
-        shared = _common(ids, previous)
-        if self.options.kept_states and max(reused, _SHORTEST_KEPT) < shared < len(ids):
-            self._feed(kept, ids[reused:shared])
-            self._prefixes.append(_Kept(list(kept.ids), kept.state.fork()))
-            del self._prefixes[: -self.options.kept_states]
-        self._feed(kept, ids[len(kept.ids) :])
-        self.statistics.prompt_tokens += len(ids)
-        self.statistics.reused_tokens += reused
-        self._live = kept
-        return kept
+    # Parts --------------------------------------------------------------------------------------------------------
 
-    def _longest(self, ids: list[int]) -> _Kept:
-        """The live sequence if the prompt continues it, else a copy of the longest kept prefix, else an empty state."""
-        live = self._live
-        if live is not None and len(live.ids) < len(ids) and ids[: len(live.ids)] == live.ids:
-            return live
-        fitting = [kept for kept in self._prefixes if len(kept.ids) < len(ids) and ids[: len(kept.ids)] == kept.ids]
-        if not fitting:
-            return _Kept([], self.model.new_state(1))
-        best = max(fitting, key=lambda kept: len(kept.ids))
-        self._prefixes.append(self._prefixes.pop(self._prefixes.index(best)))  # most recently used last
-        return _Kept(list(best.ids), best.state.fork())
+    def _running(self) -> Driver:
+        with self._lock:
+            if self._closed:
+                raise RequestError("the engine is closed: make a new one")
+            if self._driver is None:
+                self._driver = Driver(self._core, self._described)
+            return self._driver
 
-    def _feed(self, kept: _Kept, ids: list[int]) -> None:
-        if len(ids) == 1 and self._decoder is not None:
-            kept.logits = self._decoder.step(ids[0], kept.state)
-            kept.ids = kept.ids + ids
-            return
-        device = self.model.embed.weight.device
-        for start in range(0, len(ids), self.options.prefill_chunk):
-            part = ids[start : start + self.options.prefill_chunk]
-            kept.logits = self.model(torch.tensor([part], device=device), state=kept.state, logits="last")
-            kept.ids = kept.ids + part
+    def _make_pool(self) -> StatePool:
+        name = fingerprint(self.config, self.model.state_dict()) if self.options.cache_dir is not None else ""
+        return StatePool(self.config, self.options.pool(self.config), self.options.device, name)
+
+    def _make_runner(self) -> Runner:
+        if not self.options.speculate and self.options.runner == "auto" and NumpyRunner.applies(self.model, self.pool):
+            return NumpyRunner(self.model, self.pool)
+        return TorchRunner(self.model, self.pool, self.options.speculate)
+
+    def _make_core(self) -> Core:
+        options = self.options
+        limits = Limits(
+            options.token_budget,
+            options.max_running,
+            options.snapshot_every,
+            reserve=options.block_tokens,
+            drafts=int(options.speculate),
+        )
+        model = ModelLimits(self.config.eos_token_id, self.config.max_position_embeddings)
+        return Core(Scheduler(self.pool, limits), self.runner, model, options.speculate)
+
+    def _described(self, stats: EngineStats) -> EngineStats:
+        kinds = self._bytes_used()
+        limit = self.options.pool_bytes + self.options.snapshot_bytes
+        return replace(stats, bytes_by_kind=kinds, bytes_total=sum(kinds.values()), bytes_limit=limit)
+
+    def _bytes_used(self) -> dict[str, int]:
+        """Bytes of the blocks and slots that are not free, by kind, and of the snapshots."""
+        pages = self.pool.pages
+        blocks, slots = pages.options.blocks - len(pages.free_blocks), pages.options.slots - len(pages.free_slots)
+        used = {name: size * blocks // pages.options.blocks for name, size in self._block_kinds.items()}
+        used |= {name: size * slots // pages.options.slots for name, size in self._slot_kinds.items()}
+        return used | {"snapshots": self.pool.cache.bytes["device"]}
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    return next((index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+class _Collected:
+    """The events of one request, sorted by choice."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.tokens: list[list[TokenSampled]] = [[] for _ in range(params.n)]
+        self.ends: list[Finished | None] = [None] * params.n
+        self.wants_logprobs = params.logprobs is not None
+
+    def take(self, event: EngineEvent) -> bool:
+        """Note an event; says whether a choice has ended. Raises EngineError when one has failed."""
+        if isinstance(event, TokenSampled):
+            self.tokens[event.choice].append(event)
+        if not isinstance(event, Finished):
+            return False
+        if event.reason == "error":
+            raise EngineError(event.error or "the request failed")
+        self.ends[event.choice] = event
+        return True
+
+    def completions(self, request: Request) -> list[Completion]:
+        """One for each choice."""
+        made = []
+        for tokens, end in zip(self.tokens, self.ends, strict=True):
+            assert end is not None and end.reason != "error"
+            ids = [event.token for event in tokens]
+            logprobs = tokens if self.wants_logprobs else None
+            made.append(Completion(ids, end.reason, len(request.prompt_ids), end.usage.cached_tokens, logprobs))
+        return made
+
+
+def _started(requests: list[Request], streams: list[EventStream]) -> Iterator[tuple[Request, EventStream]]:
+    """Each request with its events; all of them are cancelled when the caller stops early."""
+    try:
+        yield from zip(requests, streams, strict=True)
+    finally:
+        for stream in streams:
+            stream.close()
+
+
+def _ids(prompt: Prompt | Sequence[int]) -> tuple[int, ...]:
+    return tuple(prompt.ids if isinstance(prompt, Prompt) else prompt)

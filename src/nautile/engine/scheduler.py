@@ -23,6 +23,8 @@ from nautile.engine.task import Task
 from nautile.state.pages import PoolFull
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as Many
+
     from nautile.state.pages import Sequence
 
 __all__ = ["Limits", "Pool", "Scheduler", "Work"]
@@ -31,21 +33,19 @@ __all__ = ["Limits", "Pool", "Scheduler", "Work"]
 class Pool(Protocol):
     """What the scheduler and the engine's core need of ``StatePool``."""
 
-    def open(self, ids: list[int], partition: str = "") -> Sequence: ...
-    def ensure(self, sequence: Sequence, tokens: int) -> None: ...
-    def append(self, sequence: Sequence, ids: list[int]) -> None: ...
+    def open(self, ids: Many[int], partition: str = "") -> Sequence: ...
+    def ensure(self, sequence: Sequence, new_tokens: int) -> None: ...
+    def append(self, sequence: Sequence, ids: Many[int], seconds: float | None = None) -> None: ...
     def fork(self, sequence: Sequence) -> Sequence: ...
     def park(self, sequence: Sequence) -> None: ...
     def unpark(self, sequence: Sequence) -> None: ...
     def release(self, sequence: Sequence, keep: bool = True) -> None: ...
-    def blocks_needed(self, tokens: int) -> int: ...
+    def blocks_needed(self, tokens: int, sequence: Sequence | None = None) -> int: ...
     def check(self) -> None: ...
     @property
     def available_blocks(self) -> int: ...
     @property
     def free_slots(self) -> int: ...
-    @property
-    def total_blocks(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ class Scheduler:
         task.sequence, task.stepped = sequence, self.step
         self.running.append(task)
 
-    def room_to_fork(self, task: Task) -> bool:
-        """Whether one more task of this length fits beside what runs."""
+    def room_to_fork(self, task: Task, source: Sequence) -> bool:
+        """Whether a task that continues a copy of ``source`` fits beside what runs."""
         if len(self.running) >= self.limits.running or not self.pool.free_slots:
             return False
-        need = self.pool.blocks_needed(self._target(task)) - self.pool.blocks_needed(task.length) + 1
+        need = self.pool.blocks_needed(self._target(task) - source.length, source) + 1  # the last block becomes shared
         return self.pool.available_blocks >= self._outstanding() + need
 
     def remove(self, task: Task, keep: bool = True) -> None:
@@ -221,6 +221,8 @@ class Scheduler:
                 if not self._take_slot_for(task):
                     return
             self._stalled = not self._enter(task)
+            if self.full:
+                return
 
     def _take_slot_for(self, task: Task) -> bool:
         """Park the lowest running task if its priority is lower than that of ``task``."""
@@ -235,8 +237,9 @@ class Scheduler:
     def _enter(self, task: Task) -> bool:
         """Open (or take up) the sequence of a waiting task, if memory allows."""
         fresh = task.sequence is None
-        if task.sequence is None:
-            task.sequence = self.pool.open(task.ids, task.request.partition)
+        if fresh and not self._open(task):
+            return False
+        assert task.sequence is not None
         while self.pool.available_blocks < self._outstanding() + self._need(task):
             victim = self._lesser(task)
             if victim is not None:
@@ -259,6 +262,21 @@ class Scheduler:
         """Priorities that a waiting task has earned."""
         return (self.step - task.since) // self.limits.patience
 
+    def _open(self, task: Task) -> bool:
+        """A sequence with the longest cached prefix; bringing that back from a lower tier takes blocks too."""
+        while True:
+            try:
+                task.sequence = self.pool.open(task.ids, task.request.partition)
+                return True
+            except PoolFull:
+                victim = self._lesser(task)
+                if victim is not None:
+                    self._set_back(victim)
+                    continue
+                if not self.running:
+                    self.full.append(task)
+                return False
+
     def _lesser(self, task: Task) -> Task | None:
         """Who must give memory to ``task``: a parked task that ranks below it, or a running one of lower priority. When
         nothing runs, any parked one: somebody has to go on."""
@@ -273,10 +291,9 @@ class Scheduler:
         return min(task.limit, len(task.ids) + self.limits.reserve)
 
     def _need(self, task: Task) -> int:
-        """Blocks that the task still lacks for its target; one more where its last block may have to be copied."""
-        if task.sequence is None:
-            return self.pool.blocks_needed(self._target(task))
-        return max(0, self.pool.blocks_needed(self._target(task)) - len(task.sequence.blocks)) + 1
+        """Blocks that a task with a sequence still lacks for its target."""
+        assert task.sequence is not None
+        return self.pool.blocks_needed(self._target(task) - task.length, task.sequence)
 
     def _outstanding(self) -> int:
         return sum(self._need(task) for task in self.running)

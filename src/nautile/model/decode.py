@@ -9,8 +9,9 @@ prefill and decode may alternate.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,11 +21,38 @@ from nautile.kernels.sinkhorn import sinkhorn_floats
 from nautile.model.block import Block
 from nautile.model.compressor import Compressor
 from nautile.model.transformer import Transformer
-from nautile.state import CompressorTail, LayerState, Rows, State
+from nautile.state import LayerState, Rows, State
 
-__all__ = ["TokenDecoder", "can_decode"]
+__all__ = ["Array", "LayerArrays", "TailArrays", "TokenDecoder", "can_decode"]
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
+
+
+class TailArrays(Protocol):
+    """What a compressor keeps of its last tokens."""
+
+    def push(self, kv: Array, gate: Array) -> None:
+        """Take in the projections of one token."""
+
+    def rows(self) -> tuple[Array, Array]:
+        """The last 2m (CSA) or m (HCA) rows of both, in order of position; asked at the end of a block only."""
+
+
+class LayerArrays(Protocol):
+    """State of one layer of one sequence, as this decoder reads and writes it, whatever memory is behind it."""
+
+    def push(self, kv: Array) -> Array:
+        """Take in a window row; gives the rows of the last W positions, in any order."""
+
+    @property
+    def tail(self) -> TailArrays | None: ...
+    @property
+    def index_tail(self) -> TailArrays | None: ...
+    @property
+    def entries(self) -> Any: ...
+    @property
+    def index_keys(self) -> Any:
+        """Like ``entries``: supports ``x[block] = row``, ``x[:count]`` and ``x[indices]``."""
 
 
 def can_decode(model: Transformer) -> bool:
@@ -62,16 +90,23 @@ class TokenDecoder:
         if position >= config.max_position_embeddings:
             raise ValueError(f"position {position} is past max_position_embeddings={config.max_position_embeddings}")
         state.reserve(position + 1)
+        layers = [_DenseLayer(layer, min(position + 1, config.sliding_window)) for layer in state.layers]
+        logits = self.advance(token, position, layers)
+        state.lengths = state.lengths + 1
+        return logits
+
+    def advance(self, token: int, position: int, layers: Sequence[LayerArrays]) -> Tensor:
+        """The same on any memory: ``layers`` take in the token at ``position``; nothing is checked or counted."""
+        config = self.config
         angles = [np.float32(position) * frequencies for frequencies in self.frequencies]
         here = _Here(token, position, [np.cos(angle) + 1j * np.sin(angle) for angle in angles], self.frequencies[1])
         streams = np.repeat(self.embed[token][None], config.hc_mult, axis=0)
-        for layer, kept in zip(self.layers, state.layers, strict=True):
+        for layer, kept in zip(self.layers, layers, strict=True):
             streams = layer.step(streams, kept, here)
         fn, base, scale = self.collapse
         z = _projected(streams, fn, config.rms_norm_eps)
         pre = 1 / (1 + np.exp(-(scale * z + base))) + np.float32(config.hc_eps)
         hidden = _normalised(pre @ streams, self.norm, config.rms_norm_eps)
-        state.lengths = state.lengths + 1
         return torch.from_numpy(self.head @ hidden).unsqueeze(0)
 
 
@@ -118,7 +153,7 @@ class _Layer:
         self.cuts = np.cumsum([len(weight) for weight in inputs])[:-1]
         self.moe = _Experts(block)
 
-    def step(self, streams: Array, state: LayerState, here: _Here) -> Array:
+    def step(self, streams: Array, state: LayerArrays, here: _Here) -> Array:
         """Streams [n, d] of one token -> streams after this block."""
         for site, sublayer in enumerate((self._attention, self._moe)):
             pre, post, matrix = self._mixing(streams, site)
@@ -126,7 +161,7 @@ class _Layer:
             streams = matrix.T @ streams + post[:, None] * sublayer(x, state, here)
         return streams
 
-    def _moe(self, x: Array, state: LayerState, here: _Here) -> Array:
+    def _moe(self, x: Array, state: LayerArrays, here: _Here) -> Array:
         return self.moe(x, here.token)
 
     def _mixing(self, streams: Array, site: int) -> tuple[Array, Array, Array]:
@@ -145,7 +180,7 @@ class _Layer:
         matrix = sinkhorn_floats(rows, self.config.hc_sinkhorn_iters, eps)
         return np.array(pre, np.float32), np.array(post, np.float32), np.array(matrix, np.float32)
 
-    def _attention(self, x: Array, state: LayerState, here: _Here) -> Array:
+    def _attention(self, x: Array, state: LayerArrays, here: _Here) -> Array:
         config = self.config
         parts = np.split(self.inputs @ x, self.cuts)
         phase = here.phases[int(self.ratio != 0)]
@@ -155,23 +190,24 @@ class _Layer:
         _rotate(q, phase)
         kv = _normalised(parts[1], self.kv_norm, config.rms_norm_eps)
         _rotate(kv, phase)
-        near = _push(state.window, kv)[-min(here.position + 1, config.sliding_window) :]
+        near = state.push(kv)
         far = self._entries(parts, q_low, state, here)
         return self._output(self._softmax(q, near, far), phase)
 
-    def _entries(self, parts: list[Array], q_low: Array, state: LayerState, here: _Here) -> Array | None:
+    def _entries(self, parts: list[Array], q_low: Array, state: LayerArrays, here: _Here) -> Array | None:
         """The compressed entries that this query attends to, [n, c], in order of position; None without any."""
-        if self.compressor is None or state.tail is None or state.entries is None:
+        if self.compressor is None or state.tail is None:
             return None
         count = (here.position + 1) // self.ratio
-        entries = state.entries.numpy()[0]
+        entries = state.entries
         self.compressor.push(parts[2], parts[3], state.tail, entries, here)
         keys = None
-        if self.indexer is not None and state.index_tail is not None and state.index_keys is not None:
-            keys = state.index_keys.numpy()[0]
+        if self.indexer is not None and state.index_tail is not None:
+            keys = state.index_keys
             self.indexer.push(parts[4], parts[5], state.index_tail, keys, here)
         if keys is None or count <= self.config.index_topk:
-            return entries[:count] if count else None
+            found: Array | None = entries[:count] if count else None
+            return found
         picked: Array = entries[self._picks(q_low, parts[6], keys[:count], here)]
         return picked
 
@@ -215,18 +251,19 @@ class _Pool:
         self.ratio, self.overlap = compressor.ratio, compressor.overlap
         self.ape, self.norm, self.eps = _array(compressor.ape), _array(compressor.norm.weight), compressor.norm.eps
 
-    def push(self, kv: Array, gate: Array, tail: CompressorTail, entries: Array, here: _Here) -> None:
-        """Take in one token; ``entries`` [capacity, dim] gets a row when the token completes a block."""
-        values, scores = _push(tail.kv, kv), _push(tail.gate, gate)
+    def push(self, kv: Array, gate: Array, tail: TailArrays, entries: Any, here: _Here) -> None:
+        """Take in one token; ``entries`` gets a row when the token completes a block."""
+        tail.push(kv, gate)
         m, block = self.ratio, here.position // self.ratio
         if (here.position + 1) % m:
             return
-        values, scores = values[-2 * m :], scores[-m:] + self.ape
+        values, gates = tail.rows()
+        scores = gates[-m:] + self.ape
         if self.overlap:
             dim = len(self.norm)
-            own, own_scores, last = values[-m:, dim:], scores[:, dim:], values[:m, :dim]
+            own, own_scores, last = values[-m:, dim:], scores[:, dim:], values[-2 * m : -m, :dim]
             if block:
-                last_scores = _push_view(tail.gate)[-2 * m : -m, :dim] + self.ape[:, :dim]
+                last_scores = gates[-2 * m : -m, :dim] + self.ape[:, :dim]
                 values, scores = np.concatenate((last, own)), np.concatenate((last_scores, own_scores))
             else:
                 values, scores = own, own_scores
@@ -292,16 +329,44 @@ def _rotate(x: Array, phase: Any) -> None:
     pairs *= phase.astype(np.complex64, copy=False)
 
 
-def _push(rows: Rows, row: Array) -> Array:
-    """Append one row to a state's buffer and return its last R rows, [R, width]."""
+class _DenseLayer:
+    """A layer of a dense state of one sequence; ``visible`` window rows exist after the token."""
+
+    def __init__(self, layer: LayerState, visible: int) -> None:
+        self.window, self.visible = layer.window, visible
+        self.tail = None if layer.tail is None else _DenseTail(layer.tail.kv, layer.tail.gate)
+        self.index_tail = None if layer.index_tail is None else _DenseTail(layer.index_tail.kv, layer.index_tail.gate)
+        self.entries = None if layer.entries is None else layer.entries.numpy()[0]
+        self.index_keys = None if layer.index_keys is None else layer.index_keys.numpy()[0]
+
+    def push(self, kv: Array) -> Array:
+        _push(self.window, kv)
+        return _rows(self.window)[-self.visible :]
+
+
+class _DenseTail:
+    """A compressor's rows in a dense state."""
+
+    def __init__(self, kv: Rows, gate: Rows) -> None:
+        self.kv, self.gate = kv, gate
+
+    def push(self, kv: Array, gate: Array) -> None:
+        _push(self.kv, kv)
+        _push(self.gate, gate)
+
+    def rows(self) -> tuple[Array, Array]:
+        return _rows(self.kv), _rows(self.gate)
+
+
+def _push(rows: Rows, row: Array) -> None:
+    """Append one row to a state's buffer."""
     if rows.end == rows.buffer.shape[1]:
         rows.buffer[:, : rows.size] = rows.rows().clone()
         rows.end = rows.size
     rows.buffer.numpy()[0, rows.end] = row
     rows.end += 1
-    return _push_view(rows)
 
 
-def _push_view(rows: Rows) -> Array:
+def _rows(rows: Rows) -> Array:
     view: Array = rows.buffer.numpy()[0, rows.end - rows.size : rows.end]
     return view

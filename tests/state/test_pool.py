@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from nautile.state import PoolError, PoolFull, PoolOptions, Sequence, StatePool
-from state.pools import LONGEST, close, feed, logits_of, model, new_pool, row
+from state.pools import LONGEST, check_index_keys, close, feed, logits_of, model, new_pool, row
 
 K = 128
 TINY_NODE = 60_000  # bytes: about what one node of the test network takes
@@ -153,6 +153,7 @@ class Machine(RuleBasedStateMachine):
                     self.pool.unpark(sequence)
                 if sequence.slot is not None:
                     self.take(sequence, row(2)[:3])  # every sequence still computes what it should
+                    check_index_keys(self.pool, sequence)
                 self.pool.release(sequence)
                 self.pool.check()
             self.pool.clear_cache()

@@ -1,5 +1,6 @@
 """The state of sequences: history (compressed entries, indexer keys) and tail (window, compressor remainders)."""
 
+from nautile.state.fingerprint import fingerprint
 from nautile.state.pages import Pages, PoolError, PoolFull, PoolOptions, Sequence
 from nautile.state.pool import Guard, PoolCorrupted, PoolStats, StatePool
 from nautile.state.state import CompressorTail, LayerState, Rows, State, take_rows
@@ -18,5 +19,6 @@ __all__ = [
     "Sequence",
     "State",
     "StatePool",
+    "fingerprint",
     "take_rows",
 ]

@@ -9,6 +9,7 @@ what was evicted last, so that old worth fades). A file that cannot be trusted i
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor
 from nautile.state.costs import RecomputeCost
 from nautile.state.pages import Pages, PoolFull, Sequence
 from nautile.state.prefix import Node, Place, PrefixTree
-from nautile.state.store import NodeStore, StoreError, StoreUnavailable
+from nautile.state.store import NodeName, NodeStore, StoreError, StoreUnavailable
 
 __all__ = ["CacheCounters", "PrefixCache"]
 
@@ -49,7 +50,7 @@ class PrefixCache:
         self.costs, self.counters = RecomputeCost(), CacheCounters()
         self.clock = 0.0
         self.bytes: dict[Place, int] = {"device": 0, "host": 0, "disk": 0}  # device: tails only
-        self.orphans: list[tuple[Path, int]] = []  # files that nothing leads to any more
+        self.orphans: dict[Path, int] = {}  # files that nothing leads to any more
         self._said: set[str] = set()
         if store is not None:
             self._adopt_files(store)
@@ -167,8 +168,8 @@ class PrefixCache:
     @property
     def evictable_blocks(self) -> int:
         """Blocks that nobody but the cache holds: all of them can be freed."""
-        held = [block for node in self.tree.nodes() for block in node.blocks]
-        return sum(self.pages.references[block] == 1 for block in held)
+        held = Counter(block for node in self.tree.nodes() for block in node.blocks)
+        return sum(self.pages.references[block] == count for block, count in held.items())
 
     def prune(self, node: Node | None) -> None:
         """Remove a node that has become useless, and its ancestors that become so."""
@@ -288,12 +289,12 @@ class PrefixCache:
             return False
         stored = node.stored if node.stored is not None else self.pages.read_blocks(node.blocks)
         try:
-            path, size = self.store.write(node, stored, node.tail)
+            path, size = self.store.write(_name(node), stored, node.tail)
         except StoreUnavailable as error:
             self._say(f"{error.strerror}; the prefix cache goes on without writing to disk")
             self.store.writable = False
             return False
-        self.bytes["disk"] += size - node.file_bytes
+        self.bytes["disk"] += size - node.file_bytes - self.orphans.pop(path, 0)
         node.file, node.file_bytes, node.file_tail = path, size, node.tail is not None
         with self._pinned([node]):
             self._fit_disk()
@@ -303,7 +304,7 @@ class PrefixCache:
         """Files nobody can reach go first, then copies of what is in memory, then the least valuable."""
         while self.bytes["disk"] > self.options.disk_bytes and self.store is not None:
             if self.orphans:
-                path, size = self.orphans.pop()
+                path, size = self.orphans.popitem()
                 self.store.delete(path)
                 self.bytes["disk"] -= size
                 continue
@@ -370,13 +371,15 @@ class PrefixCache:
 
     def _forget(self, node: Node, keep_files: bool = False) -> None:
         """Remove a node and everything below it."""
-        for child in list(node.children()):
-            self._forget(child, keep_files)
-        parent = node.parent
-        if node.file is not None and not keep_files:
-            self._lose_file(node)
-        self._drop_node(node)
-        self.counters.forgotten += 1
+        parent, waiting, below = node.parent, [node], []
+        while waiting:
+            below.append(waiting.pop())
+            waiting.extend(below[-1].children())
+        for part in reversed(below):
+            if part.file is not None and not keep_files:
+                self._lose_file(part)
+            self._drop_node(part)
+            self.counters.forgotten += 1
         self.prune(parent)
 
     def _drop_node(self, node: Node) -> None:
@@ -385,10 +388,8 @@ class PrefixCache:
             self._leave_device(node)
         elif node.place == "host":
             self.bytes["host"] -= self._held(node)
-        self.bytes["disk"] -= node.file_bytes
         if node.file is not None:
-            self.orphans.append((node.file, node.file_bytes))
-            self.bytes["disk"] += node.file_bytes
+            self.orphans[node.file] = node.file_bytes
         node.stored, node.tail, node.file, node.file_bytes, node.file_tail, node.has_tail = None, None, None, 0, False, False
         self.tree.remove(node)
 
@@ -400,14 +401,14 @@ class PrefixCache:
         """Take up the files that an earlier run, or another process, left."""
         known: dict[bytes, Node] = {}
         for file in store.scan(self._set_aside):
-            root = self.tree.root(file.partition)
+            ids, root = file.name.ids, self.tree.root(file.name.partition)
             known[root.digest] = root
-            parent = known.get(file.parent)
+            parent = known.get(file.name.parent)
             self.bytes["disk"] += file.file_bytes
-            if parent is None or not 0 < len(file.ids) <= self.options.snapshot_every or self.tree.child(parent, file.ids):
-                self.orphans.append((file.path, file.file_bytes))  # its history is not here, or k was another
+            if parent is None or not 0 < len(ids) <= self.options.snapshot_every or self.tree.child(parent, ids):
+                self.orphans[file.path] = file.file_bytes  # its history is not here, or k was another
                 continue
-            node = self.tree.add(parent, file.ids)
+            node = self.tree.add(parent, ids)
             node.place, node.file, node.file_bytes = "disk", file.path, file.file_bytes
             node.file_tail = node.has_tail = file.has_tail
             known[node.digest] = node
@@ -430,7 +431,7 @@ class PrefixCache:
     def problems(self) -> Iterator[str]:
         """Everything about nodes that is not as it must be."""
         order = {"device": 0, "host": 1, "disk": 2}
-        totals: dict[Place, int] = {"device": 0, "host": 0, "disk": sum(size for _, size in self.orphans)}
+        totals: dict[Place, int] = {"device": 0, "host": 0, "disk": sum(self.orphans.values())}
         for node in self.tree.nodes():
             name, span = f"node at {node.length}", self._span(node)
             totals[node.place] += self._held(node)
@@ -451,6 +452,11 @@ class PrefixCache:
             yield f"bytes by tier are {totals}, the counters say {self.bytes}"
         if self.bytes["device"] > self.options.snapshot_bytes or self.bytes["host"] > self.options.host_bytes:
             yield f"{self.bytes} are over the budget"
+
+
+def _name(node: Node) -> NodeName:
+    assert node.parent is not None
+    return NodeName(node.partition, node.digest, node.parent.digest, node.length, node.ids)
 
 
 def _has_children(node: Node) -> bool:

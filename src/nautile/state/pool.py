@@ -19,7 +19,7 @@ from nautile.config import ModelConfig
 from nautile.state.cache import PrefixCache
 from nautile.state.pages import CSA_RING, Pages, PoolError, PoolFull, PoolOptions, Sequence
 from nautile.state.prefix import Node
-from nautile.state.store import NodeStore, StoreUnavailable
+from nautile.state.store import NodeStore, StoreUnavailable, layout
 from nautile.state.view import BatchView
 
 __all__ = ["Guard", "PoolCorrupted", "PoolStats", "StatePool"]
@@ -78,14 +78,14 @@ class StatePool:
         """``fingerprint`` names the model in files (see ``nautile.state.fingerprint``; needed with a disk tier). ``report`` is
         told, once each, what went wrong on the disk; without it that is a warning."""
         self.config, self.options = config, options or PoolOptions()
-        self.pages = Pages(config, self.options, device)
+        self.pages, self.fingerprint = Pages(config, self.options, device), fingerprint
         report = report or _warn
         store = None
         if self.options.disk is not None:
             if not fingerprint:
                 raise PoolError("a disk tier needs the model's fingerprint: files of another model must not be used")
             try:
-                store = NodeStore(self.options.disk, self.pages, fingerprint)
+                store = NodeStore(self.options.disk, layout(self.pages, fingerprint))
             except StoreUnavailable as error:
                 report(f"{error.strerror}; the prefix cache goes on without its disk tier")
         self.cache = PrefixCache(self.pages, store, report)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ from torch import Tensor
 
 from nautile.state.files import StateFile, StoreError, StoreUnavailable, sync_directory, write_file
 from nautile.state.pages import Pages
-from nautile.state.prefix import Node
 
-__all__ = ["NodeFile", "NodeStore", "StoreError", "StoreUnavailable", "layout"]
+__all__ = ["NodeFile", "NodeName", "NodeStore", "StoreError", "StoreUnavailable", "check_layout", "layout"]
 
 _SUFFIX = ".node"
 
@@ -36,15 +35,29 @@ def layout(pages: Pages, fingerprint: str) -> dict[str, Any]:
     }
 
 
+def check_layout(path: Path, header: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises StoreError when a file was written for another model or memory layout."""
+    for key, value in wanted.items():
+        if header.get(key) != value:
+            raise StoreError(f"{path} was written for another {key}: {header.get(key)!r}, here {value!r}")
+
+
 @dataclass(frozen=True)
-class NodeFile:
-    """What a node's file says about itself."""
+class NodeName:
+    """Which tokens a node stands for: the last ``ids`` of ``length``; digests chain from the partition's."""
 
     partition: str
     digest: bytes
     parent: bytes
     length: int
     ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class NodeFile:
+    """A node's file, by what it says about itself."""
+
+    name: NodeName
     has_tail: bool
     path: Path
     file_bytes: int
@@ -53,45 +66,47 @@ class NodeFile:
 class NodeStore:
     """One directory. ``writable`` turns False when the system refuses a file; reading goes on."""
 
-    def __init__(self, directory: Path, pages: Pages, fingerprint: str) -> None:
-        """Raises StoreUnavailable when the directory cannot be made or listed."""
-        self.directory, self.pages, self.writable = directory, pages, True
-        self.layout = layout(pages, fingerprint)
+    def __init__(self, directory: Path, layout: Mapping[str, Any]) -> None:
+        """``layout`` as from the function of that name. Raises StoreUnavailable when the directory cannot be used."""
+        self.directory, self.layout, self.writable = directory, dict(layout), True
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             next(directory.iterdir(), None)
         except OSError as error:
             raise StoreUnavailable(error.errno, f"cannot use {directory} for state files: {error.strerror}") from error
 
-    def write(self, node: Node, stored: Tensor, tail: Tensor | None) -> tuple[Path, int]:
+    def path(self, digest: bytes) -> Path:
+        """Where a node's file is, or would be."""
+        return self.directory / (digest.hex() + _SUFFIX)
+
+    def write(self, name: NodeName, history: Tensor, tail: Tensor | None) -> tuple[Path, int]:
         """Write a node's history [blocks, block_bytes] and tail; gives path and size. Raises StoreUnavailable."""
-        assert node.parent is not None
         fields = {
             **self.layout,
-            "partition": node.partition,
-            "digest": node.digest.hex(),
-            "parent": node.parent.digest.hex(),
-            "length": node.length,
+            "partition": name.partition,
+            "digest": name.digest.hex(),
+            "parent": name.parent.hex(),
+            "length": name.length,
         }
-        sections = {"ids": torch.tensor(node.ids, dtype=torch.int32), "history": stored}
+        sections = {"ids": torch.tensor(name.ids, dtype=torch.int32), "history": history}
         if tail is not None:
             sections["tail"] = tail
-        path = self.directory / (node.digest.hex() + _SUFFIX)
+        path = self.path(name.digest)
         return path, write_file(path, "node", fields, sections)
 
     def read(self, path: Path, digest: bytes) -> tuple[Tensor, Tensor | None]:
         """History [blocks, block_bytes] and tail. A file that cannot be trusted is set aside. Raises StoreError."""
         try:
             with StateFile(path) as file:
-                self._check(path, file.header)
+                check_layout(path, file.header, self.layout)
                 if file.header["digest"] != digest.hex():
                     raise StoreError(f"{path} holds other tokens than its name says")
-                blocks = -(-len(file.section("ids", torch.int32)) // self.pages.options.block_tokens)
-                history = file.section("history").view(blocks, self.pages.block_bytes)
+                blocks = -(-len(file.section("ids", torch.int32)) // self.layout["block_tokens"])
+                history = file.section("history").view(blocks, self.layout["block_bytes"])
                 return history, file.section("tail") if "tail" in file.names() else None
         except FileNotFoundError:
             raise StoreError(f"{path} is gone (another process may have removed it)") from None
-        except (StoreError, KeyError, TypeError, RuntimeError, OSError) as error:
+        except (StoreError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
             raise StoreError(f"{error}; {self.set_aside(path)}, its tokens are computed again") from error
 
     def scan(self, bad: Callable[[str], None]) -> Iterator[NodeFile]:
@@ -107,16 +122,13 @@ class NodeStore:
                     ids = tuple(file.section("ids", torch.int32).tolist())
                     digest, parent = bytes.fromhex(header["digest"]), bytes.fromhex(header["parent"])
                     names = file.names()
-                found.append(
-                    NodeFile(
-                        header["partition"], digest, parent, header["length"], ids, "tail" in names, path, header["file_bytes"]
-                    )
-                )
+                name = NodeName(header["partition"], digest, parent, header["length"], ids)
+                found.append(NodeFile(name, "tail" in names, path, header["file_bytes"]))
             except FileNotFoundError:
                 continue
             except (StoreError, KeyError, ValueError, TypeError, OSError, json.JSONDecodeError) as error:
                 bad(f"{error}; {self.set_aside(path)}")
-        yield from sorted(found, key=lambda file: file.length)
+        yield from sorted(found, key=lambda file: file.name.length)
 
     def delete(self, path: Path) -> None:
         """Remove a file; one that is gone already, or may not be removed, is no error."""
@@ -132,8 +144,3 @@ class NodeStore:
         except OSError as error:
             return f"it could not be set aside ({error.strerror})"
         return f"set aside as {aside.name}"
-
-    def _check(self, path: Path, header: dict[str, Any]) -> None:
-        for key, wanted in self.layout.items():
-            if header.get(key) != wanted:
-                raise StoreError(f"{path} was written for another {key}: {header.get(key)!r}, here {wanted!r}")

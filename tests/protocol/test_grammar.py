@@ -38,7 +38,7 @@ def walk(follower, tokenizer, rng, free):
     mark, end = tokenizer.special(D), tokenizer.special(texts.EOS)
     others = torch.tensor([token for token in range(tokenizer.vocab_size) if tokenizer.is_special(token)])
     others = others[(others != mark) & (others != end)]
-    closers = [tokenizer.encode(text)[0] for text in ("</", '"', "}", "]", "<", "/", "0")]
+    closers = [tokenizer.encode(text)[0] for text in ("</", '"', "}", "]", "<", "/", "0", "a", "$", ".")]
     out = []
     while not out or out[-1] != end:
         mask = follower.mask()
@@ -52,7 +52,7 @@ def walk(follower, tokenizer, rng, free):
             token = last[0] if last else rng.choice([one for one in closers if mask[one]] or allowed)
         follower.accept(token)
         out.append(token)
-        assert len(out) < 6000
+        assert len(out) < 20_000
     assert follower.mask().nonzero().flatten().tolist() == [end]
     return out
 

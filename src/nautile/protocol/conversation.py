@@ -130,8 +130,8 @@ def _assistant(message: Mapping[str, Any], where: str) -> Message:
     reasoning = message.get("reasoning_content", message.get("reasoning"))
     if reasoning is not None and not isinstance(reasoning, str):
         raise ProtocolError(f"{where}: reasoning_content must be text, got {type(reasoning).__name__}")
-    if reasoning:
-        kept["reasoning_content"] = reasoning
+    if reasoning is not None:
+        kept["reasoning_content"] = reasoning  # empty is not the same as not sent
     calls = message.get("tool_calls")
     if calls is not None and (not isinstance(calls, list | tuple)):
         raise ProtocolError(f"{where}: tool_calls must be a list, got {type(calls).__name__}")

@@ -7,19 +7,20 @@ import enum
 import importlib.resources
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from nautile.agent.client import EngineClient
+    from nautile.agent.client import ChatClient, EngineClient
+    from nautile.agent.http_client import HttpClient
     from nautile.agent.loop import Budget
     from nautile.agent.trajectory import Trajectory
     from nautile.engine import Engine
 
-__all__ = ["SetupError", "agent", "open_client", "open_engine", "shipped_model"]
+__all__ = ["SetupError", "agent", "open_client", "open_engine", "open_remote", "shipped_model"]
 
 
 class SetupError(RuntimeError):
@@ -41,7 +42,12 @@ def agent(  # noqa: PLR0913  # one parameter an option
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Apply edits and run commands without asking.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the last run on this directory.")] = False,
     unfinished: Annotated[Unfinished, typer.Option(help="With --resume: a call whose outcome is unknown.")] = Unfinished.ask,
-    model: Annotated[str, typer.Option(help="Model directory or Hub id. Default: the shipped nano.")] = "",
+    model: Annotated[
+        str, typer.Option(help="Model directory or Hub id (with --url: its name). Default: the shipped nano.")
+    ] = "",
+    url: Annotated[str, typer.Option(help="Use the model of this OpenAI-compatible server, as http://127.0.0.1:8000")] = "",
+    api_key: Annotated[str, typer.Option(help="The server's key.")] = "",
+    api_key_file: Annotated[Path | None, typer.Option(help="A file whose first line is the server's key.")] = None,
     dialect: Annotated[str | None, typer.Option(help="0731 or preview, when the checkpoint does not say.")] = None,
     kinds: Annotated[bool, typer.Option("--kinds", help="List the kinds of task the model has mastered.")] = False,
     unconfined: Annotated[bool, typer.Option("--unconfined", help="Run tools with your rights, without a sandbox.")] = False,
@@ -66,7 +72,25 @@ def agent(  # noqa: PLR0913  # one parameter an option
         _undo(dir, place, unconfined)
     else:
         budget = Budget(steps, tokens, reply_tokens, seconds)
-        _work(_Order(task, dir, place, budget, yes, resume, unfinished, model, dialect, unconfined, json_))
+        source = _Source(model, dialect, url, api_key, api_key_file)
+        _work(_Order(task, dir, place, budget, yes, resume, unfinished, source, unconfined, json_))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """Where the model is: in this process, or with ``url`` behind a server."""
+
+    model: str
+    dialect: str | None
+    url: str
+    api_key: str
+    api_key_file: Path | None
+
+    def open(self) -> ChatClient:
+        """A client. Raises what the loader or the server says."""
+        if self.url:
+            return open_remote(self.url, self.model, self.api_key, self.api_key_file)
+        return open_client(self.model, dialect=self.dialect)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +104,7 @@ class _Order:
     yes: bool
     resume: bool
     unfinished: Unfinished
-    model: str
-    dialect: str | None
+    source: _Source
     unconfined: bool
     json: bool
 
@@ -103,9 +126,9 @@ def _work(order: _Order) -> None:
     if order.unconfined:
         console.print("[yellow]--unconfined: tools run with your rights, on every file and with the network[/yellow]")
     path = last_run(order.state, sandbox.root) if order.resume else None
-    if path is None:
-        _warn(order.task, order.model, console)
-    client = open_client(order.model, dialect=order.dialect)
+    if path is None and not order.source.url:
+        _warn(order.task, order.source.model, console)
+    client = order.source.open()
     terminal = Terminal(console, yes=order.yes, unfinished=order.unfinished.value)
     worker = Agent(client, TOOLS, sandbox, budget=order.budget, front=terminal, state=order.state)
     outcome = worker.run(order.task) if path is None else worker.resume(path)
@@ -178,6 +201,17 @@ def open_client(
     from nautile.engine import SamplingParams  # noqa: PLC0415
 
     return EngineClient(engine, SamplingParams(temperature, seed=seed), model or "nano", thinking, dialect)
+
+
+def open_remote(url: str, model: str, key: str, key_file: Path | None, **options: Any) -> HttpClient:
+    """A client of a server; ``options`` are fields of ``HttpClient``. Raises ServerError, or ServiceError for the file."""
+    from nautile.agent.http_client import connect  # noqa: PLC0415
+
+    if not key and key_file is not None:
+        from nautile.cli.serve import read_keys  # noqa: PLC0415
+
+        key = read_keys(key_file)[0]
+    return connect(url, model, key or None, **options)
 
 
 def open_engine(model: str = "") -> Engine:

@@ -32,7 +32,7 @@ from nautile.agent.trajectory import (
 )
 from nautile.agent.workbench import Edit, Workbench
 from nautile.protocol import Event, ToolCall
-from nautile.sandbox import Sandbox
+from nautile.sandbox import ToolSandbox
 
 __all__ = ["Agent", "AgentError", "Budget", "Front", "OutcomeUnknownError", "Unattended", "last_run"]
 
@@ -120,7 +120,7 @@ class Agent:
         self,
         client: ChatClient,
         tools: Sequence[Mapping[str, Any]],
-        sandbox: Sandbox,
+        sandbox: ToolSandbox,
         *,
         budget: Budget | None = None,
         front: Front | None = None,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nautile.agent.trajectory import Called, Journal, Returned, Undone, journals
 from nautile.agent.workbench import Edit, Workbench
-from nautile.sandbox import Sandbox
+from nautile.sandbox import ToolSandbox
 
 __all__ = ["UndoError", "undo"]
 
@@ -19,7 +19,7 @@ class UndoError(RuntimeError):
     """There is nothing to take back, or a file is no longer what the run left; the text says which."""
 
 
-def undo(state: Path, sandbox: Sandbox) -> tuple[str, ...]:
+def undo(state: Path, sandbox: ToolSandbox) -> tuple[str, ...]:
     """Restore the files that the newest run with edits on the sandbox's directory changed; gives their paths.
 
     Raises UndoError, and then no file has been changed. Only edits are known exactly: what a command did stays.

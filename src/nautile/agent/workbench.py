@@ -9,7 +9,7 @@ from typing import Any
 
 from nautile.agent import toolbox
 from nautile.agent.toolbox import ToolOutput
-from nautile.sandbox import Sandbox, SandboxError
+from nautile.sandbox import SandboxError, ToolSandbox
 
 __all__ = ["Edit", "InProcess", "Workbench"]
 
@@ -43,7 +43,7 @@ class InProcess:
 class Workbench:
     """Tools on the sandbox's directory. ``time_limit`` in seconds is for one call."""
 
-    def __init__(self, sandbox: Sandbox, time_limit: float = 30.0) -> None:
+    def __init__(self, sandbox: ToolSandbox, time_limit: float = 30.0) -> None:
         self.sandbox, self.time_limit = sandbox, time_limit
 
     def execute(self, name: str, arguments: Mapping[str, Any]) -> ToolOutput:

@@ -1,6 +1,12 @@
-"""Where tools run. This is the first piece of what becomes DSec: one-shot requests, confined by bubblewrap."""
+"""DSec: where tools run. One object, ``Sandbox``, over several substrates; and the seam through which the agent uses them.
 
-from nautile.sandbox.base import Sandbox, SandboxError
+    with Sandbox.create("container") as sandbox:
+        print(sandbox.run("echo hello").stdout)
+
+docs/sandbox.md is the manual, docs/security.md says what each substrate promises and what it does not.
+"""
+
+from nautile.sandbox.base import ToolSandbox
 from nautile.sandbox.confine import (
     BubblewrapMissingError,
     Confined,
@@ -9,14 +15,53 @@ from nautile.sandbox.confine import (
     Unconfined,
     open_sandbox,
 )
+from nautile.sandbox.errors import (
+    FileRefused,
+    InvalidRequest,
+    LimitUnavailable,
+    LogCorrupt,
+    LogFenced,
+    OutcomeUnknown,
+    SandboxClosed,
+    SandboxError,
+    SandboxLost,
+    SubstrateUnavailable,
+    TrajectoryDiverged,
+    Unsupported,
+)
+from nautile.sandbox.image import Image
+from nautile.sandbox.limits import Limits
+from nautile.sandbox.policy import NetworkPolicy, Rule
+from nautile.sandbox.result import Capabilities, Entry, Info, RunResult
+from nautile.sandbox.sandbox import Sandbox
 
 __all__ = [
     "BubblewrapMissingError",
+    "Capabilities",
     "Confined",
     "DirectoryError",
+    "Entry",
+    "FileRefused",
+    "Image",
+    "Info",
+    "InvalidRequest",
+    "LimitUnavailable",
+    "Limits",
+    "LogCorrupt",
+    "LogFenced",
     "NamespacesRefusedError",
+    "NetworkPolicy",
+    "OutcomeUnknown",
+    "Rule",
+    "RunResult",
     "Sandbox",
+    "SandboxClosed",
     "SandboxError",
+    "SandboxLost",
+    "SubstrateUnavailable",
+    "ToolSandbox",
+    "TrajectoryDiverged",
     "Unconfined",
+    "Unsupported",
     "open_sandbox",
 ]

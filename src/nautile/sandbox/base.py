@@ -1,4 +1,4 @@
-"""What every sandbox offers: run a one-file Python program on one directory with one JSON request."""
+"""The narrow seam that an agent's tools need: run a one-file Python program on one directory with one JSON request."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["Sandbox", "SandboxError"]
+from nautile.sandbox.errors import SandboxError
+
+__all__ = ["SandboxError", "ToolSandbox"]
 
 
-class SandboxError(RuntimeError):
-    """The sandbox itself failed; the text says what to do. A failing tool is not this: it is an answer."""
-
-
-class Sandbox(Protocol):
+class ToolSandbox(Protocol):
     """Runs programs that see one directory as their working directory."""
 
     @property
@@ -22,7 +20,7 @@ class Sandbox(Protocol):
 
     @property
     def confinement(self) -> str:
-        """What stands between the program and the host, for reports: ``bubblewrap``, ``none``, ``in-process``."""
+        """What stands between the program and the host, for reports: ``bubblewrap``, ``container``, ``none``, ``in-process``."""
 
     def call(self, program: Path, request: Mapping[str, Any], *, time_limit: float) -> dict[str, Any]:
         """Give ``request`` as JSON to ``program`` and return the JSON object that it answers with.

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nautile.sandbox.base import Sandbox, SandboxError
+from nautile.sandbox.base import SandboxError, ToolSandbox
 
 __all__ = ["BubblewrapMissingError", "Confined", "DirectoryError", "NamespacesRefusedError", "Unconfined", "open_sandbox"]
 
@@ -47,7 +47,7 @@ class DirectoryError(SandboxError):
     """The directory to work on does not exist or is something else."""
 
 
-def open_sandbox(directory: Path, *, unconfined: bool = False, bwrap: str | None = None) -> Sandbox:
+def open_sandbox(directory: Path, *, unconfined: bool = False, bwrap: str | None = None) -> ToolSandbox:
     """The sandbox for ``directory``, tried out once so that a machine which cannot confine says so before any work.
 
     ``bwrap`` is the program's path (default: found on PATH). Nothing runs unconfined unless ``unconfined`` is True. Raises

@@ -1,0 +1,64 @@
+"""Messages over a Unix socket: a JSON header and a body of bytes, both with a length that is checked before anything is read."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from typing import Any
+
+__all__ = ["BODY_LIMIT", "HEADER_LIMIT", "BrokenFrameError", "receive", "send"]
+
+HEADER_LIMIT = 16 * 2**20  # bytes; commands, file lists
+BODY_LIMIT = 64 * 2**20  # bytes of one frame; longer transfers take several
+_LENGTHS = struct.Struct("<II")
+
+
+class BrokenFrameError(RuntimeError):
+    """The other side sent something that is no frame, or hung up in the middle of one."""
+
+
+def send(channel: socket.socket, header: dict[str, Any], *body: bytes | bytearray | memoryview) -> None:
+    """Write one frame; its body may come in pieces. Raises OSError when the other side is gone, BrokenFrameError if too long."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    length = sum(map(len, body))
+    if len(text) > HEADER_LIMIT or length > BODY_LIMIT:
+        raise BrokenFrameError(f"a frame of {len(text):,} + {length:,} bytes is too long")
+    start = _LENGTHS.pack(len(text), length) + text
+    if length < 2**14:  # one system call for what is usual; longer pieces are not copied
+        channel.sendall(b"".join([start, *body]))
+        return
+    channel.sendall(start)
+    for piece in body:
+        channel.sendall(piece)
+
+
+def receive(channel: socket.socket) -> tuple[dict[str, Any], bytes] | None:
+    """Read one frame; None at the end of the stream. Raises BrokenFrameError, OSError."""
+    lengths = _exactly(channel, _LENGTHS.size, may_end=True)
+    if lengths is None:
+        return None
+    header_length, body_length = _LENGTHS.unpack(lengths)
+    if header_length > HEADER_LIMIT or body_length > BODY_LIMIT:
+        raise BrokenFrameError(f"a frame of {header_length:,} + {body_length:,} bytes was announced")
+    text = _exactly(channel, header_length) or b""
+    body = _exactly(channel, body_length) or b""
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        raise BrokenFrameError("the header is not JSON") from None
+    if not isinstance(header, dict):
+        raise BrokenFrameError("the header is not an object")
+    return header, bytes(body)
+
+
+def _exactly(channel: socket.socket, length: int, may_end: bool = False) -> bytearray | None:
+    pieces = bytearray()
+    while len(pieces) < length:
+        data = channel.recv(min(length - len(pieces), 2**20))
+        if not data:
+            if may_end and not pieces:
+                return None
+            raise BrokenFrameError("the stream ended inside a frame")
+        pieces += data
+    return pieces

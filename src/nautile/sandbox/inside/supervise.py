@@ -1,0 +1,233 @@
+"""Run one process to its end: feed it, keep the head and the tail of what it writes, and leave nothing of it behind.
+
+Used by the function worker, which runs inside, and by the keeper, which enters a container from outside; the difference
+is in ``prepare`` (called in the child before exec) and ``kill_tree``.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+__all__ = ["Capture", "Job", "Outcome", "execute", "supervise"]
+
+_GRACE = 5.0  # seconds that killed processes may take to be gone before this is an infrastructure failure
+_CHUNK = 2**16
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to feed, and for how many seconds."""
+
+    stdin: bytes | None  # None: the child sees to it
+    timeout: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How it ended. ``stuck``: killed, and still there after the grace period."""
+
+    exit_code: int
+    truncated: bool
+    timed_out: bool
+    stuck: bool
+    abandoned: bool
+    seconds: float
+
+
+class Capture:
+    """The first and the last half of a stream that may never end, in bounded memory that a fork does not inherit.
+
+    Bytes go from the pipe into the mapping and from there to the reader's socket: no copy stays in the interpreter's heap,
+    where the next call could find it.
+    """
+
+    def __init__(self, keep: int) -> None:
+        self.half = max(keep // 2, 1)
+        self._memory = mmap.mmap(-1, 2 * self.half, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory.madvise(mmap.MADV_DONTFORK)
+        self._view = memoryview(self._memory)
+        self.total = 0
+
+    def fill(self, descriptor: int) -> memoryview:
+        """Read once; a view of what came, empty at the end of the stream. Raises BlockingIOError."""
+        if self.total < self.half:
+            begin, end = self.total, self.half
+        else:  # the second half is a ring
+            begin, end = self.half + (self.total - self.half) % self.half, 2 * self.half
+        count = os.readv(descriptor, [self._view[begin : min(end, begin + _CHUNK)]])
+        self.total += count
+        return self._view[begin : begin + count]
+
+    @property
+    def truncated(self) -> bool:
+        """Whether something of the middle was dropped."""
+        return self.total > 2 * self.half
+
+    def pieces(self) -> list[memoryview]:
+        """What was kept, in order; a line says how much is missing, if anything is."""
+        if not self.truncated:
+            return [self._view[: self.total]]
+        missing = b"\n[... %d bytes omitted ...]\n" % (self.total - 2 * self.half)
+        turn = self.half + (self.total - self.half) % self.half
+        return [self._view[: self.half], memoryview(missing), self._view[turn:], self._view[self.half : turn]]
+
+    def reset(self) -> None:
+        """Forget, and give the memory back."""
+        if self.total:
+            self._memory.madvise(mmap.MADV_DONTNEED)
+        self.total = 0
+
+
+def execute(argv: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
+    """Become ``argv``; if that fails say why on stderr and exit as a shell would: 127 not found, 126 not executable."""
+    try:
+        os.execvpe(argv[0], list(argv), dict(environment))
+    except OSError as error:
+        os.write(2, f"{argv[0]}: {error.strerror}\n".encode("utf-8", "replace"))
+        os._exit(127 if error.errno == errno.ENOENT else 126)
+
+
+def supervise(  # noqa: PLR0913
+    job: Job,
+    start: Callable[[], NoReturn],
+    kill_tree: Callable[[], None],
+    captures: tuple[Capture, Capture],
+    *,
+    owner: int | None = None,
+    watch: Callable[[str, memoryview], None] | None = None,
+) -> Outcome:
+    """Fork, call ``start`` in the child with its stdin, stdout and stderr in place, and see it to its end.
+
+    When the child ends, or at the time limit, ``kill_tree`` must end everything that it started. stdout and stderr go into
+    ``captures``. ``owner`` is a descriptor whose hang-up means that nobody waits for the result any more. ``watch`` gets
+    ("stdout" | "stderr", bytes) as they come.
+    """
+    began = time.monotonic()
+    (out_read, out_write), (err_read, err_write) = os.pipe(), os.pipe()
+    in_read, in_write = (-1, -1) if job.stdin is None else os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            for source, target in ((in_read, 0), (out_write, 1), (err_write, 2)):
+                if source >= 0:
+                    os.dup2(source, target)
+            start()
+        except BaseException as error:
+            os.write(2, f"sandbox: the command could not be started: {error}\n".encode("utf-8", "replace"))
+        finally:
+            os._exit(125)
+    for descriptor in (in_read, out_write, err_write):
+        if descriptor >= 0:
+            os.close(descriptor)
+    pump = _Pump(job, child, in_write, {out_read: ("stdout", captures[0]), err_read: ("stderr", captures[1])}, watch)
+    try:
+        return pump.run(began, kill_tree, owner)
+    finally:
+        pump.close()
+
+
+class _Pump:
+    """The parent's side of ``supervise``."""
+
+    def __init__(
+        self,
+        job: Job,
+        child: int,
+        stdin: int,
+        captures: dict[int, tuple[str, Capture]],
+        watch: Callable[[str, memoryview], None] | None,
+    ) -> None:
+        self.job, self.child, self.stdin, self.captures, self.watch = job, child, stdin, captures, watch
+        self.open = set(captures)
+        self.pidfd = os.pidfd_open(child)
+        self.sent = 0
+        for descriptor in [*captures, *([stdin] if stdin >= 0 else [])]:
+            os.set_blocking(descriptor, False)
+
+    def run(self, began: float, kill_tree: Callable[[], None], owner: int | None) -> Outcome:
+        ended, abandoned = self._until(began + self.job.timeout, owner)
+        if not ended:
+            # The tree is killed first and the child after it: a dead child's group could be somebody else's.
+            kill_tree()
+            os.kill(self.child, signal.SIGKILL)
+        stuck = not select.select([self.pidfd], [], [], _GRACE)[0]
+        status = 0 if stuck else os.waitpid(self.child, 0)[1]
+        kill_tree()
+        self._drain(time.monotonic() + _GRACE)
+        code = os.waitstatus_to_exitcode(status)
+        return Outcome(
+            exit_code=code if code >= 0 else 128 - code,
+            truncated=any(capture.truncated for _, capture in self.captures.values()),
+            timed_out=not ended and not abandoned,
+            stuck=stuck or bool(self.open),
+            abandoned=abandoned,
+            seconds=time.monotonic() - began,
+        )
+
+    def close(self) -> None:
+        for descriptor in [*self.captures, self.pidfd, self.stdin]:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def _until(self, deadline: float, owner: int | None) -> tuple[bool, bool]:
+        """Pump until the child ends: (it ended by itself, its owner hung up)."""
+        poll = select.poll()
+        for descriptor in (self.pidfd, *self.open):
+            poll.register(descriptor, select.POLLIN)
+        if owner is not None:
+            poll.register(owner, select.POLLRDHUP)
+        if self.stdin >= 0 and self._feed():
+            poll.register(self.stdin, select.POLLOUT)
+        while (left := deadline - time.monotonic()) > 0:
+            ready = [descriptor for descriptor, _ in poll.poll(max(left * 1000, 1))]
+            for descriptor in ready:
+                if descriptor == owner:
+                    return False, True
+                if descriptor == self.stdin:
+                    if not self._feed():
+                        poll.unregister(descriptor)
+                elif descriptor in self.open and not self._read(descriptor):
+                    poll.unregister(descriptor)
+            if self.pidfd in ready:
+                return True, False
+        return False, False
+
+    def _feed(self) -> bool:
+        """Write what fits of stdin; whether more is left. At the end the pipe is closed."""
+        stdin = self.job.stdin or b""
+        try:
+            while self.sent < len(stdin):
+                self.sent += os.write(self.stdin, memoryview(stdin)[self.sent : self.sent + _CHUNK])
+        except BlockingIOError:
+            return True
+        except BrokenPipeError:  # the command does not read on
+            pass
+        os.close(self.stdin)
+        self.stdin = -1
+        return False
+
+    def _read(self, descriptor: int) -> bool:
+        name, capture = self.captures[descriptor]
+        try:
+            data = capture.fill(descriptor)
+        except BlockingIOError:
+            return True
+        if data and self.watch is not None:
+            self.watch(name, data)
+        if not data:
+            self.open.discard(descriptor)
+        return bool(data)
+
+    def _drain(self, deadline: float) -> None:
+        """Read to the end what dead writers left in the pipes."""
+        while self.open and time.monotonic() < deadline:
+            for descriptor in select.select(list(self.open), [], [], 0.1)[0]:
+                self._read(descriptor)

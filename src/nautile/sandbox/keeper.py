@@ -1,0 +1,256 @@
+"""The process that keeps a user's containers: one per user, started by the first container and gone soon after the last.
+
+It is a fork server of its own, in a private mount namespace: every request is one connection and one fork, and what it
+mounts is seen by nobody else and vanishes with it. Its only state besides the leases is in its directory:
+
+    keeper.sock  keeper.log  init  skeleton/  layers/N/          for all
+    ID/  fs/ (tmpfs: upper, work)  root/ (overlay)  bundle/  state.json  operations/
+
+A lease is a connection that a client holds open for a sandbox; when it breaks, the sandbox is closed. A sandbox without a
+lease outlives its client and ends at its time to live.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import os
+import select
+import shutil
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nautile.sandbox import bundle, cgroup, kernel
+from nautile.sandbox.errors import SandboxError, SandboxLost
+from nautile.sandbox.inside import frames
+from nautile.sandbox.operations import SHARE, Settings, carry_out
+
+__all__ = ["Keeper", "main"]
+
+_IDLE = 5.0  # seconds without a sandbox and without a request, after which the keeper ends
+_FIRST_BASE, _BASES = 524_288, 20_000  # each keeper's share of user ids that no account has
+
+
+def main() -> None:
+    """``keeper.main DIRECTORY``: take over as a daemon. Prints ``ready`` on stdout when requests are served."""
+    place = Path(sys.argv[1])
+    kernel.forget_dump()
+    os.umask(0o077)
+    with open(place / "keeper.lock", "w") as lock:  # held for life: there is one keeper
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("ready", flush=True)
+            return
+        if os.fork():
+            os._exit(0)
+        os.setsid()
+        Keeper(place).serve()
+
+
+class Keeper:
+    """The server. ``serve`` returns when it has been idle."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.leases: dict[int, tuple[socket.socket, str]] = {}
+        self.live: dict[str, float | None] = {}  # sandboxes, and the time until which one without a lease may live
+        self.children: set[int] = set()
+        self.poll = select.poll()
+        self._sweep()
+        self.root = os.geteuid() == 0
+        self.base = _FIRST_BASE + SHARE * (int.from_bytes(os.urandom(4), "little") % _BASES) if self.root else 0
+        if not self.root:
+            _enter_user_namespace()
+        kernel.unshare(kernel.CLONE_NEWNS)
+        kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_SLAVE)
+        self.owner = cgroup.owner_name()
+        self.settings = Settings(self.owner, self.base if self.root else None, cgroup.hierarchies())
+        self._furnish()
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(place / "keeper.sock")
+        self.listener.bind(str(place / "keeper.sock"))
+        self.listener.listen(512)
+
+    def _sweep(self) -> None:
+        """What a killed keeper left: processes, cgroups, directories. Its mounts have vanished with it."""
+        cgroup.sweep()
+        for entry in self.place.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+
+    def _furnish(self) -> None:
+        init = self.place / "init"
+        init.write_bytes(bundle.init_program())
+        init.chmod(0o755)
+        layer = self.place / "skeleton"
+        layer.mkdir()
+        os.umask(0o022)
+        bundle.skeleton(layer)
+        if self.root:
+            os.chown(layer / "workspace", bundle.TENANT, bundle.TENANT)
+        os.umask(0o077)
+        (self.place / "layers").mkdir(mode=0o711)
+        (self.place / "layers").chmod(0o711)
+        layer.chmod(0o755)
+
+    def serve(self) -> None:
+        """Until idle."""
+        print("ready", flush=True)
+        devnull = os.open("/dev/null", os.O_RDWR)
+        log = os.open(self.place / "keeper.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        for source, target in ((devnull, 0), (log, 1), (log, 2)):
+            os.dup2(source, target)
+        wake, woken = os.pipe()
+        os.set_blocking(woken, False)
+        signal.set_wakeup_fd(woken)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, self._end)
+        self.poll.register(wake, select.POLLIN)
+        self.poll.register(self.listener.fileno(), select.POLLIN)
+        gc.freeze()
+        last = time.monotonic()
+        while True:
+            ready = [descriptor for descriptor, _ in self.poll.poll(1000)]
+            for descriptor in ready:
+                if descriptor == wake:
+                    os.read(wake, 4096)
+                elif descriptor in self.leases:
+                    self._close(self._release(descriptor))
+                else:
+                    self._accept()
+            self._collect()
+            for identity in [one for one, until in self.live.items() if until is not None and until < time.time()]:
+                self._close(identity)
+            last = time.monotonic() if ready or self.children or self.live else last
+            if time.monotonic() - last > _IDLE and self._leave():
+                return
+
+    def _release(self, descriptor: int) -> str:
+        channel, identity = self.leases.pop(descriptor)
+        self.poll.unregister(descriptor)
+        channel.close()
+        return identity
+
+    def _close(self, identity: str) -> None:
+        if self.live.pop(identity, self) is not self:
+            self._fork({"op": "close", "id": identity}, None)
+
+    def _accept(self) -> None:
+        channel, _ = self.listener.accept()
+        try:
+            user = struct.unpack("iii", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+            channel.settimeout(5.0)
+            message = frames.receive(channel) if user == os.geteuid() else None
+        except (OSError, frames.BrokenFrameError):
+            message = None
+        if message is None:
+            return channel.close()
+        request, body = message
+        match request["op"]:
+            case "lease":
+                self.live[request["id"]] = None
+                self.leases[channel.fileno()] = (channel, request["id"])
+                self.poll.register(channel.fileno(), select.POLLIN)
+                frames.send(channel, {"ok": True})
+            case "keep":  # no lease: alive until a time, which the client moves on
+                self.live[request["id"]] = time.time() + request["seconds"]
+                frames.send(channel, {"ok": True})
+                channel.close()
+            case "stop":
+                self._end()
+            case "close":
+                self.live.pop(request["id"], None)
+                self._fork(request, channel, body)
+            case _:
+                self._fork(request, channel, body)
+
+    def _fork(self, request: dict[str, Any], channel: socket.socket | None, body: bytes = b"") -> None:
+        child = os.fork()
+        if child == 0:
+            self._child(request, channel, body)
+        self.children.add(child)
+        if channel is not None:
+            channel.close()
+
+    def _child(self, request: dict[str, Any], channel: socket.socket | None, body: bytes) -> NoReturn:
+        """Carry out one request in a process of its own; an error becomes the answer."""
+        try:
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGCHLD, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
+            if channel is not None:  # it alone stays open, as descriptor 3
+                channel.settimeout(None)
+                os.dup2(channel.fileno(), 3)
+                channel = socket.socket(fileno=3)
+            os.closerange(3 if channel is None else 4, 2**20)
+            carry_out(self.place, self.settings, request, channel, body)
+        except SandboxError as error:
+            _refuse(channel, error)
+        except (OSError, frames.BrokenFrameError) as error:
+            _refuse(channel, SandboxLost(f"{request['op']}: {error}"))
+        except BaseException as error:
+            traceback.print_exc()
+            _refuse(channel, SandboxLost(f"{request['op']} failed inside the keeper: {type(error).__name__}: {error}"))
+        finally:
+            os._exit(0)
+
+    def _collect(self) -> None:
+        while self.children:
+            child = os.waitpid(-1, os.WNOHANG)[0]
+            if child == 0:
+                return
+            self.children.discard(child)
+
+    def _leave(self) -> bool:
+        """End, unless somebody has just connected."""
+        if select.select([self.listener], [], [], 0)[0]:
+            return False
+        self._tidy()
+        return True
+
+    def _end(self, *_: object) -> NoReturn:
+        """End with every sandbox."""
+        cgroup.end(self.owner)
+        self._tidy()
+        os._exit(0)
+
+    def _tidy(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.place / "keeper.sock")
+        cgroup.end(self.owner)
+        for entry in [*self.place.glob("*/root"), *self.place.glob("*/fs"), *self.place.glob("layers/*")]:
+            with contextlib.suppress(OSError):
+                kernel.unmount(str(entry))
+        for entry in self.place.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name != "keeper.lock":
+                entry.unlink(missing_ok=True)
+
+
+def _refuse(channel: socket.socket | None, error: SandboxError) -> None:
+    if channel is not None:
+        with contextlib.suppress(OSError, frames.BrokenFrameError):
+            frames.send(channel, {"error": type(error).__name__, "text": str(error), "fields": vars(error)})
+
+
+def _enter_user_namespace() -> None:
+    """An ordinary user's keeper is root in a namespace of its own, which has this one user."""
+    user, group = os.geteuid(), os.getegid()
+    kernel.unshare(kernel.CLONE_NEWUSER)
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""What the keeper does for one request, in a process of its own: make a container, run in it, touch its files, end it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nautile.sandbox import bundle, cgroup, kernel
+from nautile.sandbox.errors import SandboxLost, SubstrateUnavailable
+from nautile.sandbox.inside import frames
+from nautile.sandbox.limits import Limits
+
+__all__ = ["SHARE", "Settings", "State", "carry_out", "locked"]
+
+SHARE = 65_536  # user ids of a container
+_CRUN_LIMIT = 20.0  # seconds
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all containers of a keeper share. ``base``: the host's user id of their root; None for an ordinary user's keeper."""
+
+    owner: str
+    base: int | None
+    hierarchies: list[cgroup.Hierarchy]
+
+
+@dataclass(frozen=True)
+class State:
+    """A container that runs."""
+
+    place: Path
+    process: int  # its process 1, as the host names it
+    started: str  # that process's start time, so that another one of the same number is not mistaken for it
+    tenant: int
+    limits: Limits
+    group: cgroup.Group
+    layers: tuple[str, ...]
+    host_usr: bool
+    base: int | None
+
+    @classmethod
+    def load(cls, keeper: Path, settings: Settings, identity: str) -> State:
+        """Read what ``create`` wrote. Raises SandboxLost when it is not there or has died."""
+        place = keeper / identity
+        try:
+            stored = json.loads((place / "state.json").read_text())
+            if cgroup.owner_name(stored["process"]) != stored["started"]:
+                raise FileNotFoundError
+        except (FileNotFoundError, ProcessLookupError):
+            raise SandboxLost(f"the container {identity} is gone") from None
+        limits = Limits(**stored["limits"])
+        group = cgroup.Group({one.base / "nautile" / settings.owner / identity: one for one in settings.hierarchies})
+        layers = tuple(stored["layers"])
+        return cls(
+            place, stored["process"], stored["started"], stored["tenant"], limits, group, layers, stored["host_usr"], settings.base
+        )
+
+    def open(self) -> int:
+        """A pidfd of its process 1. Raises SandboxLost."""
+        try:
+            return os.pidfd_open(self.process)
+        except ProcessLookupError:
+            raise SandboxLost("the container has died") from None
+
+
+def carry_out(
+    keeper: Path, settings: Settings, request: dict[str, Any], channel: socket.socket | None, body: bytes
+) -> None:
+    """Do what a request says and answer on ``channel``."""
+    from nautile.sandbox import enter, filing, layers  # noqa: PLC0415  # they need this module's nouns
+
+    identity = request["id"]
+    place = keeper / identity
+    if request["op"] == "create":
+        with locked(place):
+            frames.send(_present(channel), {"ok": True, **_create(keeper, settings, request)})
+        return
+    if request["op"] == "close":
+        _close(place, settings, identity)
+        if channel is not None:
+            frames.send(channel, {"ok": True})
+        return
+    state = State.load(keeper, settings, identity)
+    answer = _present(channel)
+    match request["op"]:
+        case "run":
+            enter.run(state, request, answer, body)
+        case "outcome":
+            enter.outcome(state, request, answer)
+        case "session":
+            enter.session(state, request, answer, body)
+        case "read" | "write" | "list" | "upload" | "download":
+            filing.serve(state, request, answer, body)
+        case "freeze":
+            state.group.freeze(bool(request["frozen"]))
+            frames.send(answer, {"ok": True})
+        case "pack":
+            layers.pack_answer(state, request, answer)
+        case _:
+            raise SandboxLost(f"the keeper does not know {request['op']!r}: it is of another version; stop it and try again")
+
+
+def _present(channel: socket.socket | None) -> socket.socket:
+    assert channel is not None
+    return channel
+
+
+@contextlib.contextmanager
+def locked(place: Path) -> Iterator[None]:
+    """One creation or ending of a sandbox at a time."""
+    place.mkdir(exist_ok=True)
+    with open(place.parent / f".{place.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+# -- making
+
+
+def _create(keeper: Path, settings: Settings, request: dict[str, Any]) -> dict[str, Any]:
+    place, limits = keeper / request["id"], Limits(**request["limits"])
+    group = cgroup.Group.create(request["id"], limits, owner=settings.owner, found=settings.hierarchies)
+    try:
+        tops = _file_system(keeper, settings, request, limits)
+        process = _start(keeper, settings, request, group, tops)
+        state = {
+            "process": process,
+            "started": cgroup.owner_name(process),
+            "tenant": bundle.TENANT if settings.base is not None else 0,
+            "limits": request["limits"],
+            "layers": request["layers"],
+            "host_usr": request["host_usr"],
+        }
+        (place / "state.new").write_text(json.dumps(state))
+        os.rename(place / "state.new", place / "state.json")
+    except BaseException:
+        group.remove()
+        _dismantle(place)
+        raise
+    return {"enforced": group.enforced, "tenant": state["tenant"]}
+
+
+def _file_system(keeper: Path, settings: Settings, request: dict[str, Any], limits: Limits) -> Path:
+    """Mount the writable layer, in memory and of bounded size, over the read-only ones. The mount point."""
+    place = keeper / request["id"]
+    place.chmod(0o711)
+    for name in ("fs", "root", "bundle", "operations"):
+        (place / name).mkdir()
+    options = f"size={limits.disk},nr_inodes={limits.inodes},mode=0700"
+    kernel.mount("nautile", str(place / "fs"), "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
+    for name in ("upper", "work"):
+        (place / "fs" / name).mkdir()
+        (place / "fs" / name).chmod(0o755)
+    lowers = [Path(one) for one in request["layers"]]
+    if request["host_usr"]:
+        lowers.insert(0, keeper / "skeleton")
+    if settings.base is not None:
+        os.chown(place / "fs/upper", settings.base, settings.base)
+        lowers = [_shifted(keeper, settings.base, layer) for layer in lowers]
+    stack = ":".join(str(layer) for layer in reversed(lowers))
+    extra = "" if settings.base is not None else ",userxattr"
+    options = f"lowerdir={stack},upperdir={place}/fs/upper,workdir={place}/fs/work{extra}"
+    if len(options) > 4000:
+        raise SubstrateUnavailable("container", f"{len(lowers)} layers do not fit into one mount", "pack them into fewer")
+    kernel.mount("overlay", str(place / "root"), "overlay", kernel.MS_NOSUID | kernel.MS_NODEV, options)
+    return place / "root"
+
+
+def _shifted(keeper: Path, base: int, layer: Path) -> Path:
+    """``layer`` with its owners moved into the container's share of user ids; made once for all containers."""
+    stat = layer.stat()
+    target = keeper / "layers" / f"{stat.st_dev:x}-{stat.st_ino:x}"
+    with open(keeper / ".layers.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return target
+        target.mkdir()
+        users = _user_namespace(base)
+        try:
+            kernel.idmap(str(layer), str(target), users)
+        except OSError as error:
+            target.rmdir()
+            why = f"the kernel cannot shift the owners of {layer} ({error})"
+            raise SubstrateUnavailable("container", why, "Linux 5.19 or newer and a file system with id-mapped mounts") from None
+        finally:
+            os.close(users)
+    return target
+
+
+def _user_namespace(base: int) -> int:
+    """A descriptor of a user namespace that maps 0.. to base.., for as long as it is open."""
+    ready, made = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            kernel.unshare(kernel.CLONE_NEWUSER)
+            os.write(made, b".")
+            signal.pause()
+        finally:
+            os._exit(1)
+    try:
+        os.close(made)
+        if not os.read(ready, 1):
+            raise SubstrateUnavailable("container", "no user namespace can be made", "sysctl user.max_user_namespaces=15000")
+        for name in ("uid_map", "gid_map"):
+            Path(f"/proc/{child}/{name}").write_text(f"0 {base} {SHARE}")
+        return os.open(f"/proc/{child}/ns/user", os.O_RDONLY)
+    finally:
+        os.close(ready)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _start(keeper: Path, settings: Settings, request: dict[str, Any], group: cgroup.Group, root: Path) -> int:
+    """Let crun make the container; the host's number of its process 1."""
+    place = root.parent
+    users = [{"containerID": 0, "hostID": settings.base or 0, "size": SHARE if settings.base is not None else 1}]
+    description = bundle.configuration(
+        root, keeper / "init", request["host_usr"], users, Limits(**request["limits"]).disk, request.get("workspace")
+    )
+    (place / "bundle/config.json").write_text(json.dumps(description))
+    crun = shutil.which("crun")
+    if crun is None:
+        raise SubstrateUnavailable("container", "crun is missing", "apt-get install crun")
+    argv = [crun, "--root", str(place / "crun"), "--cgroup-manager", "disabled", "run", "--detach"]
+    argv += ["--bundle", str(place / "bundle"), "--pid-file", str(place / "pid"), request["id"]]
+    with open(place / "crun.log", "w+b") as log:
+        child = os.fork()
+        if child == 0:
+            _become_crun(argv, group, log.fileno())
+        status = _wait(child, _CRUN_LIMIT)
+        log.seek(0)
+        said = log.read(4000).decode("utf-8", "replace").strip()
+    if status != 0:
+        raise SubstrateUnavailable("container", f"crun could not start it: {said or status}", "nautile sandbox doctor")
+    return int((place / "pid").read_text())
+
+
+def _become_crun(argv: list[str], group: cgroup.Group, log: int) -> None:
+    try:
+        for entrance in group.entrances:
+            entrance.write_text("0")
+        devnull = os.open("/dev/null", os.O_RDWR)
+        for source, target in ((devnull, 0), (devnull, 1), (log, 2)):
+            os.dup2(source, target)
+        os.closerange(3, 2**20)
+        hybrid = Path("/sys/fs/cgroup/unified")
+        if os.path.ismount(hybrid):  # crun refuses a hybrid system; it needs no cgroups, they are ours
+            kernel.unshare(kernel.CLONE_NEWNS)
+            kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_SLAVE)
+            kernel.unmount(str(hybrid))
+        os.execve(argv[0], argv, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})
+    except BaseException as error:
+        os.write(2, str(error).encode())
+    finally:
+        os._exit(125)
+
+
+def _wait(child: int, seconds: float) -> int:
+    descriptor = os.pidfd_open(child)
+    try:
+        if not select.select([descriptor], [], [], seconds)[0]:
+            os.kill(child, signal.SIGKILL)
+    finally:
+        os.close(descriptor)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+# -- ending
+
+
+def _close(place: Path, settings: Settings, identity: str) -> None:
+    if not place.exists():
+        return
+    with locked(place):
+        cgroup.Group({one.base / "nautile" / settings.owner / identity: one for one in settings.hierarchies}).remove()
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            _await_end(int((place / "pid").read_text()))
+        _dismantle(place)
+    (place.parent / f".{place.name}.lock").unlink(missing_ok=True)
+
+
+def _await_end(process: int) -> None:
+    deadline = time.monotonic() + 5.0
+    while os.path.exists(f"/proc/{process}") and time.monotonic() < deadline:
+        time.sleep(0.0005)
+
+
+def _dismantle(place: Path) -> None:
+    for name in ("root", "fs"):
+        with contextlib.suppress(OSError):
+            kernel.unmount(str(place / name))
+    # Nothing in here was made by the tenant: its files were in the memory that has just been unmounted.
+    shutil.rmtree(place, ignore_errors=True)

@@ -1,0 +1,250 @@
+"""``Sandbox``: one object for every substrate. It checks what is asked, keeps the trajectory log, and hands over to a driver."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+from nautile.sandbox.driver import Driver, Environment, Order, Terminal, Watch
+from nautile.sandbox.errors import InvalidRequest, SandboxClosed, SubstrateUnavailable, Unsupported
+from nautile.sandbox.image import Image
+from nautile.sandbox.limits import Limits
+from nautile.sandbox.policy import NetworkPolicy
+from nautile.sandbox.result import Capabilities, Entry, Info, RunResult
+
+__all__ = ["Sandbox"]
+
+KINDS = ("function", "container", "microvm", "vm")
+_READ_LIMIT = 64 * 2**20  # bytes that read() returns at most unless told otherwise
+
+
+class Sandbox:
+    """A place where commands run that cannot touch anything else. Make one with ``create``; end it with ``close`` or ``with``.
+
+    One thread at a time may use a container; function calls may come from many threads.
+    """
+
+    def __init__(self, driver: Driver, limits: Limits) -> None:
+        self._driver, self._limits, self._closed = driver, limits, False
+        self._finalizer = weakref.finalize(self, driver.close)  # at the latest when the interpreter ends
+
+    @classmethod
+    def create(  # noqa: PLR0913  # one parameter a decision
+        cls,
+        kind: str = "container",
+        image: Image | Path | str | None = None,
+        limits: Limits | None = None,
+        network: NetworkPolicy | Sequence[str] | None = None,
+        runtime: str | None = None,
+        allow_emulation: bool = False,
+        workspace: Path | str | None = None,
+        workers: int = 1,
+    ) -> Sandbox:
+        """A new sandbox. ``image`` None: the host's /usr read-only and an empty workspace, and no user data.
+
+        ``workspace``: a host directory that is bound read-write at /workspace instead. ``network``: None, or a list of
+        ``HOST:PORT`` that a proxy lets through. ``workers``: function calls at once. Nothing is ever replaced by something
+        weaker: raises InvalidRequest, Unsupported, SubstrateUnavailable or LimitUnavailable.
+        """
+        chosen = limits or Limits()
+        policy = NetworkPolicy.of(cast(Any, network))
+        place = _directory(workspace)
+        identity = f"{kind[:1]}-{secrets.token_hex(8)}"
+        if kind not in KINDS:
+            raise InvalidRequest(f"kind {kind!r}: choose one of {', '.join(KINDS)}")
+        if kind in ("microvm", "vm"):
+            del allow_emulation  # nothing to emulate with yet
+            why = "virtual machines are not part of this version"
+            raise SubstrateUnavailable(kind, why, "use kind='container'; it shares the host's kernel, which a VM would not")
+        if runtime not in (None, "bubblewrap" if kind == "function" else "crun"):
+            why = f"the runtime {runtime!r} is not part of this version"
+            raise SubstrateUnavailable(kind, why, "leave runtime out: bubblewrap for function, crun for container")
+        if kind == "function":
+            from nautile.sandbox.function import FunctionDriver  # noqa: PLC0415
+
+            if image is not None:
+                raise Unsupported("function", "image", "workers run the host's Python", "use kind='container'")
+            if policy.rules:
+                raise Unsupported("function", "network", "workers have none", "use kind='container'")
+            if not 0 < workers <= 64:
+                raise InvalidRequest(f"workers is {workers}: give 1 to 64")
+            return cls(FunctionDriver(identity, chosen, workers=workers, workspace=place), chosen)
+        from nautile.sandbox.container import ContainerDriver  # noqa: PLC0415
+
+        return cls(ContainerDriver.create(identity, Image.of(image), chosen, policy, place), chosen)
+
+    # -- what it is
+
+    @property
+    def info(self) -> Info:
+        """Its id, substrate, runtime, and which limits cgroups enforce."""
+        return self._driver.info
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do at all."""
+        return self._driver.capabilities
+
+    # -- commands
+
+    def run(  # noqa: PLR0913  # one parameter a decision
+        self,
+        command: str | Sequence[str],
+        timeout: float | None = None,
+        stdin: bytes | str | None = None,
+        *,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        on_output: Watch | None = None,
+    ) -> RunResult:
+        """Run a command to its end: a string with ``sh -c``, a list as it is. ``timeout`` in seconds.
+
+        What it started is killed when it ends, or at its time limit. ``on_output("stdout" | "stderr", bytes)`` gets the
+        output as it comes (function: at the end). A failing command and a failing sandbox are both in the result.
+        """
+        argv = ("/bin/sh", "-c", command) if isinstance(command, str) else tuple(command)
+        return self._execute(self._order(argv, timeout, stdin, cwd=cwd, env=env), on_output)
+
+    def python(
+        self, source: str, arguments: Sequence[str] = (), *, timeout: float | None = None, stdin: bytes | str | None = None
+    ) -> RunResult:
+        """Run a Python program with the interpreter inside; in a function sandbox without starting one."""
+        if self.info.kind == "function":
+            return self._execute(self._order(tuple(arguments), timeout, stdin, python=source), None)
+        return self._execute(self._order(("python3", "-I", "-c", source, *arguments), timeout, stdin), None)
+
+    def _order(  # noqa: PLR0913
+        self,
+        argv: tuple[str, ...],
+        timeout: float | None,
+        stdin: bytes | str | None,
+        *,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        python: str | None = None,
+    ) -> Order:
+        seconds = self._limits.seconds if timeout is None else timeout
+        if not 0 < seconds < 10**7:
+            raise InvalidRequest(f"timeout is {seconds!r}: give seconds, more than 0")
+        environment = dict(env or {})
+        words = [*argv, *environment, *environment.values(), *([cwd] if cwd else []), *([python] if python is not None else [])]
+        if (python is None and not argv) or not all(isinstance(word, str) for word in words):
+            raise InvalidRequest("the command must be a string, or a list of strings that is not empty")
+        if python is None and not argv[0]:
+            raise InvalidRequest("the command's first word is empty")
+        if any("\0" in word for word in words) or any("=" in name or not name for name in environment):
+            raise InvalidRequest("commands, paths and variables cannot contain a NUL byte, nor a variable's name an =")
+        try:
+            given = stdin.encode() if isinstance(stdin, str) else stdin or b""
+            "".join(words).encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"the command is not text that UTF-8 can hold: {error.reason}") from None
+        if len(given) > 64 * 2**20:
+            raise InvalidRequest(f"stdin has {len(given):,} bytes: write more than 64 MiB into a file first")
+        return Order(argv, given, float(seconds), cwd, environment, python)
+
+    def _execute(self, order: Order, watch: Watch | None) -> RunResult:
+        return self._live().run(order, watch)
+
+    def session(self, command: str | Sequence[str] = ("/bin/sh",), *, pty: bool = True) -> Terminal:
+        """An interactive program: ``send``, ``read``, ``until``, ``close``."""
+        argv = ("/bin/sh", "-c", command) if isinstance(command, str) else tuple(command)
+        return self._able("session").session(self._order(argv, None, None).argv, pty)
+
+    # -- files; paths inside are relative to / and never lead through a symbolic link
+
+    def read(self, path: str, *, limit: int = _READ_LIMIT) -> bytes:
+        """A plain file's content. Raises FileRefused."""
+        return self._able("files").read(_inside(path), limit)
+
+    def write(self, path: str, data: bytes | str, *, mode: int = 0o644) -> None:
+        """Make or replace a plain file, and the directories above it; readers see the old file or the new one."""
+        self._able("files").write(_inside(path), data.encode() if isinstance(data, str) else data, mode & 0o777)
+
+    def list(self, path: str = "/workspace") -> list[Entry]:
+        """What a directory holds, by name."""
+        return self._able("files").list(_inside(path))
+
+    def upload(self, source: Path | str, path: str) -> None:
+        """Copy a file or a directory of the host to ``path``. Links and special files of the source are refused."""
+        self._able("files").upload(Path(source), _inside(path))
+
+    def download(self, path: str, target: Path | str, *, limit: int = 2**30) -> None:
+        """Copy a file or a directory out, to ``target``, which must not exist. Links and special files are left out."""
+        self._able("files").download(_inside(path), Path(target), limit)
+
+    # -- life
+
+    def pause(self) -> None:
+        """Stop every process; memory and files stay. The next request continues them, and so does ``resume``."""
+        self._able("pause").pause()
+
+    def resume(self) -> None:
+        """Continue after ``pause``."""
+        self._able("pause").resume()
+
+    def snapshot(self) -> Image:
+        """The files as they are now, as an image for new sandboxes. Processes are not in it."""
+        return self._able("snapshot").snapshot()
+
+    def fork(self) -> Sandbox:
+        """A new sandbox with the files as they are now; both go on by themselves."""
+        return Sandbox(self._able("fork").fork(), self._limits)
+
+    def pack_diff(self, target: Path | str) -> str:
+        """Write what changed since the image as an OCI layer (tar, with whiteouts); its sha256 digest."""
+        return self._able("pack_diff").pack_diff(Path(target))
+
+    def set_policy(self, network: NetworkPolicy | Sequence[str] | None) -> None:
+        """Change which hosts may be reached; connections to hosts that no longer may are cut."""
+        self._able("network").set_policy(NetworkPolicy.of(cast(Any, network)))
+
+    def close(self) -> None:
+        """End it. Nothing of it stays: no process, mount, cgroup or file. More than once is allowed."""
+        self._closed = True
+        self._finalizer()
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _live(self) -> Driver:
+        if self._closed:
+            raise SandboxClosed("the sandbox is closed")
+        return self._driver
+
+    def _able(self, feature: str) -> Environment:
+        driver = self._live()
+        if not getattr(driver.capabilities, feature):
+            why, remedy = driver.reason(feature)
+            raise Unsupported(driver.info.kind, feature.replace("_", " "), why, remedy)
+        return cast(Environment, driver)
+
+
+def _inside(path: str) -> str:
+    """A path inside as steps from /: no ``..``, no NUL. Raises InvalidRequest."""
+    if not isinstance(path, str) or "\0" in path or len(path.encode("utf-8", "surrogateescape")) > 4000:
+        raise InvalidRequest(f"path {str(path)[:80]!r}: give a path of at most 4,000 bytes without NUL")
+    full = path if path.startswith("/") else f"/workspace/{path}"
+    steps = [step for step in full.split("/") if step not in ("", ".")]
+    if ".." in steps:
+        raise InvalidRequest(f"path {path!r}: '..' is not followed; give the path itself")
+    return "/".join(steps) or "."
+
+
+def _directory(workspace: Path | str | None) -> Path | None:
+    if workspace is None:
+        return None
+    place = Path(workspace)
+    with contextlib.suppress(OSError):
+        place = place.resolve(strict=True)
+        if place.is_dir() and place != Path("/"):
+            return place
+    raise InvalidRequest(f"workspace {workspace}: not a directory that can be given to a sandbox")

@@ -16,11 +16,9 @@ import torch
 
 from nautile.engine.core import Core, ModelLimits
 from nautile.engine.driver import Driver, EventStream
-from nautile.engine.numpy_runner import NumpyRunner
 from nautile.engine.options import EngineConfig
-from nautile.engine.plan import Runner
 from nautile.engine.request import EngineEvent, EngineStats, Finished, Request, RequestError, TokenSampled
-from nautile.engine.runner import TorchRunner
+from nautile.engine.runners import make_runner
 from nautile.engine.sampling import SamplingParams
 from nautile.engine.scheduler import Limits, Scheduler
 from nautile.model import Transformer
@@ -75,7 +73,7 @@ class Engine:
             self.tokenizer = tokenizer or Tokenizer.load(path)
         self.model.eval().requires_grad_(False)
         self.pool = self._make_pool()
-        self.runner = self._make_runner()
+        self.runner, self.runner_notes = make_runner(self.model, self.pool, self.options)
         kinds = self.pool.pages.bytes_by_kind
         self._block_kinds = {name: kinds[name] for name in HISTORY}
         self._slot_kinds = {name: kinds[name] for name in TAIL}
@@ -212,11 +210,6 @@ class Engine:
     def _make_pool(self) -> StatePool:
         name = fingerprint(self.config, self.model.state_dict()) if self.options.cache_dir is not None else ""
         return StatePool(self.config, self.options.pool(self.config), self.options.device, name)
-
-    def _make_runner(self) -> Runner:
-        if not self.options.speculate and self.options.runner == "auto" and NumpyRunner.applies(self.model, self.pool):
-            return NumpyRunner(self.model, self.pool)
-        return TorchRunner(self.model, self.pool, self.options.speculate)
 
     def _make_core(self) -> Core:
         options = self.options

@@ -12,7 +12,7 @@ from nautile.state.pages import Pages
 
 __all__ = ["EngineConfig"]
 
-RunnerName = Literal["auto", "native", "torch"]
+RunnerName = Literal["auto", "native", "numpy", "torch"]
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,17 @@ class EngineConfig:
 
     ``token_budget`` bounds the new tokens of a step, and with them how long a decode waits for a prompt chunk.
     ``snapshot_every`` (a multiple of ``block_tokens``) is the interval at which a prefix can be taken up; the ends of
-    conversations can always. ``rows`` is the format of the state: float32, bfloat16 or packed (FP8 and FP4). ``runner``
-    "auto" takes the native kernels where they apply, else PyTorch; ``runner_name`` of the engine says which it is.
-    ``speculate`` drafts one token a step with the checkpoint's MTP block. ``cache_dir`` keeps prefixes on disk between runs.
+    conversations can always. ``rows`` is the format of the state: float32, bfloat16 or packed (FP8 and FP4).
+    ``runner`` "auto" takes the native kernels where they apply, else NumPy for single tokens, else PyTorch; the engine's
+    ``runner_name`` and ``runner_notes`` say which and why. ``precision`` is that of the native kernels' weights (bfloat16 is
+    exact for FP8 and FP4 checkpoints). ``speculate`` drafts one token a step with the checkpoint's MTP block. ``cache_dir``
+    keeps prefixes on disk between runs.
     """
 
     device: str = "cpu"
     threads: int | None = None  # None: PyTorch's choice
     runner: RunnerName = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
     speculate: bool = False
     max_running: int = 16
     token_budget: int = 512
@@ -43,8 +46,12 @@ class EngineConfig:
     disk_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
-        if self.runner not in ("auto", "native", "torch"):
-            raise ValueError(f'runner is "auto", "native" or "torch", got {self.runner!r}')
+        if self.runner not in ("auto", "native", "numpy", "torch"):
+            raise ValueError(f'runner is "auto", "native", "numpy" or "torch", got {self.runner!r}')
+        if self.speculate and self.runner not in ("auto", "torch"):
+            raise ValueError(f'speculation runs with runner="torch" (or "auto"), not with {self.runner!r}')
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f'precision is "float32" or "bfloat16", got {self.precision!r}')
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1, got {self.threads}")
         if self.max_running < 1 or self.pool_bytes < 1:

@@ -1,0 +1,44 @@
+"""Which runner an engine gets, and what to tell the user about it."""
+
+from __future__ import annotations
+
+from nautile.engine.native import NativeRunner, NativeUnavailable
+from nautile.engine.numpy_runner import NumpyRunner
+from nautile.engine.options import EngineConfig
+from nautile.engine.plan import Runner
+from nautile.engine.runner import TorchRunner
+from nautile.model import Transformer
+from nautile.state import StatePool
+
+__all__ = ["make_runner"]
+
+
+def make_runner(model: Transformer, pool: StatePool, options: EngineConfig) -> tuple[Runner, tuple[str, ...]]:
+    """The runner that the options ask for, and a sentence about every faster one that "auto" passed over.
+
+    Raises ValueError or NativeUnavailable when a runner that was asked for by name cannot run this model.
+    """
+    if options.runner == "native":
+        return _native(model, pool, options), ()
+    if options.runner == "numpy":
+        return NumpyRunner(model, pool), ()
+    if options.runner == "torch" or model.embed.weight.device.type != "cpu":
+        return TorchRunner(model, pool, options.speculate), ()
+    if options.speculate:
+        note = "speculation runs through the PyTorch modules: the native kernels cannot draft"
+        return TorchRunner(model, pool, drafting=True), (note,)
+    return _fastest(model, pool, options)
+
+
+def _fastest(model: Transformer, pool: StatePool, options: EngineConfig) -> tuple[Runner, tuple[str, ...]]:
+    """On a CPU: native, else NumPy, else the modules."""
+    try:
+        return _native(model, pool, options), ()
+    except NativeUnavailable as error:
+        note = f"no native kernels: {error}"
+    runner = NumpyRunner(model, pool) if NumpyRunner.applies(model, pool) else TorchRunner(model, pool)
+    return runner, (note,)
+
+
+def _native(model: Transformer, pool: StatePool, options: EngineConfig) -> NativeRunner:
+    return NativeRunner(model, pool.pages, dtype=options.precision, threads=options.threads)

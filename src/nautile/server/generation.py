@@ -306,7 +306,8 @@ def _account(service: Service, job: Job, clock: _Clock, reason: str, cached: int
     if writer.completion_tokens > 1:
         metrics.each.observe((clock.last - clock.first) / (writer.completion_tokens - 1))
     seconds = round(time.monotonic() - clock.begun, 3)
-    texts_ = {}
+    said: dict[str, str] = {}
     if service.options.log_prompts:
-        texts_ = {"prompt": service.tokenizer.decode(job.request.prompt_ids), "answer": "".join(writer.content)}
-    service.log.info("turn", request=job.request.id, ended=reason, seconds=seconds, **counts, **texts_)
+        prompt_text = service.tokenizer.decode(job.request.prompt_ids)
+        said = {"prompt_text": prompt_text, "reasoning_text": "".join(writer.reasoning), "answer_text": "".join(writer.content)}
+    service.log.info("turn", request=job.request.id, ended=reason, seconds=seconds, **counts, **said)

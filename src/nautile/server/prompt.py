@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nautile.engine.request import TokenConstraint
-from nautile.protocol import Prompt, ProtocolError, texts
+from nautile.protocol import ParsedMessage, Prompt, ProtocolError, texts
 from nautile.protocol.conversation import Conversation, conversation
 from nautile.protocol.encoder import Special
 from nautile.protocol.grammar import constraint
@@ -26,9 +26,16 @@ _DEFAULT_TOKENS = {"chat": 8192, "thinking": 65_536, "max": 131_072}  # as the h
 def normalised(turn: Turn, service: Service) -> Conversation:
     """The turn's conversation, checked, with the reasoning that the client did not send back. Raises ApiError."""
     try:
-        return conversation(turn.messages, tools=turn.tools, tool_choice=turn.tool_choice, response_format=turn.response_format)
+        asked = conversation(
+            turn.messages, tools=turn.tools, tool_choice=turn.tool_choice, response_format=turn.response_format
+        )
+        if not turn.thinking:
+            return asked
+        strict, tools = service.options.strict_reasoning, bool(asked.tools)
+        messages = service.memory.restored(turn.partition, asked.messages, tools=tools, strict=strict)
     except ProtocolError as error:
         raise invalid(str(error)) from None
+    return replace(asked, messages=tuple(dict(message) for message in messages))
 
 
 def render(turn: Turn, asked: Conversation, service: Service) -> Prompt:
@@ -88,3 +95,5 @@ def constrained(turn: Turn, asked: Conversation, prompt: Prompt, service: Servic
 
 def remember(turn: Turn, asked: Conversation, writer: Writer, service: Service) -> None:
     """Keep the reasoning of an answer for the turns that follow it."""
+    message = ParsedMessage("".join(writer.reasoning), "".join(writer.content), tuple(writer.calls)).message()
+    service.memory.remember(turn.partition, asked.messages, message)

@@ -14,6 +14,7 @@ import structlog
 from nautile.protocol import Tokenizer
 from nautile.server.errors import ApiError
 from nautile.server.logs import make_logger
+from nautile.server.memory import ReasoningMemory
 from nautile.server.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Service:
     name: str
     options: ServerOptions = field(default_factory=ServerOptions)
     dialect: str = ""
+    memory: ReasoningMemory = field(default_factory=ReasoningMemory)
     metrics: Metrics = field(init=False)
     log: structlog.typing.FilteringBoundLogger = field(init=False)
     running: Counter[str] = field(default_factory=Counter)

@@ -1,0 +1,57 @@
+"""Logs: one line an event, with ids, and no prompt text unless it was asked for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from nautile.server import ServerOptions
+from server.local import Local, user
+
+
+def lines(text: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_request_and_its_turn_share_an_id(capsys: pytest.CaptureFixture[str]) -> None:
+    local = Local(ServerOptions(log_format="json"))
+    answer = local.http.post("/v1/chat/completions", json={"messages": user("a secret")})
+    turn, request = lines(capsys.readouterr().err)
+    assert turn["event"] == "turn" and request["event"] == "request"
+    assert turn["request"] == request["request"] == answer.headers["x-request-id"]
+    assert (turn["ended"], request["status"], request["path"]) == ("stop", 200, "/v1/chat/completions")
+    assert turn["completion"] == 3 and turn["timestamp"]
+
+
+@pytest.mark.parametrize("style", ["json", "console"])
+def test_no_text_of_prompts_or_answers(style: str, capsys: pytest.CaptureFixture[str]) -> None:
+    local = Local(ServerOptions(log_format=style, api_keys=("key-of-anna",)))
+    headers = {"x-api-key": "key-of-anna"}
+    local.engine.say("privately</think>SECRET answer")
+    for body in ({"messages": user("SECRET")}, {"messages": user("SECRET"), "temperature": "SECRET"}, {"messages": "SECRET"}):
+        local.http.post("/v1/chat/completions", json=body, headers=headers)
+    local.http.post("/v1/chat/completions", content=b"SECRET", headers=headers)
+    logged = capsys.readouterr().err
+    assert "SECRET" not in logged and "privately" not in logged and "key-of-anna" not in logged and "turn" in logged
+
+
+def test_with_log_prompts_they_are_there(capsys: pytest.CaptureFixture[str]) -> None:
+    local = Local(ServerOptions(log_format="json", log_prompts=True))
+    local.engine.say("why</think>The ANSWER.")
+    local.http.post("/v1/chat/completions", json={"messages": user("The QUESTION")})
+    turn = lines(capsys.readouterr().err)[0]
+    assert "The QUESTION" in str(turn["prompt_text"]) and turn["answer_text"] == "The ANSWER."
+
+
+def test_an_unexpected_error_is_in_the_log_and_not_in_the_answer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = Local(ServerOptions(log_format="json"))
+    monkeypatch.setattr(local.engine, "submit", None)
+    answer = local.http.post("/v1/chat/completions", json={"messages": user()})
+    assert answer.status_code == 500 and answer.headers["x-request-id"] in answer.json()["error"]["message"]
+    assert "TypeError" not in answer.text
+    failure = next(line for line in lines(capsys.readouterr().err) if line["event"] == "failure")
+    assert "TypeError" in str(failure["exception"]) and failure["request"] == answer.headers["x-request-id"]
+    assert local.service.in_flight == 0

@@ -78,6 +78,17 @@ class PrefixCache:
         """The blocks of all tokens up to a node that is on the device."""
         return [block for part in node.path() for block in part.blocks]
 
+    def tail(self, node: Node) -> Tensor | None:
+        """The tail of a node wherever it is; None when there is none that can be trusted."""
+        if node.tail is not None or not node.file_tail or node.file is None or self.store is None:
+            return node.tail
+        try:
+            return self.store.read(node.file, node.digest)[1]
+        except StoreError as error:
+            self._set_aside(str(error))
+            self._file_is_bad(node)
+            return None
+
     # Keeping ------------------------------------------------------------------------------------------------------
 
     def publish(self, sequence: Sequence, node: Node | None, tail: Tensor) -> Node:
@@ -333,13 +344,17 @@ class PrefixCache:
         if broken is None:
             return True
         self.counters.set_aside += 1
-        self.bytes["disk"] -= broken.file_bytes
-        broken.file, broken.file_bytes, broken.file_tail, broken.has_tail = None, 0, False, broken.tail is not None
-        if broken.place == "disk":
-            self._forget(broken)
-        else:
-            self.prune(broken)
+        self._file_is_bad(broken)
         return False
+
+    def _file_is_bad(self, node: Node) -> None:
+        """A node without its file, and what depended on it."""
+        self.bytes["disk"] -= node.file_bytes
+        node.file, node.file_bytes, node.file_tail, node.has_tail = None, 0, False, node.tail is not None
+        if node.place == "disk":
+            self._forget(node)
+        else:
+            self.prune(node)
 
     def _promote(self, node: Node, with_tail: bool) -> bool:
         missing_tail = with_tail and node.tail is None

@@ -22,7 +22,7 @@ from nautile.state.prefix import Node
 from nautile.state.store import NodeStore, StoreUnavailable, layout
 from nautile.state.view import BatchView
 
-__all__ = ["Guard", "PoolCorrupted", "PoolStats", "StatePool"]
+__all__ = ["Guard", "Part", "PoolCorrupted", "PoolStats", "StatePool"]
 
 
 class PoolCorrupted(RuntimeError):  # noqa: N818  # says what has happened
@@ -59,6 +59,15 @@ class Guard:
 
     start: int
     rows: dict[str, Tensor]  # by tensor: [layers, tokens, w]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Saved state up to ``length`` tokens, from where the part before it ends (a multiple of the block). See ``load``."""
+
+    length: int
+    history: Tensor  # [blocks, block_bytes] uint8
+    tail: Tensor | None  # as of ``length``
 
 
 _RINGS = ("window", "csa_kv", "csa_gate", "index_kv", "index_gate", "hca_kv", "hca_gate")
@@ -161,7 +170,7 @@ class StatePool:
         """End a sequence. ``keep``: what it computed stays for prompts that begin like it, while there is room."""
         self._check_live(sequence, needs_slot=False)
         if keep and self.options.prefix_cache and sequence.length % self.options.snapshot_every:
-            self.cache.prune(self._publish(sequence, self._tail(sequence)))
+            self.cache.prune(self._publish(sequence, self.read_tail(sequence)))
         self._continue_from(sequence, None)
         del self._live[sequence]
         self.pages.drop(sequence.blocks)
@@ -212,6 +221,62 @@ class StatePool:
         sequence.slot = self.pages.allocate_slot()
         self.pages.write_tail(sequence.slot, sequence.length, sequence.parked)
         sequence.parked = None
+
+    # Bytes in and out ---------------------------------------------------------------------------------------------
+
+    def read_history(self, sequence: Sequence, start: int, stop: int) -> Tensor:
+        """The bytes of the blocks of tokens start (a multiple of the block) .. stop - 1: [blocks, block_bytes] uint8."""
+        size = self.options.block_tokens
+        return self.pages.read_blocks(sequence.blocks[start // size : -(-stop // size)])
+
+    def read_tail(self, sequence: Sequence) -> Tensor:
+        """The bytes of a sequence's tail, parked or not."""
+        self._check_live(sequence, needs_slot=False)
+        if sequence.parked is not None:
+            return sequence.parked
+        assert sequence.slot is not None
+        return self.pages.read_tail(sequence.slot, sequence.length)
+
+    def snapshot(self, sequence: Sequence, length: int) -> Tensor | None:
+        """The tail that was taken when the sequence had ``length`` tokens, if it is still somewhere."""
+        node = self._live[sequence]
+        while node is not None and node.length > length:
+            node = node.parent
+        return self.cache.tail(node) if node is not None and node.length == length else None
+
+    def load(self, ids: Many[int], parts: Many[Part], partition: str = "") -> Sequence:
+        """A new sequence with saved state: that of the last part with a tail. Snapshots on the way become cached prefixes.
+
+        Raises PoolFull, and PoolError when the bytes are not of this layout.
+        """
+        last = max((index for index, part in enumerate(parts) if part.tail is not None), default=-1)
+        sequence = Sequence(partition, slot=self.pages.allocate_slot())
+        self._live[sequence] = None
+        try:
+            for part in parts[: last + 1]:
+                self._load_part(sequence, ids, part)
+        except (PoolFull, PoolError):
+            self.release(sequence, keep=False)
+            raise
+        sequence.cached = sequence.length
+        return sequence
+
+    def _load_part(self, sequence: Sequence, ids: Many[int], part: Part) -> None:
+        size, start = self.options.block_tokens, sequence.length
+        count = -(-part.length // size) - len(sequence.blocks)
+        if start % size or part.history.shape != (count, self.pages.block_bytes):
+            raise PoolError(f"history of {tuple(part.history.shape)} bytes does not continue {start} tokens to {part.length}")
+        self._need(count)
+        blocks = self.pages.allocate(count)
+        sequence.blocks += blocks
+        self.pages.write_blocks(blocks, part.history)
+        sequence.ids.extend(ids[start : part.length])
+        if part.tail is None:
+            return
+        assert sequence.slot is not None
+        self.pages.write_tail(sequence.slot, part.length, part.tail)
+        if part.length % self.options.snapshot_every == 0 and self.options.prefix_cache:
+            self._continue_from(sequence, self._publish(sequence, part.tail))
 
     # Tokens that may be taken back --------------------------------------------------------------------------------
 
@@ -343,12 +408,6 @@ class StatePool:
         if old is not None:
             old.users -= 1
             self.cache.prune(old)
-
-    def _tail(self, sequence: Sequence) -> Tensor:
-        if sequence.parked is not None:
-            return sequence.parked
-        assert sequence.slot is not None
-        return self.pages.read_tail(sequence.slot, sequence.length)
 
     def _need(self, blocks: int) -> None:
         if blocks > self.free_blocks and (blocks > self.available_blocks or not self.cache.make_room(blocks)):

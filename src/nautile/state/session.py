@@ -1,0 +1,466 @@
+"""Sessions: named timelines on disk that survive a restart, fork, rewind, and move between machines.
+
+A directory holds one small file a session (its tokens, the state after the last snapshot, the tail, the logits of the next
+token) and, shared between sessions that begin alike, one file for every k tokens before that. A fork costs one small file.
+When ``save`` returns, the session is on the disk: node files first, then the session's own by rename. A lock on the
+directory keeps writers apart; readers need none, because files only appear and vanish whole.
+
+Listing, forking, rewinding and moving need no model. ``docs/state.md`` describes the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import re
+import time
+from array import array
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nautile.state.files import StateFile, StoreError, StoreUnavailable, read_header, sync_directory, write_file
+from nautile.state.pages import Sequence
+from nautile.state.pool import Part, StatePool
+from nautile.state.store import NodeName, NodeStore, check_layout, layout
+
+__all__ = ["Resumed", "SessionConflict", "SessionError", "SessionInfo", "SessionStore"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_SUFFIX = ".session"
+_LAYOUT = ("model", "rows", "block_tokens", "block_bytes", "slot_bytes")
+_LOCK_SECONDS = 10.0
+_ROOT = blake2b(b"", digest_size=16).digest()
+
+
+class SessionError(ValueError):
+    """There is no such session, its name is taken or impossible, or it belongs to another model; the text says which."""
+
+
+class SessionConflict(SessionError):  # noqa: N818  # says what has happened
+    """Somebody else saved the session since it was read, or holds the directory's lock."""
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    """What a session's file says. ``state_length`` of the ``length`` tokens have state; the rest is computed on resuming.
+
+    ``snapshots`` are the lengths that can be rewound to without computing. ``problem`` says why a file cannot be used.
+    """
+
+    name: str
+    length: int = 0
+    state_length: int = 0
+    revision: int = 0
+    created: str = ""
+    updated: str = ""
+    note: str = ""
+    forked_from: str | None = None
+    model: str = ""
+    bytes: int = 0
+    snapshots: tuple[int, ...] = ()
+    has_logits: bool = False
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A live sequence. ``pending`` tokens are still to be fed; ``logits`` [V] of the next token when there are none."""
+
+    sequence: Sequence
+    pending: tuple[int, ...]
+    logits: Tensor | None
+    info: SessionInfo
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """Everything in a session's file. Spans are the k-token steps before the last part, with the tail lengths known."""
+
+    fields: dict[str, Any]
+    ids: tuple[int, ...]
+    history: Tensor  # [blocks, block_bytes] after the last span
+    tail: Tensor | None
+    logits: Tensor | None
+
+    @property
+    def spans(self) -> list[NodeName]:
+        """The steps, in order."""
+        k = self.fields["snapshot_every"]
+        return _spans(self.ids, self.fields["spans"], k)
+
+
+class SessionStore:
+    """The sessions of one directory."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises StoreUnavailable when the directory cannot be made."""
+        self.directory, self.nodes = Path(directory), Path(directory) / "nodes"
+        try:
+            self.nodes.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise StoreUnavailable(error.errno, f"cannot use {directory} for sessions: {error.strerror}") from error
+
+    # Looking ------------------------------------------------------------------------------------------------------
+
+    def list(self) -> list[SessionInfo]:
+        """Every session, by name; damaged ones with their ``problem``."""
+        return [self._info_or_problem(path.name.removesuffix(_SUFFIX)) for path in sorted(self.directory.glob(f"*{_SUFFIX}"))]
+
+    def info(self, name: str) -> SessionInfo:
+        """Raises SessionError when there is none of that name, StoreError when its file is damaged."""
+        path = self._path(name)
+        try:
+            return _info(name, read_header(path))
+        except FileNotFoundError:
+            raise SessionError(self._missing(name)) from None
+
+    # Live sequences -----------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        name: str,
+        pool: StatePool,
+        sequence: Sequence,
+        logits: Tensor | None = None,
+        *,
+        note: str | None = None,
+        revision: int | None = None,
+    ) -> SessionInfo:
+        """Put the state of a sequence on the disk under a name, in place of what the name stood for. It is safe on return.
+
+        ``logits`` [V] of the next token let a resumed session go on without computing anything. ``revision``: of the session
+        that is continued (0: a new one); raises SessionConflict when somebody else has saved it meanwhile. Raises SessionError
+        for an empty sequence or an impossible name, StoreUnavailable when the disk refuses: the old session stays then.
+        """
+        path = self._path(name)
+        if not sequence.length:
+            raise SessionError("an empty sequence has no state to save")
+        if not pool.fingerprint:
+            raise SessionError("saving needs a pool that knows its model's fingerprint")
+        with self._lock():
+            old = self._old(path)
+            if revision is not None and revision != (old["revision"] if old else 0):
+                raise SessionConflict(f"session {name!r} is at revision {old['revision'] if old else 0}, not {revision}")
+            k = pool.options.snapshot_every
+            count = (sequence.length - 1) // k
+            fields = {
+                **layout(pool.pages, pool.fingerprint),
+                **_dates(old),
+                "snapshot_every": k,
+                "length": sequence.length,
+                "state_length": sequence.length,
+                "revision": (old["revision"] if old else 0) + 1,
+                "note": note if note is not None else (old["note"] if old else ""),
+                "forked_from": old["forked_from"] if old else None,
+                "spans": count,
+                "snapshots": self._write_spans(pool, sequence, count),
+            }
+            history = pool.read_history(sequence, count * k, sequence.length)
+            return self._write(name, _Contents(fields, tuple(sequence.ids), history, pool.read_tail(sequence), logits))
+
+    def resume(self, name: str, pool: StatePool, partition: str = "") -> Resumed:
+        """A live sequence that is where the session was, in a partition of the pool.
+
+        Parts that are damaged are set aside and come back as ``pending`` tokens to be computed. Raises SessionError for an
+        unknown name or a session of another model, StoreError for a damaged file, PoolFull.
+        """
+        info, contents = self.info(name), self._read(name)
+        self._check_model(name, contents.fields, pool)
+        store, parts, reached = NodeStore(self.nodes, {key: contents.fields[key] for key in _LAYOUT}), [], 0
+        for span in contents.spans:
+            with contextlib.suppress(StoreError):
+                history, tail = store.read(store.path(span.digest), span.digest)
+                parts.append(Part(span.length, history, tail))
+                reached = span.length
+                continue
+            break
+        if reached == contents.fields["spans"] * contents.fields["snapshot_every"] and contents.tail is not None:
+            parts.append(Part(contents.fields["state_length"], contents.history, contents.tail))
+        sequence = pool.load(contents.ids, parts, partition)
+        pending = contents.ids[sequence.length :]
+        return Resumed(sequence, pending, None if pending else contents.logits, info)
+
+    # Timelines ----------------------------------------------------------------------------------------------------
+
+    def fork(self, name: str, new: str) -> SessionInfo:
+        """A second session that is where this one is; from here on they are independent. Raises SessionError."""
+        with self._lock():
+            contents = self._read(name)
+            self._check_free(new)
+            fields = {**contents.fields, **_dates(None), "revision": 1, "forked_from": name}
+            return self._write(new, _replace(contents, fields=fields))
+
+    def rewind(self, name: str, length: int, new: str | None = None) -> SessionInfo:
+        """Go back to the first ``length`` tokens (as ``new``, if given: then the session itself stays as it is).
+
+        Fewer than k tokens have to be computed again on resuming, as long as every snapshot was saved. Raises SessionError.
+        """
+        with self._lock():
+            contents = self._read(name)
+            if not 1 <= length <= contents.fields["length"]:
+                raise SessionError(
+                    f"session {name!r} has {contents.fields['length']} tokens: rewind to 1 .. that, not {length}"
+                )
+            if new is not None:
+                self._check_free(new)
+            fields = {**contents.fields, "revision": contents.fields["revision"] + 1, **_dates(contents.fields)}
+            if new is not None:
+                fields |= {**_dates(None), "revision": 1, "forked_from": name}
+            back = self._back_to(contents, length)
+            info = self._write(new or name, _replace(back, fields={**fields, **_moved(back.fields)}))
+            self._collect()
+            return info
+
+    def delete(self, name: str) -> None:
+        """Remove a session, and node files that no other session needs. Raises SessionError."""
+        with self._lock():
+            path = self._path(name)
+            if not path.exists():
+                raise SessionError(self._missing(name))
+            path.unlink()
+            sync_directory(self.directory)
+            self._collect()
+
+    # Moving -------------------------------------------------------------------------------------------------------
+
+    def export(self, name: str, target: Path) -> int:
+        """Write all of a session into one file that ``import_`` reads anywhere; gives its size.
+
+        Raises SessionError, StoreError when a part is damaged, StoreUnavailable.
+        """
+        contents = self._read(name)
+        store, sections = NodeStore(self.nodes, {key: contents.fields[key] for key in _LAYOUT}), _sections(contents)
+        for index, span in enumerate(contents.spans):
+            history, tail = store.read(store.path(span.digest), span.digest)
+            sections[f"span/{index}/history"] = history
+            if tail is not None:
+                sections[f"span/{index}/tail"] = tail
+        return write_file(target, "session-export", {**contents.fields, "name": name}, sections)
+
+    def import_(self, source: Path, name: str | None = None) -> SessionInfo:
+        """Take up an exported session, under its own name or another. Every byte is checked before anything is written.
+
+        Raises SessionError when the name is taken, StoreError when the file is damaged or something else.
+        """
+        try:
+            with StateFile(source) as file:
+                if file.header["kind"] != "session-export":
+                    raise StoreError(f"{source} is no exported session (it is a {file.header['kind']} file)")
+                contents = _contents(file)
+                parts = [_span_part(file, index, contents.fields) for index in range(contents.fields["spans"])]
+                own = str(file.header["name"])
+        except FileNotFoundError:
+            raise SessionError(f"{source} does not exist") from None
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise StoreError(f"{source} is not as a session is written: {error}") from None
+        name = name or own
+        with self._lock():
+            self._check_free(name)
+            store = NodeStore(self.nodes, {key: contents.fields[key] for key in _LAYOUT})
+            for span, (history, tail) in zip(contents.spans, parts, strict=True):
+                if not self._has_node(span.digest, contents.fields, tail is not None):
+                    store.write(span, history, tail)
+            return self._write(name, _replace(contents, fields={**contents.fields, "revision": 1}))
+
+    # Parts --------------------------------------------------------------------------------------------------------
+
+    def _path(self, name: str) -> Path:
+        if not _NAME.fullmatch(name):
+            raise SessionError(f"{name!r} is no name for a session: letters, digits, '.', '_' and '-', at most 100")
+        return self.directory / (name + _SUFFIX)
+
+    def _missing(self, name: str) -> str:
+        names = sorted(path.name.removesuffix(_SUFFIX) for path in self.directory.glob(f"*{_SUFFIX}"))
+        return f"there is no session {name!r}; there {'is' if len(names) == 1 else 'are'} {', '.join(names) or 'none'}"
+
+    def _check_free(self, name: str) -> None:
+        if self._path(name).exists():
+            raise SessionError(f"there is a session {name!r} already: choose another name or delete it first")
+
+    def _check_model(self, name: str, fields: Mapping[str, Any], pool: StatePool) -> None:
+        wanted = layout(pool.pages, pool.fingerprint)
+        if fields["model"] != wanted["model"]:
+            raise SessionError(f"session {name!r} belongs to another model: its state means nothing to this one")
+        try:
+            check_layout(self._path(name), fields, wanted)
+        except StoreError as error:
+            raise SessionError(f"{error}; use a pool with these options") from None
+
+    def _info_or_problem(self, name: str) -> SessionInfo:
+        try:
+            return self.info(name)
+        except (SessionError, StoreError, KeyError, TypeError) as error:
+            return SessionInfo(name, problem=str(error))
+
+    def _old(self, path: Path) -> dict[str, Any] | None:
+        """Header of the file that a save replaces; a damaged one is moved aside, never overwritten."""
+        try:
+            return read_header(path)
+        except FileNotFoundError:
+            return None
+        except StoreError:
+            path.replace(path.with_name(path.name + ".bad"))
+            return None
+
+    def _read(self, name: str) -> _Contents:
+        path = self._path(name)
+        try:
+            with StateFile(path) as file:
+                if file.header["kind"] != "session":
+                    raise StoreError(f"{path} is no session (it is a {file.header['kind']} file)")
+                return _contents(file)
+        except FileNotFoundError:
+            raise SessionError(self._missing(name)) from None
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise StoreError(f"{path} is not as a session is written: {error}") from None
+
+    def _write(self, name: str, contents: _Contents) -> SessionInfo:
+        size = write_file(self._path(name), "session", {**contents.fields, "name": name}, _sections(contents))
+        return _info(name, {**contents.fields, "file_bytes": size, "sections": [{"name": key} for key in _sections(contents)]})
+
+    def _write_spans(self, pool: StatePool, sequence: Sequence, count: int) -> tuple[int, ...]:
+        """Node files of the first ``count`` steps, those that are not there yet; gives the lengths that have a tail."""
+        k = pool.options.snapshot_every
+        store, tails = NodeStore(self.nodes, layout(pool.pages, pool.fingerprint)), []
+        for span in _spans(tuple(sequence.ids), count, k):
+            known = self._has_node(span.digest, store.layout, with_tail=True)
+            tail = None if known else pool.snapshot(sequence, span.length)
+            if not known and (tail is not None or not self._has_node(span.digest, store.layout, with_tail=False)):
+                store.write(span, pool.read_history(sequence, span.length - k, span.length), tail)
+            if known or tail is not None:
+                tails.append(span.length)
+        return tuple(tails)
+
+    def _has_node(self, digest: bytes, fields: Mapping[str, Any], with_tail: bool) -> bool:
+        try:
+            header = read_header(self.nodes / (digest.hex() + ".node"))
+            check_layout(self.nodes, header, {key: fields[key] for key in _LAYOUT})
+        except (FileNotFoundError, StoreError, KeyError, ValueError):
+            return False
+        return not with_tail or any(part["name"] == "tail" for part in header["sections"])
+
+    def _back_to(self, contents: _Contents, length: int) -> _Contents:
+        """The last snapshot at or before ``length``, and the tokens up to there to be computed again."""
+        if length >= contents.fields["state_length"]:
+            logits = contents.logits if length == contents.fields["length"] else None
+            return _Contents(
+                {**contents.fields, "length": length}, contents.ids[:length], contents.history, contents.tail, logits
+            )
+        k = contents.fields["snapshot_every"]
+        store = NodeStore(self.nodes, {key: contents.fields[key] for key in _LAYOUT})
+        base = max((at for at in contents.fields["snapshots"] if at <= length), default=0)
+        history, tail = torch.empty(0, contents.fields["block_bytes"], dtype=torch.uint8), None
+        if base:
+            span = contents.spans[base // k - 1]
+            history, tail = store.read(store.path(span.digest), span.digest)
+        spans = max(0, base // k - 1)
+        kept = [at for at in contents.fields["snapshots"] if at <= spans * k]
+        fields = {**contents.fields, "length": length, "state_length": base, "spans": spans, "snapshots": kept}
+        return _Contents(fields, contents.ids[:length], history, tail, None)
+
+    def _collect(self) -> None:
+        """Remove node files that no session refers to. While a session cannot be read, nothing is removed."""
+        needed = set()
+        for path in self.directory.glob(f"*{_SUFFIX}"):
+            try:
+                needed |= {span.digest.hex() for span in self._read(path.name.removesuffix(_SUFFIX)).spans}
+            except (StoreError, SessionError, KeyError, TypeError):
+                return
+        for path in self.nodes.glob("*.node"):
+            if path.stem not in needed:
+                path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        """One writer at a time, in this process and others. Raises SessionConflict after ten seconds."""
+        try:
+            file = (self.directory / ".lock").open("a")
+        except OSError as error:
+            raise StoreUnavailable(error.errno, f"cannot write in {self.directory}: {error.strerror}") from error
+        with file:
+            deadline = time.monotonic() + _LOCK_SECONDS
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise SessionConflict(f"{self.directory} is locked by another process: try again") from None
+                    time.sleep(0.01)
+            for left in (*self.directory.glob(".*.tmp"), *self.nodes.glob(".*.tmp")):
+                left.unlink(missing_ok=True)  # of a writer that was killed: nobody else writes now
+            yield
+
+
+def _spans(ids: Many[int], count: int, k: int) -> list[NodeName]:
+    spans, parent = [], _ROOT
+    for index in range(count):
+        own = tuple(ids[index * k : (index + 1) * k])
+        digest = blake2b(parent + array("I", own).tobytes(), digest_size=16).digest()
+        spans.append(NodeName("", digest, parent, (index + 1) * k, own))
+        parent = digest
+    return spans
+
+
+def _sections(contents: _Contents) -> dict[str, Tensor]:
+    sections = {"ids": torch.tensor(contents.ids, dtype=torch.int32), "history": contents.history}
+    if contents.tail is not None:
+        sections["tail"] = contents.tail
+    if contents.logits is not None:
+        sections["logits"] = contents.logits.detach().float().flatten()
+    return sections
+
+
+def _contents(file: StateFile) -> _Contents:
+    """Raises StoreError when anything in the file is not as it was written."""
+    names = file.names()
+    fields = {key: value for key, value in file.header.items() if key not in ("kind", "file_bytes", "sections", "name")}
+    ids = tuple(file.section("ids", torch.int32).tolist())
+    tail = file.section("tail") if "tail" in names else None
+    logits = file.section("logits", torch.float32) if "logits" in names else None
+    if len(ids) != fields["length"]:
+        raise StoreError(f"{file.path} holds {len(ids)} tokens and says {fields['length']}")
+    return _Contents(fields, ids, file.section("history").view(-1, fields["block_bytes"]), tail, logits)
+
+
+def _span_part(file: StateFile, index: int, fields: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    history = file.section(f"span/{index}/history").view(-1, fields["block_bytes"])
+    return history, file.section(f"span/{index}/tail") if f"span/{index}/tail" in file.names() else None
+
+
+def _info(name: str, header: Mapping[str, Any]) -> SessionInfo:
+    return SessionInfo(
+        name=name,
+        length=header["length"],
+        state_length=header["state_length"],
+        revision=header["revision"],
+        created=header["created"],
+        updated=header["updated"],
+        note=header["note"],
+        forked_from=header["forked_from"],
+        model=header["model"],
+        bytes=header["file_bytes"],
+        snapshots=tuple(header["snapshots"]),
+        has_logits=any(part["name"] == "logits" for part in header["sections"]),
+    )
+
+
+def _dates(old: Mapping[str, Any] | None) -> dict[str, str]:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"created": old["created"] if old else now, "updated": now}
+
+
+def _moved(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: fields[key] for key in ("length", "state_length", "spans", "snapshots")}
+
+
+def _replace(contents: _Contents, fields: dict[str, Any]) -> _Contents:
+    return _Contents(fields, contents.ids, contents.history, contents.tail, contents.logits)

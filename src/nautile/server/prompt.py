@@ -29,6 +29,7 @@ def normalised(turn: Turn, service: Service) -> Conversation:
         asked = conversation(
             turn.messages, tools=turn.tools, tool_choice=turn.tool_choice, response_format=turn.response_format
         )
+        asked = replace(asked, messages=tuple(map(dict, service.calls.replayed(turn.partition, asked.messages))))
         if not turn.thinking:
             return asked
         strict, tools = service.options.strict_reasoning, bool(asked.tools)
@@ -94,6 +95,7 @@ def constrained(turn: Turn, asked: Conversation, prompt: Prompt, service: Servic
 
 
 def remember(turn: Turn, asked: Conversation, writer: Writer, service: Service) -> None:
-    """Keep the reasoning of an answer for the turns that follow it."""
+    """Keep the reasoning of an answer, and its calls as they were written, for the turns that follow it."""
+    service.calls.remember(turn.partition, writer.calls)
     message = ParsedMessage("".join(writer.reasoning), "".join(writer.content), tuple(writer.calls)).message()
     service.memory.remember(turn.partition, asked.messages, message)

@@ -16,6 +16,7 @@ from nautile.server.errors import ApiError
 from nautile.server.logs import make_logger
 from nautile.server.memory import ReasoningMemory
 from nautile.server.metrics import Metrics
+from nautile.server.replay import CallReplay
 
 if TYPE_CHECKING:
     from nautile.engine.request import AsyncEngine
@@ -64,6 +65,7 @@ class Service:
     options: ServerOptions = field(default_factory=ServerOptions)
     dialect: str = ""
     memory: ReasoningMemory = field(default_factory=ReasoningMemory)
+    calls: CallReplay = field(default_factory=CallReplay)
     metrics: Metrics = field(init=False)
     log: structlog.typing.FilteringBoundLogger = field(init=False)
     running: Counter[str] = field(default_factory=Counter)

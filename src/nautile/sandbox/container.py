@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from nautile.sandbox import errors, seccomp
+from nautile.sandbox import cgroup, errors, seccomp
 from nautile.sandbox.driver import Order, Watch
 from nautile.sandbox.errors import FileRefused, InvalidRequest, SandboxError, SandboxLost, SubstrateUnavailable
-from nautile.sandbox.image import Image
+from nautile.sandbox.image import Image, TemporaryLayer
 from nautile.sandbox.inside import frames
 from nautile.sandbox.limits import Limits
 from nautile.sandbox.policy import NetworkPolicy
@@ -38,6 +38,14 @@ class KeeperClient:
 
     def __init__(self, place: Path | None = None) -> None:
         self.place = place or _runtime_directory()
+
+    @property
+    def running(self) -> bool:
+        """Whether there is a keeper."""
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
+            channel.connect(str(self.place / "keeper.sock"))
+            return True
+        return False
 
     def connect(self) -> socket.socket:
         """A connection; starts the keeper if there is none. Raises SubstrateUnavailable."""
@@ -153,7 +161,6 @@ class ContainerDriver:
         self._lease: socket.socket | None = None
         self._paused = False
         self._filter = seccomp.program(system_v=True)
-        self._owned: list[Path] = []  # layers that end with this sandbox
 
     @classmethod
     def create(  # noqa: PLR0913
@@ -164,19 +171,16 @@ class ContainerDriver:
         policy: NetworkPolicy,
         workspace: Path | None,
         keeper: KeeperClient | None = None,
+        keep: float | None = None,
     ) -> ContainerDriver:
-        """Make a container. Raises SubstrateUnavailable, LimitUnavailable."""
+        """Make a container; it lives as long as this process, or ``keep`` seconds after the last request. Raises SubstrateUnavailable, LimitUnavailable."""
         if policy.rules:
             raise InvalidRequest("network: containers have none in this version")
         client = keeper or KeeperClient()
         info = Info(identity, "container", "crun", "native", ())
         driver = cls(client, identity, limits, image, info)
-        lease = client.connect()
-        driver._lease = lease
+        driver._hold(keep)
         try:
-            lease.settimeout(_MARGIN)
-            send(lease, {"op": "lease", "id": identity})
-            answer(lease)
             request = {
                 "op": "create",
                 "id": identity,
@@ -191,6 +195,30 @@ class ContainerDriver:
             raise
         driver.info = dataclasses.replace(info, limits_enforced=tuple(made["enforced"]))
         return driver
+
+    @classmethod
+    def attach(cls, identity: str, limits: Limits, keep: float, keeper: KeeperClient | None = None) -> ContainerDriver:
+        """A container that has outlived its client. Raises SandboxLost."""
+        client = keeper or KeeperClient()
+        if not client.running:
+            raise SandboxLost(f"the container {identity} is gone: its keeper has ended")
+        described, _ = client.ask({"op": "describe", "id": identity})
+        image = Image(tuple(map(Path, described["layers"])), described["host_usr"])
+        driver = cls(client, identity, limits, image, Info(identity, "container", "crun", "native", tuple(described["enforced"])))
+        driver._hold(keep)
+        return driver
+
+    def _hold(self, keep: float | None) -> None:
+        """Keep it alive: with this process, or for ``keep`` seconds after the last request."""
+        channel = self._keeper.connect()
+        try:
+            channel.settimeout(_MARGIN)
+            send(channel, {"op": "lease" if keep is None else "keep", "id": self._id, "seconds": keep})
+            answer(channel)
+        except BaseException:
+            channel.close()
+            raise
+        self._lease = channel
 
     def reason(self, feature: str) -> tuple[str, str]:
         """See ``Driver.reason``."""
@@ -310,26 +338,16 @@ class ContainerDriver:
 
     def snapshot(self) -> Image:
         """See ``Sandbox.snapshot``."""
-        place = Path(tempfile.mkdtemp(prefix="nautile-layer-"))
-        try:
-            header, _ = self._keeper.ask(self._request("pack", layer=str(place)), timeout=600.0)
-        except BaseException:
-            shutil.rmtree(place, ignore_errors=True)
-            raise
-        del header
-        return Image((*self._image.layers, place), self._image.host_usr)
+        images = self._keeper.place / f"images-{cgroup.owner_name()}"
+        images.mkdir(mode=0o711, exist_ok=True)
+        layer = TemporaryLayer(Path(tempfile.mkdtemp(dir=images)))
+        layer.place.chmod(0o755)
+        self._keeper.ask(self._request("pack", layer=str(layer.place)), timeout=600.0)
+        return self._image.with_layer(layer)
 
     def fork(self) -> ContainerDriver:
         """See ``Sandbox.fork``."""
-        image = self.snapshot()
-        try:
-            identity = f"c-{os.urandom(8).hex()}"
-            child = ContainerDriver.create(identity, image, self._limits, NetworkPolicy(), None, self._keeper)
-        except BaseException:
-            shutil.rmtree(image.layers[-1], ignore_errors=True)
-            raise
-        child._owned.append(image.layers[-1])
-        return child
+        return ContainerDriver.create(f"c-{os.urandom(8).hex()}", self.snapshot(), self._limits, NetworkPolicy(), None, self._keeper)
 
     def set_policy(self, policy: NetworkPolicy) -> None:
         """See ``Sandbox.set_policy``."""
@@ -343,8 +361,6 @@ class ContainerDriver:
         with contextlib.suppress(SandboxError):
             self._keeper.ask({"op": "close", "id": self._id})
         lease.close()
-        for layer in self._owned:
-            shutil.rmtree(layer, ignore_errors=True)
 
 
 def result_of(header: dict[str, Any], body: bytes) -> RunResult:

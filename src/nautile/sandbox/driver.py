@@ -26,6 +26,7 @@ class Order:
     cwd: str | None
     environment: Mapping[str, str]
     python: str | None = None
+    idempotent: bool = False  # may run twice, if nobody can say whether it ran
     operation: str | None = None  # the log's name for it: a keeper runs an operation of one name only once
 
 

@@ -25,7 +25,7 @@ from nautile.sandbox import cgroup, kernel
 from nautile.sandbox.function import ENVIRONMENT
 from nautile.sandbox.inside import frames
 from nautile.sandbox.inside.supervise import Capture, Job, Outcome, execute, supervise
-from nautile.sandbox.operations import State
+from nautile.sandbox.state import State
 
 __all__ = ["outcome", "run", "session"]
 
@@ -70,7 +70,7 @@ def _tracked(state: State) -> Iterator[Run]:
 def step_inside(state: State, pidfd: int, entrances: list[Path]) -> None:
     """Enter the container's groups and namespaces and become its tenant, without a right left. Cannot be undone."""
     for entrance in entrances:
-        entrance.write_text("0")
+        cgroup.enter(entrance)
     kernel.set_namespaces(pidfd, _INSIDE)
     os.close(pidfd)
     kernel.become(state.tenant, state.tenant)

@@ -19,7 +19,7 @@ from nautile.sandbox import kernel
 from nautile.sandbox.enter import step_inside
 from nautile.sandbox.errors import FileRefused
 from nautile.sandbox.inside import frames
-from nautile.sandbox.operations import State
+from nautile.sandbox.state import State
 
 __all__ = ["serve"]
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shutil
+import weakref
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nautile.sandbox.errors import InvalidRequest
 
-__all__ = ["Image"]
+__all__ = ["Image", "TemporaryLayer"]
+
+
+class TemporaryLayer:
+    """A layer's directory that ends with the last image or sandbox that uses it."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self._finalizer = weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -16,6 +26,11 @@ class Image:
 
     layers: tuple[Path, ...] = ()
     host_usr: bool = True
+    held: tuple[TemporaryLayer, ...] = field(default=(), repr=False, compare=False)
+
+    def with_layer(self, layer: TemporaryLayer) -> Image:
+        """This image with one more layer on top."""
+        return Image((*self.layers, layer.place), self.host_usr, (*self.held, layer))
 
     @classmethod
     def of(cls, image: Image | Path | str | None) -> Image:

@@ -30,7 +30,8 @@ from typing import Any, NoReturn
 from nautile.sandbox import bundle, cgroup, kernel
 from nautile.sandbox.errors import SandboxError, SandboxLost
 from nautile.sandbox.inside import frames
-from nautile.sandbox.operations import SHARE, Settings, carry_out
+from nautile.sandbox.operations import carry_out
+from nautile.sandbox.state import SHARE, Settings
 
 __all__ = ["Keeper", "main"]
 
@@ -52,6 +53,7 @@ def main() -> None:
         if os.fork():
             os._exit(0)
         os.setsid()
+        kernel.adopt_orphans()  # not inherited by a fork
         Keeper(place).serve()
 
 
@@ -61,7 +63,7 @@ class Keeper:
     def __init__(self, place: Path) -> None:
         self.place = place
         self.leases: dict[int, tuple[socket.socket, str]] = {}
-        self.live: dict[str, float | None] = {}  # sandboxes, and the time until which one without a lease may live
+        self.live: dict[str, tuple[float, float] | None] = {}  # without a lease: (seconds, the time until which it may live)
         self.children: set[int] = set()
         self.poll = select.poll()
         self._sweep()
@@ -84,7 +86,7 @@ class Keeper:
         """What a killed keeper left: processes, cgroups, directories. Its mounts have vanished with it."""
         cgroup.sweep()
         for entry in self.place.iterdir():
-            if entry.is_dir():
+            if entry.is_dir() and not _in_use(entry):
                 shutil.rmtree(entry, ignore_errors=True)
 
     def _furnish(self) -> None:
@@ -128,7 +130,7 @@ class Keeper:
                 else:
                     self._accept()
             self._collect()
-            for identity in [one for one, until in self.live.items() if until is not None and until < time.time()]:
+            for identity in [one for one, kept in self.live.items() if kept is not None and kept[1] < time.time()]:
                 self._close(identity)
             last = time.monotonic() if ready or self.children or self.live else last
             if time.monotonic() - last > _IDLE and self._leave():
@@ -141,7 +143,8 @@ class Keeper:
         return identity
 
     def _close(self, identity: str) -> None:
-        if self.live.pop(identity, self) is not self:
+        if identity in self.live:
+            del self.live[identity]
             self._fork({"op": "close", "id": identity}, None)
 
     def _accept(self) -> None:
@@ -162,7 +165,7 @@ class Keeper:
                 self.poll.register(channel.fileno(), select.POLLIN)
                 frames.send(channel, {"ok": True})
             case "keep":  # no lease: alive until a time, which the client moves on
-                self.live[request["id"]] = time.time() + request["seconds"]
+                self.live[request["id"]] = (request["seconds"], time.time() + request["seconds"])
                 frames.send(channel, {"ok": True})
                 channel.close()
             case "stop":
@@ -171,6 +174,8 @@ class Keeper:
                 self.live.pop(request["id"], None)
                 self._fork(request, channel, body)
             case _:
+                if (kept := self.live.get(request["id"])) is not None:
+                    self.live[request["id"]] = (kept[0], time.time() + kept[0] + float(request.get("timeout", 0)))
                 self._fork(request, channel, body)
 
     def _fork(self, request: dict[str, Any], channel: socket.socket | None, body: bytes = b"") -> None:
@@ -204,11 +209,10 @@ class Keeper:
             os._exit(0)
 
     def _collect(self) -> None:
-        while self.children:
-            child = os.waitpid(-1, os.WNOHANG)[0]
-            if child == 0:
-                return
-            self.children.discard(child)
+        """Our own children, and the first processes of containers, which come to us when crun ends."""
+        with contextlib.suppress(ChildProcessError):
+            while child := os.waitpid(-1, os.WNOHANG)[0]:
+                self.children.discard(child)
 
     def _leave(self) -> bool:
         """End, unless somebody has just connected."""
@@ -232,9 +236,15 @@ class Keeper:
                 kernel.unmount(str(entry))
         for entry in self.place.iterdir():
             if entry.is_dir():
-                shutil.rmtree(entry, ignore_errors=True)
-            elif entry.name != "keeper.lock":
+                if not _in_use(entry):
+                    shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name not in ("keeper.lock", "start.lock"):
                 entry.unlink(missing_ok=True)
+
+
+def _in_use(entry: Path) -> bool:
+    """Whether a directory holds the images of a client that still runs."""
+    return entry.name.startswith("images-") and cgroup.alive(entry.name.removeprefix("images-"))
 
 
 def _refuse(channel: socket.socket | None, error: SandboxError) -> None:

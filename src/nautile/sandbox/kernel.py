@@ -8,6 +8,7 @@ import platform
 import struct
 
 __all__ = [
+    "adopt_orphans",
     "become",
     "forget_dump",
     "idmap",
@@ -38,6 +39,7 @@ _CAPSET = {"x86_64": 126, "aarch64": 91}
 _AT_EMPTY_PATH, _AT_RECURSIVE, _OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 0x1000, 0x8000, 1, 4
 _MOUNT_ATTR_IDMAP, _MOUNT_ATTR_RDONLY = 0x00100000, 0x1
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS, _PR_CAPBSET_DROP, _PR_SET_SECCOMP, _PR_CAP_AMBIENT = 4, 38, 24, 22, 47
+_PR_SET_CHILD_SUBREAPER = 36
 _LAST_CAPABILITY = 63
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -105,6 +107,11 @@ def open_beneath(directory: int, path: str, flags: int, mode: int = 0) -> int:
 def forget_dump() -> None:
     """No other process of the same user may read this one's memory or descriptors; children inherit that until they exec."""
     _check(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl")
+
+
+def adopt_orphans() -> None:
+    """Descendants whose parents end become children of this process."""
+    _check(_libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
 
 
 def become(user: int, group: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from nautile.sandbox.errors import FileRefused, InvalidRequest
 from nautile.sandbox.inside import frames
-from nautile.sandbox.operations import SHARE, State
+from nautile.sandbox.state import SHARE, State
 
 __all__ = ["pack", "pack_answer", "unpack"]
 

@@ -10,77 +10,25 @@ import select
 import shutil
 import signal
 import socket
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nautile.sandbox import bundle, cgroup, kernel
+from nautile.sandbox import bundle, cgroup, enter, filing, kernel, layers
 from nautile.sandbox.errors import SandboxLost, SubstrateUnavailable
 from nautile.sandbox.inside import frames
 from nautile.sandbox.limits import Limits
+from nautile.sandbox.state import SHARE, Settings, State
 
-__all__ = ["SHARE", "Settings", "State", "carry_out", "locked"]
+__all__ = ["carry_out", "locked"]
 
-SHARE = 65_536  # user ids of a container
 _CRUN_LIMIT = 20.0  # seconds
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all containers of a keeper share. ``base``: the host's user id of their root; None for an ordinary user's keeper."""
-
-    owner: str
-    base: int | None
-    hierarchies: list[cgroup.Hierarchy]
-
-
-@dataclass(frozen=True)
-class State:
-    """A container that runs."""
-
-    place: Path
-    process: int  # its process 1, as the host names it
-    started: str  # that process's start time, so that another one of the same number is not mistaken for it
-    tenant: int
-    limits: Limits
-    group: cgroup.Group
-    layers: tuple[str, ...]
-    host_usr: bool
-    base: int | None
-
-    @classmethod
-    def load(cls, keeper: Path, settings: Settings, identity: str) -> State:
-        """Read what ``create`` wrote. Raises SandboxLost when it is not there or has died."""
-        place = keeper / identity
-        try:
-            stored = json.loads((place / "state.json").read_text())
-            if cgroup.owner_name(stored["process"]) != stored["started"]:
-                raise FileNotFoundError
-        except (FileNotFoundError, ProcessLookupError):
-            raise SandboxLost(f"the container {identity} is gone") from None
-        limits = Limits(**stored["limits"])
-        group = cgroup.Group({one.base / "nautile" / settings.owner / identity: one for one in settings.hierarchies})
-        layers = tuple(stored["layers"])
-        return cls(
-            place, stored["process"], stored["started"], stored["tenant"], limits, group, layers, stored["host_usr"], settings.base
-        )
-
-    def open(self) -> int:
-        """A pidfd of its process 1. Raises SandboxLost."""
-        try:
-            return os.pidfd_open(self.process)
-        except ProcessLookupError:
-            raise SandboxLost("the container has died") from None
 
 
 def carry_out(
     keeper: Path, settings: Settings, request: dict[str, Any], channel: socket.socket | None, body: bytes
 ) -> None:
     """Do what a request says and answer on ``channel``."""
-    from nautile.sandbox import enter, filing, layers  # noqa: PLC0415  # they need this module's nouns
-
     identity = request["id"]
     place = keeper / identity
     if request["op"] == "create":
@@ -103,6 +51,9 @@ def carry_out(
             enter.session(state, request, answer, body)
         case "read" | "write" | "list" | "upload" | "download":
             filing.serve(state, request, answer, body)
+        case "describe":
+            found = {"layers": state.layers, "host_usr": state.host_usr, "enforced": state.group.enforced}
+            frames.send(answer, {"ok": True, **found})
         case "freeze":
             state.group.freeze(bool(request["frozen"]))
             frames.send(answer, {"ok": True})
@@ -251,7 +202,7 @@ def _start(keeper: Path, settings: Settings, request: dict[str, Any], group: cgr
 def _become_crun(argv: list[str], group: cgroup.Group, log: int) -> None:
     try:
         for entrance in group.entrances:
-            entrance.write_text("0")
+            cgroup.enter(entrance)
         devnull = os.open("/dev/null", os.O_RDWR)
         for source, target in ((devnull, 0), (devnull, 1), (log, 2)):
             os.dup2(source, target)
@@ -293,9 +244,11 @@ def _close(place: Path, settings: Settings, identity: str) -> None:
 
 
 def _await_end(process: int) -> None:
-    deadline = time.monotonic() + 5.0
-    while os.path.exists(f"/proc/{process}") and time.monotonic() < deadline:
-        time.sleep(0.0005)
+    """When process 1 of a namespace has ended, every other one has."""
+    with contextlib.suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(process)
+        select.select([descriptor], [], [], 5.0)
+        os.close(descriptor)
 
 
 def _dismantle(place: Path) -> None:

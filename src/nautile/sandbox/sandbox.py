@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import secrets
 import weakref
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from types import TracebackType
 from typing import Any, cast
 
 from nautile.sandbox.driver import Driver, Environment, Order, Terminal, Watch
-from nautile.sandbox.errors import InvalidRequest, SandboxClosed, SubstrateUnavailable, Unsupported
+from nautile.sandbox.errors import InvalidRequest, SandboxClosed, SandboxLost, SubstrateUnavailable, Unsupported
 from nautile.sandbox.image import Image
 from nautile.sandbox.limits import Limits
 from nautile.sandbox.policy import NetworkPolicy
@@ -31,7 +32,8 @@ class Sandbox:
 
     def __init__(self, driver: Driver, limits: Limits) -> None:
         self._driver, self._limits, self._closed = driver, limits, False
-        self._finalizer = weakref.finalize(self, driver.close)  # at the latest when the interpreter ends
+        # At the latest when the interpreter ends; a recorded sandbox outlives it.
+        self._finalizer = weakref.finalize(self, getattr(driver, "detach", driver.close))
 
     @classmethod
     def create(  # noqa: PLR0913  # one parameter a decision
@@ -44,39 +46,31 @@ class Sandbox:
         allow_emulation: bool = False,
         workspace: Path | str | None = None,
         workers: int = 1,
+        log: Path | str | None = None,
+        replay: str = "attach",
+        keep: float = 3600.0,
     ) -> Sandbox:
         """A new sandbox. ``image`` None: the host's /usr read-only and an empty workspace, and no user data.
 
         ``workspace``: a host directory that is bound read-write at /workspace instead. ``network``: None, or a list of
-        ``HOST:PORT`` that a proxy lets through. ``workers``: function calls at once. Nothing is ever replaced by something
-        weaker: raises InvalidRequest, Unsupported, SubstrateUnavailable or LimitUnavailable.
+        ``HOST:PORT`` that a proxy lets through. ``workers``: function calls at once.
+
+        ``log``: a directory for the trajectory log. The sandbox then outlives this process by ``keep`` seconds; opened again,
+        the log answers what was asked before and goes on in the same sandbox. If that is gone, ``replay="reexecute"`` builds
+        it anew by running everything again; the default says so instead.
+
+        Nothing is ever replaced by something weaker: raises InvalidRequest, Unsupported, SubstrateUnavailable,
+        LimitUnavailable, LogCorrupt.
         """
         chosen = limits or Limits()
         policy = NetworkPolicy.of(cast(Any, network))
         place = _directory(workspace)
         identity = f"{kind[:1]}-{secrets.token_hex(8)}"
-        if kind not in KINDS:
-            raise InvalidRequest(f"kind {kind!r}: choose one of {', '.join(KINDS)}")
-        if kind in ("microvm", "vm"):
-            del allow_emulation  # nothing to emulate with yet
-            why = "virtual machines are not part of this version"
-            raise SubstrateUnavailable(kind, why, "use kind='container'; it shares the host's kernel, which a VM would not")
-        if runtime not in (None, "bubblewrap" if kind == "function" else "crun"):
-            why = f"the runtime {runtime!r} is not part of this version"
-            raise SubstrateUnavailable(kind, why, "leave runtime out: bubblewrap for function, crun for container")
-        if kind == "function":
-            from nautile.sandbox.function import FunctionDriver  # noqa: PLC0415
-
-            if image is not None:
-                raise Unsupported("function", "image", "workers run the host's Python", "use kind='container'")
-            if policy.rules:
-                raise Unsupported("function", "network", "workers have none", "use kind='container'")
-            if not 0 < workers <= 64:
-                raise InvalidRequest(f"workers is {workers}: give 1 to 64")
-            return cls(FunctionDriver(identity, chosen, workers=workers, workspace=place), chosen)
-        from nautile.sandbox.container import ContainerDriver  # noqa: PLC0415
-
-        return cls(ContainerDriver.create(identity, Image.of(image), chosen, policy, place), chosen)
+        order = _Order(kind, Image.of(image), chosen, policy, runtime, place, workers)
+        order.check(image is not None, allow_emulation)
+        if log is None:
+            return cls(order.make(identity, None), chosen)
+        return cls(_recorded(order, Path(log), identity, replay, keep), chosen)
 
     # -- what it is
 
@@ -101,14 +95,17 @@ class Sandbox:
         cwd: str | None = None,
         env: Mapping[str, str] | None = None,
         on_output: Watch | None = None,
+        idempotent: bool = False,
     ) -> RunResult:
         """Run a command to its end: a string with ``sh -c``, a list as it is. ``timeout`` in seconds.
 
         What it started is killed when it ends, or at its time limit. ``on_output("stdout" | "stderr", bytes)`` gets the
         output as it comes (function: at the end). A failing command and a failing sandbox are both in the result.
+        ``idempotent``: with a log, it may run again if nobody can say whether it ran.
         """
         argv = ("/bin/sh", "-c", command) if isinstance(command, str) else tuple(command)
-        return self._execute(self._order(argv, timeout, stdin, cwd=cwd, env=env), on_output)
+        order = self._order(argv, timeout, stdin, cwd=cwd, env=env)
+        return self._execute(dataclasses.replace(order, idempotent=idempotent), on_output)
 
     def python(
         self, source: str, arguments: Sequence[str] = (), *, timeout: float | None = None, stdin: bytes | str | None = None
@@ -206,8 +203,10 @@ class Sandbox:
 
     def close(self) -> None:
         """End it. Nothing of it stays: no process, mount, cgroup or file. More than once is allowed."""
-        self._closed = True
-        self._finalizer()
+        if not self._closed:
+            self._closed = True
+            self._finalizer.detach()
+            self._driver.close()
 
     def __enter__(self) -> Sandbox:
         return self
@@ -226,6 +225,82 @@ class Sandbox:
             why, remedy = driver.reason(feature)
             raise Unsupported(driver.info.kind, feature.replace("_", " "), why, remedy)
         return cast(Environment, driver)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Order:
+    """What ``create`` was asked for, checked."""
+
+    kind: str
+    image: Image
+    limits: Limits
+    policy: NetworkPolicy
+    runtime: str | None
+    workspace: Path | None
+    workers: int
+
+    def check(self, has_image: bool, allow_emulation: bool) -> None:
+        """Raises what ``create`` raises for what can never work."""
+        if self.kind not in KINDS:
+            raise InvalidRequest(f"kind {self.kind!r}: choose one of {', '.join(KINDS)}")
+        if self.kind in ("microvm", "vm"):
+            why = "virtual machines are not part of this version" + (", emulated or not" if allow_emulation else "")
+            raise SubstrateUnavailable(self.kind, why, "use kind='container'; it shares the host's kernel, which a VM would not")
+        expected = "bubblewrap" if self.kind == "function" else "crun"
+        if self.runtime not in (None, expected):
+            why = f"the runtime {self.runtime!r} is not part of this version"
+            raise SubstrateUnavailable(self.kind, why, f"leave runtime out, or give {expected!r}")
+        if not 0 < self.workers <= 64:
+            raise InvalidRequest(f"workers is {self.workers}: give 1 to 64")
+        if self.kind == "function" and has_image:
+            raise Unsupported("function", "image", "workers run the host's Python", "use kind='container'")
+        if self.kind == "function" and self.policy.rules:
+            raise Unsupported("function", "network", "workers have none", "use kind='container'")
+
+    def make(self, identity: str, keep: float | None) -> Driver:
+        """The driver of a new sandbox."""
+        if self.kind == "function":
+            from nautile.sandbox.function import FunctionDriver  # noqa: PLC0415
+
+            return FunctionDriver(identity, self.limits, workers=self.workers, workspace=self.workspace)
+        from nautile.sandbox.container import ContainerDriver  # noqa: PLC0415
+
+        return ContainerDriver.create(identity, self.image, self.limits, self.policy, self.workspace, keep=keep)
+
+
+def _recorded(order: _Order, place: Path, identity: str, replay: str, keep: float) -> Driver:
+    """Open a log, and the sandbox that belongs to it: a new one, the one that has outlived its client, or none."""
+    from nautile.sandbox.container import ContainerDriver  # noqa: PLC0415
+    from nautile.sandbox.function import FunctionDriver  # noqa: PLC0415
+    from nautile.sandbox.log import TrajectoryLog  # noqa: PLC0415
+    from nautile.sandbox.recorded import Recorded, reexecute  # noqa: PLC0415
+
+    if replay not in ("attach", "reexecute"):
+        raise InvalidRequest(f"replay {replay!r}: choose attach or reexecute")
+    image = {"layers": [str(layer) for layer in order.image.layers], "host_usr": order.image.host_usr}
+    head = {"sandbox": identity, "kind": order.kind, "image": image, "limits": dataclasses.asdict(order.limits)}
+    log = TrajectoryLog.open(place, head)
+    found = log.contents.head
+    capabilities = (FunctionDriver if order.kind == "function" else ContainerDriver).capabilities
+    try:
+        if found["kind"] != order.kind:
+            raise InvalidRequest(f"{place} is the log of a {found['kind']} sandbox: open it with kind={found['kind']!r}")
+        driver: Driver | None = None
+        if order.kind == "function" or not log.contents.operations:
+            driver = order.make(identity, keep)
+        else:
+            with contextlib.suppress(SandboxLost):
+                driver = ContainerDriver.attach(found["sandbox"], order.limits, keep)
+            if driver is None and replay == "reexecute":
+                driver = order.make(identity, keep)
+                reexecute(driver, log)
+        if driver is not None and driver.info.id != found["sandbox"]:
+            log.moved(driver.info.id)
+        info = driver.info if driver is not None else Info(found["sandbox"], order.kind, "lost", "native", ())
+        return Recorded(driver, log, info, capabilities)
+    except BaseException:
+        log.close()
+        raise
 
 
 def _inside(path: str) -> str:

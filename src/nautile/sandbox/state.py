@@ -1,0 +1,64 @@
+"""What the keeper knows of a container: written once when it is made, read by every request."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from nautile.sandbox import cgroup
+from nautile.sandbox.errors import SandboxLost
+from nautile.sandbox.limits import Limits
+
+__all__ = ["SHARE", "Settings", "State"]
+
+SHARE = 65_536  # user ids of a container
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all containers of a keeper share. ``base``: the host's user id of their root; None for an ordinary user's keeper."""
+
+    owner: str
+    base: int | None
+    hierarchies: list[cgroup.Hierarchy]
+
+
+@dataclass(frozen=True)
+class State:
+    """A container that runs."""
+
+    place: Path
+    process: int  # its process 1, as the host names it
+    started: str  # that process's start time, so that another one of the same number is not mistaken for it
+    tenant: int
+    limits: Limits
+    group: cgroup.Group
+    layers: tuple[str, ...]
+    host_usr: bool
+    base: int | None
+
+    @classmethod
+    def load(cls, keeper: Path, settings: Settings, identity: str) -> State:
+        """Read what ``create`` wrote. Raises SandboxLost when it is not there or has died."""
+        place = keeper / identity
+        try:
+            stored = json.loads((place / "state.json").read_text())
+            if cgroup.owner_name(stored["process"]) != stored["started"]:
+                raise FileNotFoundError
+        except (FileNotFoundError, ProcessLookupError):
+            raise SandboxLost(f"the container {identity} is gone") from None
+        limits = Limits(**stored["limits"])
+        group = cgroup.Group({one.base / "nautile" / settings.owner / identity: one for one in settings.hierarchies})
+        layers = tuple(stored["layers"])
+        return cls(
+            place, stored["process"], stored["started"], stored["tenant"], limits, group, layers, stored["host_usr"], settings.base
+        )
+
+    def open(self) -> int:
+        """A pidfd of its process 1. Raises SandboxLost."""
+        try:
+            return os.pidfd_open(self.process)
+        except ProcessLookupError:
+            raise SandboxLost("the container has died") from None

@@ -20,7 +20,7 @@ class ToolSandbox(Protocol):
 
     @property
     def confinement(self) -> str:
-        """What stands between the program and the host, for reports: ``bubblewrap``, ``container``, ``none``, ``in-process``."""
+        """What stands between the program and the host, for reports: ``bubblewrap``, ``crun``, ``none``, ``in-process``."""
 
     def call(self, program: Path, request: Mapping[str, Any], *, time_limit: float) -> dict[str, Any]:
         """Give ``request`` as JSON to ``program`` and return the JSON object that it answers with.

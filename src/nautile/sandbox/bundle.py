@@ -16,7 +16,9 @@ __all__ = ["TENANT", "configuration", "init_program", "skeleton"]
 TENANT = 1000  # user and group id of commands inside
 _LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _BOUND = ("/etc/alternatives", "/etc/ld.so.cache", "/etc/ssl/certs")
-_PASSWD = "root:x:0:0:root:/root:/bin/sh\nagent:x:1000:1000:agent:/workspace:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"
+_PASSWD = (
+    "root:x:0:0:root:/root:/bin/sh\nagent:x:1000:1000:agent:/workspace:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"
+)
 _GROUP = "root:x:0:\ntty:x:5:\nagent:x:1000:\nnogroup:x:65534:\n"
 
 
@@ -67,7 +69,10 @@ def skeleton(place: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.touch()
     texts = {"passwd": _PASSWD, "group": _GROUP, "hostname": "sandbox\n", "resolv.conf": "", "machine-id": ""}
-    texts |= {"hosts": "127.0.0.1 localhost sandbox\n::1 localhost\n", "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n"}
+    texts |= {
+        "hosts": "127.0.0.1 localhost sandbox\n::1 localhost\n",
+        "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
+    }
     for name, text in texts.items():
         (place / "etc" / name).write_text(text)
     for name in ("tmp", "var/tmp"):
@@ -75,7 +80,7 @@ def skeleton(place: Path) -> None:
     (place / "root").chmod(0o700)
 
 
-def configuration(  # noqa: PLR0913
+def configuration(
     root: Path, init: Path, host_usr: bool, users: list[dict[str, int]], shm: int, workspace: str | None
 ) -> dict[str, Any]:
     """The OCI configuration (runtime-spec 1.0).
@@ -85,7 +90,12 @@ def configuration(  # noqa: PLR0913
     safe = ["nosuid", "nodev"]
     mounts: list[dict[str, Any]] = [
         {"destination": "/proc", "type": "proc", "source": "proc", "options": [*safe, "noexec"]},
-        {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "strictatime", "mode=755", "size=65536"]},
+        {
+            "destination": "/dev",
+            "type": "tmpfs",
+            "source": "tmpfs",
+            "options": ["nosuid", "strictatime", "mode=755", "size=65536"],
+        },
         {
             "destination": "/dev/pts",
             "type": "devpts",
@@ -107,9 +117,7 @@ def configuration(  # noqa: PLR0913
                 mounts.append({"destination": path, "type": "bind", "source": path, "options": ["rbind", "ro", *safe]})
     if workspace is not None:
         mounts.append({"destination": "/workspace", "type": "bind", "source": workspace, "options": ["bind", "rw", *safe]})
-    nothing: dict[str, list[str]] = {
-        name: [] for name in ("bounding", "effective", "inheritable", "permitted", "ambient")
-    }
+    nothing: dict[str, list[str]] = {name: [] for name in ("bounding", "effective", "inheritable", "permitted", "ambient")}
     return {
         "ociVersion": "1.0.0",
         "process": {
@@ -128,7 +136,7 @@ def configuration(  # noqa: PLR0913
             "namespaces": [{"type": name} for name in ("pid", "network", "ipc", "uts", "mount", "user", "cgroup")],
             "uidMappings": users,
             "gidMappings": users,
-            "maskedPaths": [f"/proc/{name}" for name in (*MASKED, "acpi", "asound", "scsi", "bus", "fs", "irq", "driver", "tty")],
+            "maskedPaths": [f"/proc/{name}" for name in (*MASKED, *MASKED_DIRECTORIES)],
             "readonlyPaths": ["/proc/sys"],
         },
     }

@@ -43,7 +43,7 @@ class Hierarchy:
 def hierarchies(proc: Path = Path("/proc")) -> list[Hierarchy]:
     """The hierarchies of this machine in which we may make groups. ``proc`` is for tests."""
     own = _own_groups(proc)
-    found = []
+    found: list[Hierarchy] = []
     for line in (proc / "self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         fields, _, tail = line.partition(" - ")
         kind, _, options = tail.split()[:3]
@@ -182,12 +182,12 @@ class Group:
         for place, hierarchy in self.places.items():
             if hierarchy.version == 2 and (place / "cgroup.freeze").exists():
                 (place / "cgroup.freeze").write_text("1" if frozen else "0")
-                return _until(lambda place=place: f"frozen {int(frozen)}" in (place / "cgroup.events").read_text())  # type: ignore[misc]
+                return _until(place / "cgroup.events", f"frozen {int(frozen)}")
         for place, hierarchy in self.places.items():
             if "freezer" in hierarchy.controllers:
                 state = "FROZEN" if frozen else "THAWED"
                 (place / "freezer.state").write_text(state)
-                return _until(lambda place=place: (place / "freezer.state").read_text().strip() == state)  # type: ignore[misc]
+                return _until(place / "freezer.state", state)
         raise LimitUnavailable("running", "no cgroup freezer can be written here", _REMEDY)
 
     def kill(self) -> None:
@@ -300,11 +300,12 @@ def alive(owner: str) -> bool:
         return False
 
 
-def _until(done: object, seconds: float = 5.0) -> None:
+def _until(file: Path, text: str, seconds: float = 5.0) -> None:
+    """Wait until a file has a line. Raises LimitUnavailable."""
     deadline = time.monotonic() + seconds
-    while not done():  # type: ignore[operator]
+    while text not in file.read_text().splitlines():
         if time.monotonic() > deadline:
-            raise LimitUnavailable("running", "the freezer did not finish within 5 s", "close the sandbox")
+            raise LimitUnavailable("running", f"the freezer did not finish within {seconds:g} s", "close the sandbox")
         time.sleep(0.0005)
 
 

@@ -12,7 +12,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -152,9 +151,7 @@ def _runtime_directory() -> Path:
 class ContainerDriver:
     """One container. ``create`` makes it; the lease keeps it alive for as long as this process is."""
 
-    capabilities = Capabilities(
-        files=True, session=True, pause=True, snapshot=True, fork=True, pack_diff=True, network=False
-    )
+    capabilities = Capabilities(files=True, session=True, pause=True, snapshot=True, fork=True, pack_diff=True, network=False)
 
     def __init__(self, keeper: KeeperClient, identity: str, limits: Limits, image: Image, info: Info) -> None:
         self._keeper, self._id, self._limits, self._image, self.info = keeper, identity, limits, image, info
@@ -163,7 +160,7 @@ class ContainerDriver:
         self._filter = seccomp.program(system_v=True)
 
     @classmethod
-    def create(  # noqa: PLR0913
+    def create(
         cls,
         identity: str,
         image: Image,
@@ -173,7 +170,10 @@ class ContainerDriver:
         keeper: KeeperClient | None = None,
         keep: float | None = None,
     ) -> ContainerDriver:
-        """Make a container; it lives as long as this process, or ``keep`` seconds after the last request. Raises SubstrateUnavailable, LimitUnavailable."""
+        """Make a container; it lives as long as this process, or ``keep`` seconds after the last request.
+
+        Raises SubstrateUnavailable, LimitUnavailable.
+        """
         if policy.rules:
             raise InvalidRequest("network: containers have none in this version")
         client = keeper or KeeperClient()
@@ -204,7 +204,9 @@ class ContainerDriver:
             raise SandboxLost(f"the container {identity} is gone: its keeper has ended")
         described, _ = client.ask({"op": "describe", "id": identity})
         image = Image(tuple(map(Path, described["layers"])), described["host_usr"])
-        driver = cls(client, identity, limits, image, Info(identity, "container", "crun", "native", tuple(described["enforced"])))
+        driver = cls(
+            client, identity, limits, image, Info(identity, "container", "crun", "native", tuple(described["enforced"]))
+        )
         driver._hold(keep)
         return driver
 
@@ -347,7 +349,9 @@ class ContainerDriver:
 
     def fork(self) -> ContainerDriver:
         """See ``Sandbox.fork``."""
-        return ContainerDriver.create(f"c-{os.urandom(8).hex()}", self.snapshot(), self._limits, NetworkPolicy(), None, self._keeper)
+        return ContainerDriver.create(
+            f"c-{os.urandom(8).hex()}", self.snapshot(), self._limits, NetworkPolicy(), None, self._keeper
+        )
 
     def set_policy(self, policy: NetworkPolicy) -> None:
         """See ``Sandbox.set_policy``."""

@@ -1,4 +1,4 @@
-"""What a substrate must do. The SDK checks requests, keeps the log and says no; a driver does one thing at a time for it."""
+"""What a substrate must do. The SDK checks requests, keeps the log and says no; a driver does one thing at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Watch = Callable[[str, bytes], None]
 
 @dataclass(frozen=True)
 class Order:
-    """One command, checked: either ``argv`` or ``python`` (a program for the interpreter inside, with ``argv`` its arguments)."""
+    """One command, checked: either ``argv`` or ``python`` (a program for the interpreter inside; ``argv``: its arguments)."""
 
     argv: tuple[str, ...]
     stdin: bytes

@@ -92,8 +92,8 @@ def _exec(state: State, request: dict[str, Any], program: bytes) -> NoReturn:
         (resource.RLIMIT_FSIZE, limits.disk),
     ):
         hard = resource.getrlimit(number)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(number, (value, value))
+        allowed = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(number, (allowed, allowed))
     os.umask(0o022)
     os.chdir(request.get("cwd") or "/workspace")
     kernel.load_seccomp(program)
@@ -111,8 +111,11 @@ def run(state: State, request: dict[str, Any], channel: socket.socket, body: byt
     before = state.group.memory_kills()
 
     def watch(stream: str, data: memoryview) -> None:
-        with contextlib.suppress(OSError if name is not None else ()):  # a named operation ends even if nobody listens
+        try:
             frames.send(channel, {"stream": stream}, data)
+        except OSError:
+            if name is None:  # a named operation ends even if nobody listens
+                raise
 
     with _tracked(state) as tracked:
         kernel.set_namespaces(pidfd, kernel.CLONE_NEWPID)  # for the child

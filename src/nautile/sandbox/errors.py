@@ -1,4 +1,4 @@
-"""Every way in which a sandbox can say no. The text names the part, the reason and the remedy; a failing tool is none of these."""
+"""Every way in which a sandbox can say no. The text names the part, the reason and the remedy."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ class LogFenced(SandboxError):  # noqa: N818
 
 
 class OutcomeUnknown(SandboxError):  # noqa: N818
-    """An operation was begun, and nobody can say whether it finished. It is not run again unless it was declared idempotent."""
+    """An operation was begun, and nobody can say whether it finished. Only one declared idempotent is run again."""
 
     def __init__(self, operation: str, sequence: int, why: str) -> None:
         super().__init__(
-            f"operation {sequence} ({operation}) was begun, and its outcome is unknown: {why}; start from a snapshot before it, "
-            "or declare operations that may run twice with idempotent=True"
+            f"operation {sequence} ({operation}) was begun, and its outcome is unknown: {why}; start from a snapshot before "
+            "it, or declare operations that may run twice with idempotent=True"
         )
         self.operation, self.sequence, self.why = operation, sequence, why
 

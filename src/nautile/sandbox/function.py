@@ -26,7 +26,7 @@ from nautile.sandbox.inside import frames
 from nautile.sandbox.limits import Limits
 from nautile.sandbox.result import Capabilities, Info, RunResult
 
-__all__ = ["ENVIRONMENT", "FunctionDriver", "MASKED", "host_directories"]
+__all__ = ["ENVIRONMENT", "MASKED", "MASKED_DIRECTORIES", "FunctionDriver", "host_directories"]
 
 ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
@@ -34,12 +34,13 @@ ENVIRONMENT = {
     "LANG": "C.UTF-8",
     "TMPDIR": "/tmp",
 }
-MASKED = (
-    "buddyinfo cmdline config.gz diskstats iomem ioports kallsyms kcore key-users keys kmsg kpagecgroup kpagecount kpageflags "
-    "latency_stats locks misc modules pagetypeinfo partitions sched_debug schedstat slabinfo swaps sysrq-trigger timer_list "
-    "timer_stats vmallocinfo vmstat zoneinfo"
-).split()
-_MASKED_DIRECTORIES = "acpi asound bus driver fs irq scsi sysvipc tty".split()
+_HIDDEN = """
+buddyinfo cmdline config.gz diskstats iomem ioports kallsyms kcore key-users keys kmsg kpagecgroup kpagecount kpageflags
+latency_stats locks misc modules pagetypeinfo partitions sched_debug schedstat slabinfo swaps sysrq-trigger timer_list
+timer_stats vmallocinfo vmstat zoneinfo
+"""
+MASKED = tuple(str.split(_HIDDEN))  # files of /proc that say something of the host
+MASKED_DIRECTORIES = ("acpi", "asound", "bus", "driver", "fs", "irq", "scsi", "sysvipc", "tty")
 _ROOT_LINKS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 _SETTINGS = ("/etc/alternatives", "/etc/ld.so.cache", "/etc/ssl/certs")
 _RECYCLE = 1000  # calls of one worker
@@ -111,7 +112,7 @@ class _Worker:
             code = "import sys; sys.path.insert(0, '/nautile'); from nautile.sandbox.inside.worker import main; main()"
             process = subprocess.Popen(
                 [*argv, "--", self.plan.python, "-I", "-S", "-B", "-c", code],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 env=ENVIRONMENT,
@@ -148,7 +149,7 @@ class _Worker:
         for name in MASKED:
             if os.path.exists(f"/proc/{name}"):
                 argv += ["--ro-bind", "/dev/null", f"/proc/{name}"]
-        for name in _MASKED_DIRECTORIES:
+        for name in MASKED_DIRECTORIES:
             if os.path.isdir(f"/proc/{name}"):
                 argv += ["--tmpfs", f"/proc/{name}", "--remount-ro", f"/proc/{name}"]
         argv += ["--remount-ro", "/proc", "--dev", "/dev", "--size", size, "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
@@ -235,7 +236,9 @@ class FunctionDriver:
         """See ``Driver.run``; ``watch`` gets the output when the call has ended."""
         worker = self._take(order.timeout)
         header: dict[str, Any] = {"timeout": order.timeout, "cwd": order.cwd, "environment": dict(order.environment)}
-        header |= {"argv": list(order.argv)} if order.python is None else {"python": order.python, "arguments": list(order.argv)}
+        header |= (
+            {"argv": list(order.argv)} if order.python is None else {"python": order.python, "arguments": list(order.argv)}
+        )
         keep = False
         try:
             answer, body = worker.call(header, order.stdin)

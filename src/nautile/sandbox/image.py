@@ -37,10 +37,7 @@ class Image:
         """None: the host's /usr and nothing else. A path: a directory with a root file system. Raises InvalidRequest."""
         if image is None:
             return cls()
-        if isinstance(image, Image):
-            found = image
-        else:
-            found = cls((Path(image).absolute(),), host_usr=False)
+        found = image if isinstance(image, Image) else cls((Path(image).absolute(),), host_usr=False)
         for layer in found.layers:
             if not layer.is_dir():
                 raise InvalidRequest(f"image {layer}: not a directory; give a directory with a root file system")

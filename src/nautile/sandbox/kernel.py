@@ -123,8 +123,9 @@ def become(user: int, group: int) -> None:
     try:
         os.setgroups([])
     except PermissionError:
-        if open("/proc/self/setgroups").read().strip() != "deny":
-            raise
+        with open("/proc/self/setgroups") as setting:
+            if setting.read().strip() != "deny":
+                raise
     os.setresgid(group, group, group)
     os.setresuid(user, user, user)
     header = ctypes.create_string_buffer(struct.pack("<Ii", 0x20080522, 0), 8)

@@ -178,28 +178,37 @@ def _extract(archive: tarfile.TarFile, entry: tarfile.TarInfo, target: Path, ste
             place.mkdir(exist_ok=True)
     elif os.path.lexists(place):
         raise FileRefused(entry.name, "the layer holds the same name twice")
-    elif entry.issym():
-        place.symlink_to(entry.linkname)
     elif entry.islnk():
-        source = [step for step in entry.linkname.split("/") if step not in ("", ".")]
-        other = target.joinpath(*source)
-        if ".." in source or not stat.S_ISREG(os.lstat(other).st_mode) or any(
-            target.joinpath(*source[:count]).is_symlink() for count in range(1, len(source))
-        ):
-            raise FileRefused(entry.name, "the layer links to something outside of it")
-        os.link(other, place, follow_symlinks=False)
+        os.link(_linked(entry, target), place, follow_symlinks=False)
         return
+    else:
+        _make(archive, entry, place)
+    _finish(entry, place)
+
+
+def _linked(entry: tarfile.TarInfo, target: Path) -> Path:
+    """The plain file of this layer that a hard link names."""
+    steps = [step for step in entry.linkname.split("/") if step not in ("", ".")]
+    other = target.joinpath(*steps)
+    through = any(target.joinpath(*steps[:count]).is_symlink() for count in range(1, len(steps)))
+    if ".." in steps or through or not os.path.lexists(other) or not stat.S_ISREG(os.lstat(other).st_mode):
+        raise FileRefused(entry.name, "the layer links to something outside of it")
+    return other
+
+
+def _make(archive: tarfile.TarFile, entry: tarfile.TarInfo, place: Path) -> None:
+    if entry.issym():
+        place.symlink_to(entry.linkname)
+    elif entry.isfifo():
+        os.mkfifo(place)
     elif entry.isreg():
         content = archive.extractfile(entry)
         assert content is not None
         with open(place, "xb") as out:
             while data := content.read(2**20):
                 out.write(data)
-    elif entry.isfifo():
-        os.mkfifo(place)
     else:
         raise FileRefused(entry.name, "the layer holds a device")
-    _finish(entry, place)
 
 
 def _finish(entry: tarfile.TarInfo, place: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a sandbox may use. Every number is enforced by the kernel or by the process that produces the output, not by courtesy."""
+"""What a sandbox may use: every number is enforced by the kernel, or where the output is produced."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The trajectory log: what was asked of a sandbox and what came back, so that nothing is ever run twice.
 
-A directory, outside of the sandbox and for its owner only: ``log`` holds frames (length, CRC-32, JSON), each with the SHA-256 of
-the one before it; ``blobs/`` holds longer bytes by their SHA-256; ``epoch`` fences writers. The intent of an operation is on
-the disk before it is carried out, and its result before the caller gets it.
+A directory, outside of the sandbox and for its owner only: ``log`` holds frames (length, CRC-32, JSON), each with the
+SHA-256 of the one before it; ``blobs/`` holds longer bytes by their SHA-256; ``epoch`` fences writers. The intent of an
+operation is on the disk before it is carried out, and its result before the caller gets it.
 
 A client that comes back issues its operations again, in order: as long as they match the log (by sequence and request hash)
 the recorded results are returned at once. The first that the log does not have is carried out. One whose intent is there
@@ -214,7 +214,13 @@ class TrajectoryLog:
 
     def _conclude(self, operation: Operation, result: dict[str, Any], seconds: float) -> None:
         compact = {key: self.compact(value) for key, value in result.items()}
-        record = {"record": "result", "sequence": operation.sequence, "result": compact, "wall": time.time(), "seconds": seconds}
+        record = {
+            "record": "result",
+            "sequence": operation.sequence,
+            "result": compact,
+            "wall": time.time(),
+            "seconds": seconds,
+        }
         with self._lock:
             self._append(record)
             operation.result, operation.seconds, operation.chain = compact, seconds, self.contents.chain

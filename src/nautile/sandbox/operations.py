@@ -25,9 +25,7 @@ __all__ = ["carry_out", "locked"]
 _CRUN_LIMIT = 20.0  # seconds
 
 
-def carry_out(
-    keeper: Path, settings: Settings, request: dict[str, Any], channel: socket.socket | None, body: bytes
-) -> None:
+def carry_out(keeper: Path, settings: Settings, request: dict[str, Any], channel: socket.socket | None, body: bytes) -> None:
     """Do what a request says and answer on ``channel``."""
     identity = request["id"]
     place = keeper / identity
@@ -126,12 +124,12 @@ def _file_system(keeper: Path, settings: Settings, request: dict[str, Any], limi
     if len(options) > 4000:
         raise SubstrateUnavailable("container", f"{len(lowers)} layers do not fit into one mount", "pack them into fewer")
     kernel.mount("overlay", str(place / "root"), "overlay", kernel.MS_NOSUID | kernel.MS_NODEV, options)
-    return place / "root"
+    return Path(place, "root")
 
 
 def _shifted(keeper: Path, base: int, layer: Path) -> Path:
     """``layer`` with its owners moved into the container's share of user ids; made once for all containers."""
-    stat = layer.stat()
+    stat = os.stat(layer)
     target = keeper / "layers" / f"{stat.st_dev:x}-{stat.st_ino:x}"
     with open(keeper / ".layers.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -144,7 +142,9 @@ def _shifted(keeper: Path, base: int, layer: Path) -> Path:
         except OSError as error:
             target.rmdir()
             why = f"the kernel cannot shift the owners of {layer} ({error})"
-            raise SubstrateUnavailable("container", why, "Linux 5.19 or newer and a file system with id-mapped mounts") from None
+            raise SubstrateUnavailable(
+                "container", why, "Linux 5.19 or newer and a file system with id-mapped mounts"
+            ) from None
         finally:
             os.close(users)
     return target

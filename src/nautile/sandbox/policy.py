@@ -21,7 +21,7 @@ class Rule:
 
     @classmethod
     def parse(cls, text: str) -> Rule:
-        """``example.org:443``, ``*.example.org:443``, ``127.0.0.1:8080``, ``[::1]:80``; without a port 443. Raises InvalidRequest."""
+        """``example.org:443``, ``*.example.org:443``, ``[::1]:80``; without a port 443. Raises InvalidRequest."""
         match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:]+)(?::([0-9]{1,5}))?", text)
         if match is None:
             raise InvalidRequest(f"network rule {text!r}: write HOST:PORT")

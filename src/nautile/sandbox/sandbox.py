@@ -1,4 +1,4 @@
-"""``Sandbox``: one object for every substrate. It checks what is asked, keeps the trajectory log, and hands over to a driver."""
+"""``Sandbox``: one object for every substrate. It checks what is asked and hands over to a driver, or to a log before one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Sandbox:
         self._finalizer = weakref.finalize(self, getattr(driver, "detach", driver.close))
 
     @classmethod
-    def create(  # noqa: PLR0913  # one parameter a decision
+    def create(  # noqa: PLR0913, PLR0917  # one parameter a decision
         cls,
         kind: str = "container",
         image: Image | Path | str | None = None,
@@ -86,7 +86,7 @@ class Sandbox:
 
     # -- commands
 
-    def run(  # noqa: PLR0913  # one parameter a decision
+    def run(  # one parameter a decision
         self,
         command: str | Sequence[str],
         timeout: float | None = None,
@@ -115,7 +115,7 @@ class Sandbox:
             return self._execute(self._order(tuple(arguments), timeout, stdin, python=source), None)
         return self._execute(self._order(("python3", "-I", "-c", source, *arguments), timeout, stdin), None)
 
-    def _order(  # noqa: PLR0913
+    def _order(
         self,
         argv: tuple[str, ...],
         timeout: float | None,
@@ -245,7 +245,9 @@ class _Order:
             raise InvalidRequest(f"kind {self.kind!r}: choose one of {', '.join(KINDS)}")
         if self.kind in ("microvm", "vm"):
             why = "virtual machines are not part of this version" + (", emulated or not" if allow_emulation else "")
-            raise SubstrateUnavailable(self.kind, why, "use kind='container'; it shares the host's kernel, which a VM would not")
+            raise SubstrateUnavailable(
+                self.kind, why, "use kind='container'; it shares the host's kernel, which a VM would not"
+            )
         expected = "bubblewrap" if self.kind == "function" else "crun"
         if self.runtime not in (None, expected):
             why = f"the runtime {self.runtime!r} is not part of this version"

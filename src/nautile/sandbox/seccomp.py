@@ -8,6 +8,7 @@ because a filter cannot see its flags; C libraries then use ``clone``, whose fla
 from __future__ import annotations
 
 import errno
+import importlib
 import tempfile
 from functools import lru_cache
 from typing import Any
@@ -16,7 +17,7 @@ from nautile.sandbox.errors import SubstrateUnavailable
 
 __all__ = ["ALLOWED", "SYSTEM_V", "program"]
 
-ALLOWED = """
+_CALLS = """
 accept accept4 access alarm arch_prctl bind brk capget chdir chmod chown clock_getres clock_gettime clock_nanosleep close
 close_range connect copy_file_range creat dup dup2 dup3 epoll_create epoll_create1 epoll_ctl epoll_ctl_old epoll_pwait
 epoll_pwait2 epoll_wait epoll_wait_old eventfd eventfd2 execve execveat exit exit_group faccessat faccessat2 fadvise64
@@ -39,9 +40,12 @@ setsockopt setuid setxattr shutdown sigaltstack signalfd signalfd4 socketpair sp
 sync_file_range syncfs sysinfo tee tgkill time timer_create timer_delete timer_getoverrun timer_gettime timer_settime
 timerfd_create timerfd_gettime timerfd_settime times tkill truncate umask uname unlink unlinkat utime utimensat utimes vfork
 vmsplice wait4 waitid write writev
-""".split()
-SYSTEM_V = "shmget shmat shmctl shmdt semget semop semtimedop semctl msgget msgsnd msgrcv msgctl".split()
-SYSTEM_V += "mq_open mq_unlink mq_timedsend mq_timedreceive mq_notify mq_getsetattr".split()
+"""
+_LASTING = """
+shmget shmat shmctl shmdt semget semop semtimedop semctl msgget msgsnd msgrcv msgctl
+mq_open mq_unlink mq_timedsend mq_timedreceive mq_notify mq_getsetattr
+"""
+ALLOWED, SYSTEM_V = tuple(str.split(_CALLS)), tuple(str.split(_LASTING))
 
 _NAMESPACES = 0x7E020080  # every CLONE_NEW flag, CLONE_NEWTIME included
 _FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6
@@ -56,7 +60,7 @@ def program(*, system_v: bool) -> bytes:
     ``system_v``: whether shared memory, semaphores and queues that outlive their processes are allowed.
     """
     try:
-        import pyseccomp as seccomp  # noqa: PLC0415  # loads libseccomp, which may be missing
+        seccomp = importlib.import_module("pyseccomp")  # loads libseccomp, which may be missing
     except (ImportError, RuntimeError, OSError) as error:
         raise SubstrateUnavailable("seccomp", f"libseccomp cannot be loaded ({error})", "apt-get install libseccomp2") from None
     rules = seccomp.SyscallFilter(defaction=seccomp.ERRNO(errno.EPERM))

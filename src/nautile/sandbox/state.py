@@ -53,7 +53,15 @@ class State:
         group = cgroup.Group({one.base / "nautile" / settings.owner / identity: one for one in settings.hierarchies})
         layers = tuple(stored["layers"])
         return cls(
-            place, stored["process"], stored["started"], stored["tenant"], limits, group, layers, stored["host_usr"], settings.base
+            place,
+            stored["process"],
+            stored["started"],
+            stored["tenant"],
+            limits,
+            group,
+            layers,
+            stored["host_usr"],
+            settings.base,
         )
 
     def open(self) -> int:

@@ -1,4 +1,4 @@
-"""Messages over a Unix socket: a JSON header and a body of bytes, both with a length that is checked before anything is read."""
+"""Messages over a Unix socket: a JSON header and a body of bytes, whose lengths are checked before anything is read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class BrokenFrameError(RuntimeError):
 
 
 def send(channel: socket.socket, header: dict[str, Any], *body: bytes | bytearray | memoryview) -> None:
-    """Write one frame; its body may come in pieces. Raises OSError when the other side is gone, BrokenFrameError if too long."""
+    """Write one frame; its body may come in pieces. Raises OSError when nobody reads, BrokenFrameError when it is too long."""
     text = json.dumps(header, separators=(",", ":")).encode()
     length = sum(map(len, body))
     if len(text) > HEADER_LIMIT or length > BODY_LIMIT:

@@ -95,7 +95,7 @@ def execute(argv: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
         os._exit(127 if error.errno == errno.ENOENT else 126)
 
 
-def supervise(  # noqa: PLR0913
+def supervise(
     job: Job,
     start: Callable[[], NoReturn],
     kill_tree: Callable[[], None],

@@ -97,8 +97,8 @@ def _restrict(rlimits: dict[str, int]) -> None:
     for name, value in rlimits.items():
         number = getattr(resource, name)
         hard = resource.getrlimit(number)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(number, (value, value))
+        allowed = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(number, (allowed, allowed))
 
 
 def _python(source: str, arguments: list[str]) -> NoReturn:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nautile.sandbox.errors import SubstrateUnavailable
-from nautile.sandbox.function import MASKED
+from nautile.sandbox.function import MASKED, MASKED_DIRECTORIES
 
 __all__ = ["TENANT", "configuration", "init_program", "skeleton"]
 

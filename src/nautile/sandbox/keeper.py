@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 from nautile.sandbox import bundle, cgroup, kernel
 from nautile.sandbox.errors import SandboxError, SandboxLost
 from nautile.sandbox.inside import frames
-from nautile.sandbox.operations import carry_out
+from nautile.sandbox.operations import MOUNTS, carry_out
 from nautile.sandbox.state import SHARE, Settings
 
 __all__ = ["Keeper", "main"]
@@ -87,7 +87,7 @@ class Keeper:
         cgroup.sweep()
         for entry in self.place.iterdir():
             if entry.is_dir() and not _in_use(entry):
-                shutil.rmtree(entry, ignore_errors=True)
+                _remove(entry)
 
     def _furnish(self) -> None:
         init = self.place / "init"
@@ -103,6 +103,8 @@ class Keeper:
         (self.place / "layers").mkdir(mode=0o711)
         (self.place / "layers").chmod(0o711)
         layer.chmod(0o755)
+        (self.place / MOUNTS).mkdir(mode=0o711, exist_ok=True)
+        (self.place / MOUNTS).chmod(0o711)
 
     def serve(self) -> None:
         """Until idle."""
@@ -231,15 +233,27 @@ class Keeper:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.place / "keeper.sock")
         cgroup.end(self.owner)
-        for entry in [*self.place.glob("*/root"), *self.place.glob("*/fs"), *self.place.glob("layers/*")]:
+        for entry in [*self.place.glob("*/root"), *self.place.glob("*/fs"), *self.place.glob("layers/*"), *self.place.glob("mounts/*")]:
             with contextlib.suppress(OSError):
                 kernel.unmount(str(entry))
         for entry in self.place.iterdir():
             if entry.is_dir():
                 if not _in_use(entry):
-                    shutil.rmtree(entry, ignore_errors=True)
+                    _remove(entry)
             elif entry.name not in ("keeper.lock", "start.lock"):
                 entry.unlink(missing_ok=True)
+
+
+def _remove(entry: Path) -> None:
+    """Remove a directory of the keeper's; the mount points of callers' directories only if they are empty."""
+    if entry.name != MOUNTS:
+        shutil.rmtree(entry, ignore_errors=True)
+        return
+    for point in entry.iterdir():
+        with contextlib.suppress(OSError):
+            point.rmdir()
+    with contextlib.suppress(OSError):
+        entry.rmdir()
 
 
 def _in_use(entry: Path) -> bool:

@@ -85,11 +85,12 @@ def unmount(target: str, flags: int = MNT_DETACH) -> None:
     _check(_libc.umount2(os.fsencode(target), flags), f"unmount {target}")
 
 
-def idmap(source: str, target: str, users: int) -> None:
-    """Bind ``source`` read-only at ``target``, its owners shifted by the map of the user namespace behind ``users``."""
+def idmap(source: str, target: str, users: int, *, writable: bool = False) -> None:
+    """Bind ``source`` at ``target``, its owners shifted by the map of the user namespace behind ``users``."""
     tree = _syscall("open_tree", _OPEN_TREE, -100, os.fsencode(source), _OPEN_TREE_CLONE | os.O_CLOEXEC)
     try:
-        attributes = struct.pack("<QQQQ", _MOUNT_ATTR_IDMAP | _MOUNT_ATTR_RDONLY, 0, 0, users)
+        wanted = _MOUNT_ATTR_IDMAP | (0 if writable else _MOUNT_ATTR_RDONLY)
+        attributes = struct.pack("<QQQQ", wanted, 0, 0, users)
         buffer = ctypes.create_string_buffer(attributes, len(attributes))
         _syscall("mount_setattr", _MOUNT_SETATTR, tree, b"", _AT_EMPTY_PATH, buffer, len(attributes))
         _syscall("move_mount", _MOVE_MOUNT, tree, b"", -100, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)

@@ -20,7 +20,9 @@ from nautile.sandbox.inside import frames
 from nautile.sandbox.limits import Limits
 from nautile.sandbox.state import SHARE, Settings, State
 
-__all__ = ["carry_out", "locked"]
+__all__ = ["MOUNTS", "carry_out", "locked"]
+
+MOUNTS = "mounts"  # the directory of mount points of callers' directories; only empty ones are removed from it
 
 _CRUN_LIMIT = 20.0  # seconds
 
@@ -136,7 +138,7 @@ def _shifted(keeper: Path, base: int, layer: Path) -> Path:
         if target.exists():
             return target
         target.mkdir()
-        users = _user_namespace(base)
+        users = _user_namespace(f"0 {base} {SHARE}", f"0 {base} {SHARE}")
         try:
             kernel.idmap(str(layer), str(target), users)
         except OSError as error:
@@ -150,8 +152,30 @@ def _shifted(keeper: Path, base: int, layer: Path) -> Path:
     return target
 
 
-def _user_namespace(base: int) -> int:
-    """A descriptor of a user namespace that maps 0.. to base.., for as long as it is open."""
+def _workspace(place: Path, settings: Settings, source: str) -> Path:
+    """The caller's directory where the tenant is its owner, and nobody else's files are the tenant's.
+
+    It is mounted outside of what is ever removed with its content: a caller's files cannot be deleted through it.
+    """
+    if settings.base is None:
+        return Path(source)
+    target, found = place.parent / MOUNTS / place.name, os.stat(source)
+    target.mkdir()
+    tenant = settings.base + bundle.TENANT
+    users = _user_namespace(f"{found.st_uid} {tenant} 1", f"{found.st_gid} {tenant} 1")
+    try:
+        kernel.idmap(source, str(target), users, writable=True)
+    except OSError as error:
+        why = f"the kernel cannot make {source} the sandbox's ({error})"
+        remedy = "Linux 5.12 or newer and a file system with id-mapped mounts, or kind='function'"
+        raise SubstrateUnavailable("container", why, remedy) from None
+    finally:
+        os.close(users)
+    return target
+
+
+def _user_namespace(users: str, groups: str) -> int:
+    """A descriptor of a user namespace with these maps, for as long as it is open."""
     ready, made = os.pipe()
     child = os.fork()
     if child == 0:
@@ -165,8 +189,8 @@ def _user_namespace(base: int) -> int:
         os.close(made)
         if not os.read(ready, 1):
             raise SubstrateUnavailable("container", "no user namespace can be made", "sysctl user.max_user_namespaces=15000")
-        for name in ("uid_map", "gid_map"):
-            Path(f"/proc/{child}/{name}").write_text(f"0 {base} {SHARE}")
+        for name, text in (("uid_map", users), ("gid_map", groups)):
+            Path(f"/proc/{child}/{name}").write_text(text)
         return os.open(f"/proc/{child}/ns/user", os.O_RDONLY)
     finally:
         os.close(ready)
@@ -178,9 +202,9 @@ def _start(keeper: Path, settings: Settings, request: dict[str, Any], group: cgr
     """Let crun make the container; the host's number of its process 1."""
     place = root.parent
     users = [{"containerID": 0, "hostID": settings.base or 0, "size": SHARE if settings.base is not None else 1}]
-    description = bundle.configuration(
-        root, keeper / "init", request["host_usr"], users, Limits(**request["limits"]).disk, request.get("workspace")
-    )
+    workspace = request["workspace"] and str(_workspace(place, settings, request["workspace"]))
+    shm = Limits(**request["limits"]).disk
+    description = bundle.configuration(root, keeper / "init", request["host_usr"], users, shm, workspace)
     (place / "bundle/config.json").write_text(json.dumps(description))
     crun = shutil.which("crun")
     if crun is None:
@@ -252,8 +276,10 @@ def _await_end(process: int) -> None:
 
 
 def _dismantle(place: Path) -> None:
-    for name in ("root", "fs"):
+    for mounted in (place / "root", place / "fs", place.parent / MOUNTS / place.name):
         with contextlib.suppress(OSError):
-            kernel.unmount(str(place / name))
+            kernel.unmount(str(mounted))
+    with contextlib.suppress(OSError):  # never with its content
+        os.rmdir(place.parent / MOUNTS / place.name)
     # Nothing in here was made by the tenant: its files were in the memory that has just been unmounted.
     shutil.rmtree(place, ignore_errors=True)

@@ -26,7 +26,8 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -n 2 -m "not slow" --durations=15
+	$(BIN)/pytest -n 2 -m "not slow" --durations=15 --ignore=tests/gpu
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 -m "not slow" --durations=3 tests/gpu
 	@echo "All passed. Next: make demo, or .venv/bin/nautile --help"
 
 test-slow: setup

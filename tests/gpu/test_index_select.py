@@ -1,0 +1,59 @@
+"""The indexer's scores against float64 and its selection against a stable sort, ties and all."""
+
+import pytest
+import torch
+
+from nautile.kernels.index_select import index_scores_reference, index_select, index_select_reference
+from nautile.quant import mxfp4
+
+from .conftest import relative
+
+
+def new_case(tokens, heads, ci, count, device, dtype):
+    codes, scales = mxfp4.encode(torch.randn(count, ci))
+    keys = torch.cat((codes.view(torch.uint8), scales.view(torch.uint8)), dim=-1).to(device)
+    q = mxfp4.decode(*mxfp4.encode(torch.randn(tokens, heads, ci))).to(device, dtype)
+    visible = torch.randint(0, count + 1, (tokens,), device=device)
+    visible[0] = count
+    return q, torch.randn(tokens, heads, device=device), keys, visible
+
+
+def seen(scores, visible):
+    """Scores with what the kernel may leave unwritten set to zero."""
+    return torch.where(torch.arange(scores.shape[1], device=scores.device) < visible[:, None], scores, 0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "ci", "count", "k"),
+    [(1, 16, 64, 1, 4), (2, 16, 64, 300, 16), (2, 64, 128, 4300, 512), (1, 16, 64, 700, 700)],
+)
+def test_scores_and_selection(tokens, heads, ci, count, k, device, dtype):
+    q, weights, keys, visible = new_case(tokens, heads, ci, count, device, dtype)
+    scores, selected = index_select(q, weights, keys, visible, k)
+    assert relative(seen(scores, visible), seen(index_scores_reference(q, weights, keys), visible)) < 2e-6  # products are exact
+    assert torch.equal(selected, index_select_reference(seen(scores, visible), visible, k))
+
+
+@pytest.mark.parametrize("kind", ["zero", "minus zero", "two values"])
+def test_ties_go_to_the_lowest_index(kind, device, dtype):
+    q, weights, keys, visible = new_case(2, 16, 64, 5000, device, dtype)
+    if kind == "zero":
+        weights.zero_()
+    elif kind == "minus zero":  # w relu(.) is -0 for negative w: it equals 0 and must tie with it
+        q.zero_()
+        weights[0] = -weights[0].abs()
+    else:
+        weights.zero_()
+        weights[:, 0] = 1
+        keys[:] = keys[0].clone()
+        keys[::3] = keys[1].clone()
+    scores, selected = index_select(q, weights, keys, visible, 600)
+    assert torch.equal(selected, index_select_reference(seen(scores, visible), visible, 600))
+
+
+def test_shapes_it_does_not_take_are_refused(device, dtype):
+    q, weights, keys, visible = new_case(1, 16, 64, 10, device, dtype)
+    with pytest.raises(ValueError, match="powers of two"):
+        index_select(q[:, :4], weights[:, :4], keys, visible, 4)
+    with pytest.raises(ValueError, match="at most"):
+        index_select(q, weights, keys, visible, 5000)

@@ -23,7 +23,7 @@ __all__ = ["NativeRunner", "NativeUnavailable"]
 
 KINDS = {
     "float32": Kinds(),
-    "bfloat16": Kinds(main="split", experts="split", head="split", attention="bfloat16", index="bfloat16"),
+    "bfloat16": Kinds(main="split", experts="bfloat16", head="bfloat16", attention="bfloat16", index="bfloat16"),
 }
 
 

@@ -30,12 +30,13 @@ from nautile.sandbox.errors import (
     Unsupported,
 )
 from nautile.sandbox.image import Image
-from nautile.sandbox.limits import Limits
+from nautile.sandbox.limits import MIB, Limits
 from nautile.sandbox.policy import NetworkPolicy, Rule
 from nautile.sandbox.result import Capabilities, Entry, Info, RunResult
 from nautile.sandbox.sandbox import Sandbox
 
 __all__ = [
+    "MIB",
     "BubblewrapMissingError",
     "Capabilities",
     "Confined",

@@ -233,7 +233,12 @@ class Keeper:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.place / "keeper.sock")
         cgroup.end(self.owner)
-        for entry in [*self.place.glob("*/root"), *self.place.glob("*/fs"), *self.place.glob("layers/*"), *self.place.glob("mounts/*")]:
+        for entry in [
+            *self.place.glob("*/root"),
+            *self.place.glob("*/fs"),
+            *self.place.glob("layers/*"),
+            *self.place.glob("mounts/*"),
+        ]:
             with contextlib.suppress(OSError):
                 kernel.unmount(str(entry))
         for entry in self.place.iterdir():

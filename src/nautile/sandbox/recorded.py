@@ -11,11 +11,12 @@ from typing import Any, cast
 from nautile.sandbox.driver import Driver, Environment, Order, Terminal, Watch
 from nautile.sandbox.errors import FileRefused, SandboxError, SandboxLost, TrajectoryDiverged, Unsupported
 from nautile.sandbox.image import Image
-from nautile.sandbox.log import Operation, TrajectoryLog, expand
+from nautile.sandbox.limits import Limits
+from nautile.sandbox.log import Contents, Operation, TrajectoryLog, expand, load
 from nautile.sandbox.policy import NetworkPolicy
 from nautile.sandbox.result import Capabilities, Entry, Info, RunResult
 
-__all__ = ["Recorded"]
+__all__ = ["Recorded", "reexecute", "repeat"]
 
 _COMPARED = ("exit_code", "stdout", "stderr", "data", "refused")
 
@@ -197,16 +198,28 @@ def _digest(place: Path) -> str:
     return total.hexdigest()
 
 
-def reexecute(driver: Driver, log: TrajectoryLog) -> None:
+def repeat(place: Path) -> None:
+    """Run a log's operations again in a sandbox of the same kind, image and limits, and compare; the log is only read."""
+    from nautile.sandbox.sandbox import Sandbox  # noqa: PLC0415
+
+    contents = load(place)
+    image, limits = contents.head["image"], Limits(**contents.head["limits"])
+    kind = contents.head["kind"]
+    layers = Image(tuple(map(Path, image["layers"])), image["host_usr"]) if kind == "container" else None
+    with Sandbox.create(kind, image=layers, limits=limits) as sandbox:
+        reexecute(sandbox.driver, place, contents)
+
+
+def reexecute(driver: Driver, place: Path, contents: Contents) -> None:
     """Build a lost sandbox anew: carry out every recorded operation again and compare. Raises TrajectoryDiverged, Unsupported.
 
     Clocks, random numbers, process numbers and the network differ from run to run: what prints them diverges, and says so.
     """
-    for operation in log.contents.operations:
+    for operation in contents.operations:
         if operation.result is None:
             return  # its outcome is unknown, which the client learns when it gets there
-        recorded = expand(log.place, log.contents.head, operation.result)
-        again = _again(cast(Environment, driver), operation, expand(log.place, log.contents.head, operation.request))
+        recorded = expand(place, contents.head, operation.result)
+        again = _again(cast(Environment, driver), operation, expand(place, contents.head, operation.request))
         for key in _COMPARED:
             if operation.kind in ("run", "read", "write") and again.get(key) != recorded.get(key):
                 given = f"{operation.kind} with {key} {str(recorded.get(key))[:120]!r}"

@@ -84,6 +84,11 @@ class Sandbox:
         """What it can do at all."""
         return self._driver.capabilities
 
+    @property
+    def driver(self) -> Driver:
+        """What carries out its operations. Raises SandboxClosed."""
+        return self._live()
+
     # -- commands
 
     def run(  # one parameter a decision
@@ -295,7 +300,7 @@ def _recorded(order: _Order, place: Path, identity: str, replay: str, keep: floa
                 driver = ContainerDriver.attach(found["sandbox"], order.limits, keep)
             if driver is None and replay == "reexecute":
                 driver = order.make(identity, keep)
-                reexecute(driver, log)
+                reexecute(driver, place, log.contents)
         if driver is not None and driver.info.id != found["sandbox"]:
             log.moved(driver.info.id)
         info = driver.info if driver is not None else Info(found["sandbox"], order.kind, "lost", "native", ())

@@ -48,7 +48,7 @@ class SandboxTools:
 
 
 def open_tools(directory: Path, kind: str) -> ToolSandbox:
-    """Tools of an agent on ``directory`` in a sandbox of ``kind``. Raises InvalidRequest, SubstrateUnavailable, LimitUnavailable."""
+    """Tools of an agent on ``directory`` in a sandbox of ``kind``. Raises what ``Sandbox.create`` raises."""
     if not directory.is_dir():
         raise InvalidRequest(f"{directory} is not a directory: give --dir the directory to work on")
     root = directory.resolve()

@@ -1,0 +1,169 @@
+"""``nautile sandbox``: try a sandbox, see what works here, read trajectory logs, offer a sandbox over MCP."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Sandboxes: run, doctor, log, mcp.", no_args_is_help=True, rich_markup_mode=None)
+log = typer.Typer(help="Trajectory logs: show, replay, verify.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(log, name="log")
+
+_MARKS = {"ok": "ok      ", "degraded": "degraded", "missing": "missing "}
+
+
+@app.command()
+def doctor(json_: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
+    """Try each substrate: ok, degraded or missing, its measured time, and what mends it.
+
+    Exit status 1 if neither function nor container works. Example: nautile sandbox doctor
+    """
+    from nautile.sandbox.doctor import examine  # noqa: PLC0415
+
+    found = []
+    for finding in examine():
+        found.append(finding)
+        if not json_:
+            took = f"{finding.seconds * 1000:7.0f} ms" if finding.seconds is not None else " " * 10
+            typer.echo(f"{finding.part:10} {_MARKS[finding.state]} {took}  {finding.detail}")
+            if finding.remedy:
+                typer.echo(f"{'':10} -> {finding.remedy}")
+    if json_:
+        typer.echo(json.dumps([dataclasses.asdict(one) for one in found]))
+    if not any(one.part in ("function", "container") and one.state == "ok" for one in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def run(  # noqa: PLR0913  # one parameter an option
+    command: Annotated[str, typer.Argument(help="What to run, as for sh -c.")],
+    *,
+    kind: Annotated[str, typer.Option(help="function or container.")] = "container",
+    image: Annotated[Path | None, typer.Option(help="A directory with a root file system. Default: the host's /usr.")] = None,
+    workspace: Annotated[Path | None, typer.Option(help="A directory to bind at /workspace, read and write.")] = None,
+    allow: Annotated[list[str] | None, typer.Option(help="HOST:PORT that may be reached; may be given again.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds.")] = 60.0,
+    memory: Annotated[int, typer.Option(help="Memory limit in MiB.")] = 512,
+    log: Annotated[Path | None, typer.Option(help="A directory for the trajectory log.")] = None,
+    stdin: Annotated[bool, typer.Option("--stdin", "-i", help="Give the command this program's input.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Run one command in a new sandbox; its exit status is the command's.
+
+    Example: nautile sandbox run "python3 -c 'print(6*7)'" --kind function
+    """
+    from nautile.sandbox import MIB, Limits, Sandbox  # noqa: PLC0415
+
+    given = sys.stdin.buffer.read(64 * MIB + 1) if stdin else b""
+    with Sandbox.create(
+        kind, image=image, limits=Limits(memory=memory * MIB), network=allow, workspace=workspace, log=log
+    ) as sandbox:
+        result = sandbox.run(command, timeout, given)
+    if json_:
+        keys = ("exit_code", "stdout", "stderr", "truncated", "timed_out", "infrastructure_error", "memory_killed", "seconds")
+        typer.echo(json.dumps({key: getattr(result, key) for key in keys}))
+    else:
+        sys.stdout.buffer.write(result.stdout_bytes)
+        sys.stdout.flush()
+        sys.stderr.buffer.write(result.stderr_bytes)
+        for said in (result.infrastructure_error, f"killed after {timeout:g} s" if result.timed_out else None):
+            if said:
+                typer.echo(f"nautile: {said}", err=True)
+    if result.infrastructure_error or result.exit_code:
+        raise typer.Exit(1 if result.infrastructure_error else result.exit_code)
+
+
+@app.command()
+def mcp(
+    *,
+    kind: Annotated[str, typer.Option(help="function or container.")] = "container",
+    workspace: Annotated[Path | None, typer.Option(help="A directory to bind at /workspace, read and write.")] = None,
+    allow: Annotated[list[str] | None, typer.Option(help="HOST:PORT that may be reached; may be given again.")] = None,
+) -> None:
+    """Offer one sandbox as tools to an MCP client on stdin and stdout: run, read, write, list.
+
+    Example, in a client's configuration: "command": "nautile", "args": ["sandbox", "mcp"]
+    """
+    from nautile.sandbox.mcp_server import serve  # noqa: PLC0415
+
+    serve(kind, workspace, allow)
+
+
+@log.command()
+def show(
+    place: Annotated[Path, typer.Argument(help="The log's directory.")],
+    *,
+    html: Annotated[Path | None, typer.Option(help="Write one HTML page here instead.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object an operation.")] = False,
+) -> None:
+    """Print a trajectory, one line an operation.
+
+    Example: nautile sandbox log show runs/17 --html trajectory.html
+    """
+    from nautile.sandbox.log import load  # noqa: PLC0415
+    from nautile.sandbox.view import lines, page  # noqa: PLC0415
+
+    contents = load(place)
+    if html is not None:
+        html.write_text(page(place, contents), encoding="utf-8")
+        typer.echo(f"wrote {html}")
+    elif json_:
+        for operation in contents.operations:
+            typer.echo(json.dumps(dataclasses.asdict(operation)))
+    else:
+        for line in lines(contents):
+            typer.echo(line)
+
+
+@log.command()
+def verify(place: Annotated[Path, typer.Argument(help="The log's directory.")]) -> None:
+    """Check every frame, the hash chain, the parents and the blobs.
+
+    Example: nautile sandbox log verify runs/17
+    """
+    from nautile.sandbox.log import verify as check  # noqa: PLC0415
+
+    operations, unknown = check(place)
+    typer.echo(f"{operations} operations, the chain holds" + (f"; {unknown} without a result" if unknown else ""))
+
+
+@log.command()
+def replay(
+    place: Annotated[Path, typer.Argument(help="The log's directory.")],
+    *,
+    reexecute: Annotated[bool, typer.Option("--reexecute", help="Run everything again in a new sandbox and compare.")] = False,
+) -> None:
+    """Print what a session printed, from the log alone; with --reexecute run it again and compare.
+
+    Example: nautile sandbox log replay runs/17 --reexecute
+    """
+    from nautile.sandbox.log import expand, load  # noqa: PLC0415
+    from nautile.sandbox.view import outcome, summary  # noqa: PLC0415
+
+    contents = load(place)
+    if reexecute:
+        _reexecute(place)
+        typer.echo(f"{len(contents.operations)} operations gave the same again")
+        return
+    for operation in contents.operations:
+        typer.echo(f"$ {summary(operation)}")
+        result = {} if operation.result is None else expand(place, contents.head, operation.result)
+        for key in ("stdout", "stderr", "data"):
+            value = result.get(key)
+            if isinstance(value, bytes) and value:
+                typer.echo(value.decode("utf-8", "replace").rstrip("\n"))
+        if outcome(operation) not in ("exit 0", "done"):
+            typer.echo(f"[{outcome(operation)}]")
+
+
+def _reexecute(place: Path) -> None:
+    from nautile.sandbox.recorded import repeat  # noqa: PLC0415
+
+    repeat(place)

@@ -38,7 +38,7 @@ def walk(follower, tokenizer, rng, free):
     mark, end = tokenizer.special(D), tokenizer.special(texts.EOS)
     others = torch.tensor([token for token in range(tokenizer.vocab_size) if tokenizer.is_special(token)])
     others = others[(others != mark) & (others != end)]
-    closers = [tokenizer.encode(text)[0] for text in ("</", '"', "}", "]", "<", "/", "0", "a", "$", ".")]
+    closers = [tokenizer.encode(text)[0] for text in ("</", '"', "}", "]", "<", "/", "0", "a", "$", ".", "Z", ":")]
     out = []
     while not out or out[-1] != end:
         mask = follower.mask()
@@ -47,7 +47,7 @@ def walk(follower, tokenizer, rng, free):
         allowed = mask.nonzero().flatten().tolist()
         assert allowed, f"stuck after {tokenizer.decode(out)!r}"
         token = rng.choice(allowed)
-        if len(out) >= free:
+        if len(out) >= free and rng.random() < 0.9:
             last = [one for one in (end, mark) if mask[one]]
             token = last[0] if last else rng.choice([one for one in closers if mask[one]] or allowed)
         follower.accept(token)

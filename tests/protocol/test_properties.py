@@ -33,8 +33,8 @@ TOKENIZER = byte_tokenizer()
 TOOLS = [function("get", a={"type": "string"}, n={"type": "integer"}), function("put")]
 D = texts.DSML
 PIECES = (
-    "<", "</", ">", "/>", "\n", "\n\n", " ", '"', "a", "no", "é", "😀", "5", "True", "{", "[1]", "tool_calls", "invoke", D,
-    texts.THINK_CLOSE, texts.THINK_OPEN, tag("tool_calls"), tag("function_calls"), tag("invoke", name="get"),
+    "<", "</", "｜", ">", "/>", "\n", "\n\n", " ", '"', "a", "no", "é", "😀", "5", "True", "{", "[1]", "tool_calls", "invoke",
+    D, texts.THINK_CLOSE, texts.THINK_OPEN, tag("tool_calls"), tag("function_calls"), tag("invoke", name="get"),
     tag("invoke", name="rm"), tag("parameter", name="a", string="true"), tag("parameter", name="n", string="false"),
     tag("parameter", name="a"), tag("parameter", string="x", name="q"), close("parameter"), close("invoke"),
     close("tool_calls"), parameter("n", "5", "false"), invoke("get", parameter("a", "x<y")), block(invoke("put")), texts.EOS,

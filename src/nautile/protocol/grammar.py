@@ -20,7 +20,7 @@ from torch import Tensor
 from nautile.protocol import texts
 from nautile.protocol.conversation import choose
 from nautile.protocol.errors import ProtocolError
-from nautile.protocol.schemas import ANY_TEXT, Halves, closed, document, halves, literal, refused_keyword
+from nautile.protocol.schemas import ANY_TEXT, Halves, check_shape, closed, document, halves, literal, refused_keyword
 from nautile.protocol.tokenizer import Tokenizer
 from nautile.protocol.values import allowed_types
 
@@ -149,6 +149,10 @@ class _Writer:
     def _invoke(self, number: int, function: Schema) -> None:
         """One tool: its parameters once each, in any order, the required ones all."""
         name, root = function["name"], function.get("parameters") or {}
+        try:
+            check_shape(root)
+        except ProtocolError as error:
+            raise ProtocolError(f"tool {name}: {error}") from None
         strict = bool(function.get("strict"))
         properties = root.get("properties") or {}
         if not isinstance(properties, Mapping):
@@ -280,6 +284,7 @@ def _content_schema(shape: Mapping[str, Any]) -> Schema:
     schema = wanted.get("schema") if isinstance(wanted, Mapping) else None
     if not isinstance(schema, Mapping):
         raise ProtocolError(f"unknown response_format {shape!r}; its type is text, json_object or json_schema with a schema")
+    check_shape(schema)
     made: Schema = closed(schema)
     return made
 

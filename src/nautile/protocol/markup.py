@@ -40,7 +40,7 @@ def next_mark(atoms: str, start: int = 0) -> int:
 
 def held(atoms: str) -> int:
     """How many atoms at the end may be the beginning of a tag."""
-    return 2 if atoms.endswith("</") else 1 if atoms.endswith("<") else 0
+    return next((len(opening) for opening in ("</｜", "</", "<｜", "<") if atoms.endswith(opening)), 0)
 
 
 class Reader:
@@ -153,31 +153,31 @@ def read_tag(atoms: str, mark: int, final: bool) -> Tag | None:
 
     The answer depends on the atoms alone, not on how many have arrived: a shorter buffer says None or the same.
     """
-    closing = atoms[max(mark - 2, 0) : mark] == "</"
-    if not closing and atoms[max(mark - 1, 0) : mark] != "<":
+    size = held(atoms[max(mark - 3, 0) : mark])
+    if not size:
         return Tag("stray", mark, mark + 1)
-    stray = Tag("stray", mark - 1 - closing, mark + 1, closing)
-    matched = _WORD.match(atoms, mark + 1, mark + 2 + _LONGEST_WORD)
+    begin = mark + 1 + (atoms[mark + 1 : mark + 2] == "｜")  # a bar may be doubled on either side
+    stray = Tag("stray", mark - size, begin, closing=atoms[mark - size : mark].startswith("</"))
+    matched = _WORD.match(atoms, begin, begin + 1 + _LONGEST_WORD)
     word = matched[0] if matched else ""
-    after = mark + 1 + len(word)
+    after = begin + len(word)
     if after < len(atoms) or len(word) > _LONGEST_WORD:
-        kind = _kind(word, closing)
+        kind = _kind(word, stray.closing)
         if kind is not None:
-            return _known_tag(atoms, replace(stray, kind=kind, end=after), final)
+            return _known_tag(atoms, replace(stray, kind=kind, end=after), begin, final)
         return replace(stray, end=after + 1) if word and atoms[after : after + 1] == ">" else stray
     if not final:
         return None
-    begun = closing or any(known.startswith(word) for known in _KINDS)
+    begun = stray.closing or any(known.startswith(word) for known in _KINDS)
     return replace(stray, kind="cut", end=after) if begun else stray
 
 
-def _known_tag(atoms: str, tag: Tag, final: bool) -> Tag | None:
+def _known_tag(atoms: str, tag: Tag, word_start: int, final: bool) -> Tag | None:
     """The rest of a tag whose word ends at ``tag.end``: its attributes up to ``>``, or up to where it breaks off."""
     boundary = next_mark(atoms, tag.end)
     limit = min(len(atoms) if boundary < 0 else boundary, tag.end + _LONGEST_TAG)
     end = _terminator(atoms, tag.end, limit)
     region = atoms[tag.end : limit if end < 0 else end]
-    word_start = tag.start + 2 + tag.closing
     if not _BEGUN.fullmatch(region):
         return tag if tag.closing else replace(tag, kind="stray", end=word_start)  # a closing tag can do without its ">"
     if end >= 0:

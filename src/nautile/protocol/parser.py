@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -35,7 +36,8 @@ __all__ = ["Start", "StreamParser", "parse"]
 
 Start = Literal["reasoning", "content", "calls"]
 Tools = Sequence[Mapping[str, Any]]
-_VALUE_END = f"</{MARK}"
+_VALUE_END = re.compile(f"</｜?{MARK}")
+_WRAPPERS = ("arguments", "input")
 _PIECE = 4096  # atoms decided on at a time, so that a long output costs no more than its length
 
 
@@ -375,7 +377,8 @@ class StreamParser:
         """A value goes on to the next closing tag, whatever else is in it."""
         call = self._call
         assert call is not None and call.parameter is not None
-        end = self._buffer.find(_VALUE_END)
+        found = _VALUE_END.search(self._buffer)
+        end = found.start() if found else -1
         call.pieces.append(self._take(len(self._buffer) - held(self._buffer) if end < 0 else end))
         if end >= 0:
             self._settle(call, call.parameter)
@@ -399,8 +402,27 @@ class StreamParser:
             call.flag(f"duplicate:{tag.name}")
         call.values[tag.name] = value
 
+    def _unwrapped(self, call: _OpenCall) -> dict[str, str]:
+        """The parameters of a call, also of one that wrapped them all in a parameter that the tool does not have."""
+        properties = ((self._schemas or {}).get(call.name) or {}).get("properties")
+        if len(call.values) != 1 or not isinstance(properties, Mapping):
+            return call.values
+        ((name, text),) = call.values.items()
+        if name not in _WRAPPERS or name in properties:
+            return call.values
+        try:
+            value = json.loads(text)
+            value = json.loads(value) if isinstance(value, str) else value
+        except (ValueError, RecursionError):
+            return call.values
+        if not isinstance(value, dict) or not value or not value.keys() <= properties.keys():
+            return call.values
+        call.flag(f"repaired:{name}")
+        return {key: json.dumps(inner, ensure_ascii=False) for key, inner in value.items()}
+
     def _complete_call(self, call: _OpenCall) -> None:
-        arguments = "{" + ", ".join(f"{json.dumps(key, ensure_ascii=False)}: {text}" for key, text in call.values.items()) + "}"
+        values = self._unwrapped(call)
+        arguments = "{" + ", ".join(f"{json.dumps(key, ensure_ascii=False)}: {text}" for key, text in values.items()) + "}"
         index, self._call = self._count, None
         digest = self._hash.copy()
         digest.update(f"\0{index}\0{call.name}\0{arguments}".encode())

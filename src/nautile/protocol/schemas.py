@@ -16,7 +16,7 @@ import llguidance
 
 from nautile.protocol.errors import ProtocolError
 
-__all__ = ["ANY_TEXT", "Halves", "closed", "document", "halves", "literal", "refused_keyword"]
+__all__ = ["ANY_TEXT", "Halves", "check_shape", "closed", "document", "halves", "literal", "refused_keyword"]
 
 Schema = Mapping[str, Any]
 
@@ -298,6 +298,23 @@ def _target(reference: Any) -> Any:
 
 
 # Whole schemas
+
+
+def check_shape(schema: Any) -> None:
+    """Raises ProtocolError where a keyword that everything here reads has a value of the wrong kind."""
+    for part in _parts(schema):
+        required, types = part.get("required"), part.get("type")
+        if required is not None and not _all_text(required):
+            raise ProtocolError(f"required: needs a list of names, got {required!r}")
+        if types is not None and not isinstance(types, str) and not (types and _all_text(types)):
+            raise ProtocolError(f"type: needs the name of a type or a list of them, got {types!r}")
+        for key in ("properties", "patternProperties", "$defs", "definitions"):
+            if part.get(key) is not None and not isinstance(part[key], Mapping):
+                raise ProtocolError(f"{key}: needs an object of schemas, got {part[key]!r}")
+
+
+def _all_text(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
 
 
 def refused_keyword(schema: Any) -> str | None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nautile.agent.loop import Budget
     from nautile.agent.trajectory import Trajectory
     from nautile.engine import Engine
+    from nautile.sandbox import ToolSandbox
 
 __all__ = ["SetupError", "agent", "open_client", "open_engine", "open_remote", "shipped_model"]
 
@@ -51,6 +52,7 @@ def agent(  # noqa: PLR0913  # one parameter an option
     dialect: Annotated[str | None, typer.Option(help="0731 or preview, when the checkpoint does not say.")] = None,
     kinds: Annotated[bool, typer.Option("--kinds", help="List the kinds of task the model has mastered.")] = False,
     unconfined: Annotated[bool, typer.Option("--unconfined", help="Run tools with your rights, without a sandbox.")] = False,
+    sandbox: Annotated[str, typer.Option(help="Where tools run: bubblewrap, function or container.")] = "bubblewrap",
     steps: Annotated[int, typer.Option(help="Most turns of the model.")] = 24,
     tokens: Annotated[int, typer.Option(help="Most tokens of the conversation.")] = 32_768,
     reply_tokens: Annotated[int, typer.Option(help="Most tokens of one turn.")] = 1024,
@@ -69,11 +71,11 @@ def agent(  # noqa: PLR0913  # one parameter an option
     if kinds:
         _list_kinds(model)
     elif task == "undo":
-        _undo(dir, place, unconfined)
+        _undo(dir, place, sandbox, unconfined)
     else:
         budget = Budget(steps, tokens, reply_tokens, seconds)
         source = _Source(model, dialect, url, api_key, api_key_file)
-        _work(_Order(task, dir, place, budget, yes, resume, unfinished, source, unconfined, json_))
+        _work(_Order(task, dir, place, budget, yes, resume, unfinished, source, unconfined, sandbox, json_))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +108,7 @@ class _Order:
     unfinished: Unfinished
     source: _Source
     unconfined: bool
+    sandbox: str
     json: bool
 
 
@@ -115,13 +118,12 @@ def _work(order: _Order) -> None:
     from nautile.agent.console import Terminal  # noqa: PLC0415
     from nautile.agent.loop import Agent, AgentError, last_run  # noqa: PLC0415
     from nautile.agent.tools import TOOLS  # noqa: PLC0415
-    from nautile.sandbox import open_sandbox  # noqa: PLC0415
 
     if not order.task.strip() and not order.resume:
         raise AgentError('the task is empty: say what to do, for example nautile agent "How many lines has notes.txt?"')
     if order.task.strip() and order.resume:
         raise AgentError("--resume goes on with the task of the last run: leave the task out")
-    sandbox = open_sandbox(order.directory, unconfined=order.unconfined)
+    sandbox = _open(order.directory, order.sandbox, order.unconfined)
     console = Console(stderr=order.json)
     if order.unconfined:
         console.print("[yellow]--unconfined: tools run with your rights, on every file and with the network[/yellow]")
@@ -147,11 +149,23 @@ def _report(outcome: Trajectory, as_json: bool) -> None:
         raise typer.Exit(1 if outcome.status == "interrupted" else 2)
 
 
-def _undo(directory: Path, state: Path, unconfined: bool) -> None:
-    from nautile.agent.undo import undo  # noqa: PLC0415
-    from nautile.sandbox import open_sandbox  # noqa: PLC0415
+def _open(directory: Path, kind: str, unconfined: bool) -> ToolSandbox:
+    """Where tools run. Raises SandboxError."""
+    from nautile.sandbox import InvalidRequest, open_sandbox  # noqa: PLC0415
 
-    paths = undo(state, open_sandbox(directory, unconfined=unconfined))
+    if kind == "bubblewrap":
+        return open_sandbox(directory, unconfined=unconfined)
+    if unconfined:
+        raise InvalidRequest("--unconfined and --sandbox contradict each other: leave one out")
+    from nautile.sandbox.tools import open_tools  # noqa: PLC0415
+
+    return open_tools(directory, kind)
+
+
+def _undo(directory: Path, state: Path, kind: str, unconfined: bool) -> None:
+    from nautile.agent.undo import undo  # noqa: PLC0415
+
+    paths = undo(state, _open(directory, kind, unconfined))
     for path in paths:
         typer.echo(f"restored {path}")
     if not paths:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from nautile.engine.request import Request
 from nautile.protocol import texts
+from nautile.server.turn import Turn, collect, run
 from server.local import TOOLS, Local, deltas, user
 from server.scripted import Script, calls, ids_of
 
@@ -79,6 +81,16 @@ def test_finish_reasons() -> None:
     assert local.chat(max_tokens=3)["choices"][0]["finish_reason"] == "length"
     assert local.chat(tools=TOOLS)["choices"][0]["finish_reason"] == "tool_calls"
     assert local.chat()["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_turn_s_place_is_free_when_its_answer_is_there() -> None:
+    local = Local()
+
+    async def ask() -> int:
+        await collect(run(Turn(user()), local.service))
+        return local.service.in_flight  # before anything else has a chance to run
+
+    assert asyncio.run(ask()) == 0
 
 
 def test_a_call_that_the_limit_cuts_is_not_a_call() -> None:

@@ -69,13 +69,13 @@ def _add_basics(app: FastAPI) -> None:
         return PlainTextResponse(service_of(request).metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/models")
-    @app.get("/models")
+    @app.get("/models", include_in_schema=False)
     async def models(request: Request) -> dict[str, Any]:
         """The one model that is served."""
         return {"object": "list", "data": [_model(service_of(request))]}
 
     @app.get("/v1/models/{name:path}")
-    @app.get("/models/{name:path}")
+    @app.get("/models/{name:path}", include_in_schema=False)
     async def model(name: str, request: Request) -> dict[str, Any]:
         """The model, by its name."""
         service = service_of(request)

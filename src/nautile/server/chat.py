@@ -26,9 +26,9 @@ _BODY = {"requestBody": {"required": True, "content": {"application/json": {"sch
 
 
 @router.post("/v1/chat/completions", openapi_extra=_BODY)
-@router.post("/chat/completions", openapi_extra=_BODY)
-@router.post("/beta/chat/completions", openapi_extra=_BODY)
-@router.post("/beta/v1/chat/completions", openapi_extra=_BODY)
+@router.post("/chat/completions", include_in_schema=False)
+@router.post("/beta/chat/completions", include_in_schema=False)
+@router.post("/beta/v1/chat/completions", include_in_schema=False)
 async def chat_completions(request: Request) -> Response:
     """One answer to a conversation."""
     service = service_of(request)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.config import JsonDict
 
 from nautile.engine.sampling import SamplingParams
 from nautile.server.errors import ApiError, invalid, unprocessable
@@ -32,6 +33,41 @@ _LONGEST_STOP = 1000
 _MOST_TOKENS = 393_216
 _RANGES = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number", "too_long", "literal_error")
 Model = TypeVar("Model", bound=BaseModel)
+# For the OpenAPI document; what is checked is checked by nautile.protocol.conversation.
+_TEXT: JsonDict = {"type": "string"}
+_FUNCTION: JsonDict = {"type": "object", "required": ["name"], "properties": {"name": {**_TEXT, "pattern": "^[a-zA-Z0-9_-]+$"}}}
+_CALL: JsonDict = {"type": "object", "required": ["id", "function"], "properties": {"id": _TEXT, "function": _FUNCTION}}
+_PART: JsonDict = {"type": "object", "required": ["type", "text"], "properties": {"type": {"enum": ["text"]}, "text": _TEXT}}
+_SAID: JsonDict = {"anyOf": [_TEXT, {"type": "array", "items": _PART}]}
+_MESSAGE: JsonDict = {
+    "anyOf": [
+        {
+            "type": "object",
+            "required": ["role", "content"],
+            "properties": {"role": {"enum": ["system", "developer", "user"]}, "content": _SAID},
+        },
+        {
+            "type": "object",
+            "required": ["role", "content"],
+            "properties": {
+                "role": {"enum": ["assistant"]},
+                "content": _SAID,
+                "reasoning_content": _TEXT,
+                "tool_calls": {"type": "array", "items": _CALL},
+            },
+        },
+        {
+            "type": "object",
+            "required": ["role", "content", "tool_call_id"],
+            "properties": {"role": {"enum": ["tool"]}, "content": _SAID, "tool_call_id": _TEXT},
+        },
+    ],
+}
+_TOOL: JsonDict = {
+    "type": "object",
+    "required": ["type", "function"],
+    "properties": {"type": {"enum": ["function"]}, "function": _FUNCTION},
+}
 
 
 class Sampled(BaseModel):
@@ -60,8 +96,8 @@ class Sampled(BaseModel):
 class ChatRequest(Sampled):
     """A request to /v1/chat/completions."""
 
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
+    messages: list[dict[str, Any]] = Field(json_schema_extra={"items": _MESSAGE, "minItems": 1})
+    tools: list[dict[str, Any]] | None = Field(None, json_schema_extra={"items": _TOOL})
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     thinking: dict[str, Any] | bool | None = None

@@ -66,9 +66,9 @@ class PlainReader:
 
 
 @router.post("/v1/completions", openapi_extra=_BODY)
-@router.post("/completions", openapi_extra=_BODY)
-@router.post("/beta/completions", openapi_extra=_BODY)
-@router.post("/beta/v1/completions", openapi_extra=_BODY)
+@router.post("/completions", include_in_schema=False)
+@router.post("/beta/completions", include_in_schema=False)
+@router.post("/beta/v1/completions", include_in_schema=False)
 async def completions(request: Request) -> Response:
     """Continue a text, or several."""
     service = service_of(request)

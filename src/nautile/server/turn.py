@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -86,25 +86,25 @@ async def run(turn: Turn, service: Service) -> AsyncGenerator[TurnEvent, None]:
                 yield event
 
 
-async def collect(events: AsyncIterator[TurnEvent]) -> Answer:
-    """All of a turn at once."""
+async def collect(events: AsyncGenerator[TurnEvent, None]) -> Answer:
+    """All of a turn at once. The iterator is closed, so that the turn's place is free when this returns."""
     reasoning, content, calls, logprobs = [], [], [], []
-    started: TurnStarted | None = None
-    async for event in events:
-        if isinstance(event, ReasoningDelta):
-            reasoning.append(event.text)
-        elif isinstance(event, ContentDelta):
-            content.append(event.text)
-        elif isinstance(event, ToolCallEnd):
-            calls.append(event.call)
-        elif isinstance(event, TokenLogprobs):
-            logprobs.append(event)
-        elif isinstance(event, TurnStarted):
-            started = event
-        elif isinstance(event, TurnFinished):
-            assert started is not None
-            return Answer("".join(reasoning), "".join(content), tuple(calls), tuple(logprobs), event)
-    raise ApiError(500, "the engine ended the request without a result; send it again")
+    finished: TurnFinished | None = None
+    async with contextlib.aclosing(events):
+        async for event in events:
+            if isinstance(event, ReasoningDelta):
+                reasoning.append(event.text)
+            elif isinstance(event, ContentDelta):
+                content.append(event.text)
+            elif isinstance(event, ToolCallEnd):
+                calls.append(event.call)
+            elif isinstance(event, TokenLogprobs):
+                logprobs.append(event)
+            elif isinstance(event, TurnFinished):
+                finished = event
+    if finished is None:
+        raise ApiError(500, "the engine ended the request without a result; send it again")
+    return Answer("".join(reasoning), "".join(content), tuple(calls), tuple(logprobs), finished)
 
 
 def prepare(turn: Turn, service: Service) -> Job:

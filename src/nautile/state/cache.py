@@ -9,7 +9,6 @@ what was evicted last, so that old worth fades). A file that cannot be trusted i
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
@@ -115,10 +114,10 @@ class PrefixCache:
             node = self.tree.add(parent, ids)
             node.clock = self.clock
             node.blocks = sequence.blocks[self._span(node)]
-            self.pages.share(node.blocks)
+            self.pages.share(node.blocks, cached=True)
         elif node.place != "device":  # a live sequence has computed its history: it comes back for nothing
             blocks = sequence.blocks[self._span(node)]
-            self.pages.share(blocks)
+            self.pages.share(blocks, cached=True)
             self._to_device(node, blocks)
         else:
             self._deduplicate(node, sequence)
@@ -175,12 +174,6 @@ class PrefixCache:
                 return False
             self._demote(node)
         return True
-
-    @property
-    def evictable_blocks(self) -> int:
-        """Blocks that nobody but the cache holds: all of them can be freed."""
-        held = Counter(block for node in self.tree.nodes() for block in node.blocks)
-        return sum(self.pages.references[block] == count for block, count in held.items())
 
     def prune(self, node: Node | None) -> None:
         """Remove a node that has become useless, and its ancestors that become so."""
@@ -291,7 +284,7 @@ class PrefixCache:
 
     def _leave_device(self, node: Node) -> None:
         self.bytes["device"] -= self._held(node)
-        self.pages.drop(node.blocks)
+        self.pages.drop(node.blocks, cached=True)
         node.blocks = []
 
     def _write(self, node: Node) -> bool:
@@ -382,7 +375,7 @@ class PrefixCache:
         if not self.make_room(blocks):
             free = len(self.pages.free_blocks)
             raise PoolFull(f"{tokens} cached tokens cannot be brought back: {blocks} blocks wanted, {free} free")
-        return self.pages.allocate(blocks)
+        return self.pages.allocate(blocks, cached=True)
 
     def _forget(self, node: Node, keep_files: bool = False) -> None:
         """Remove a node and everything below it."""

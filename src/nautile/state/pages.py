@@ -116,7 +116,8 @@ class Pages:
         self.csa_kv, self.csa_gate = (self._new((slots, csa, CSA_RING, 2 * c), torch.float32) for _ in range(2))
         self.index_kv, self.index_gate = (self._new((slots, csa, CSA_RING, 2 * ci), torch.float32) for _ in range(2))
         self.hca_kv, self.hca_gate = (self._new((slots, hca, HCA_RING, c), torch.float32) for _ in range(2))
-        self.references = [0] * blocks
+        self.references, self.cached = [0] * blocks, [0] * blocks  # owners of each block; those in the prefix cache
+        self.evictable = 0  # blocks whose owners are all in the prefix cache
         self.free_blocks = list(range(blocks - 1, -1, -1))  # the lowest number is taken first
         self.free_slots = list(range(slots - 1, -1, -1))
 
@@ -142,28 +143,36 @@ class Pages:
 
     # Blocks -------------------------------------------------------------------------------------------------------
 
-    def allocate(self, count: int) -> list[int]:
-        """``count`` free blocks with one reference each. Raises PoolFull (and takes none) when there are not as many."""
+    def allocate(self, count: int, cached: bool = False) -> list[int]:
+        """``count`` free blocks with one reference each. Raises PoolFull (and takes none) when there are not as many.
+
+        ``cached``, here and below: the reference is the prefix cache's. ``evictable`` counts the blocks without other owners.
+        """
         if count > len(self.free_blocks):
             raise PoolFull(f"{count} blocks wanted, {len(self.free_blocks)} free of {self.options.blocks}")
         taken = [self.free_blocks.pop() for _ in range(count)]
-        for block in taken:
-            self.references[block] = 1
+        self._count(taken, 1, cached)
         return taken
 
-    def share(self, blocks: Iterable[int]) -> None:
+    def share(self, blocks: Iterable[int], cached: bool = False) -> None:
         """One more owner for each of these blocks."""
-        for block in blocks:
-            assert self.references[block] > 0, f"block {block} has no owner to share with"
-            self.references[block] += 1
+        blocks = list(blocks)
+        assert all(self.references[block] for block in blocks), "a block without an owner cannot be shared"
+        self._count(blocks, 1, cached)
 
-    def drop(self, blocks: Iterable[int]) -> None:
+    def drop(self, blocks: Iterable[int], cached: bool = False) -> None:
         """One owner fewer; a block without owners is free again."""
+        blocks = list(blocks)
+        assert all(self.references[block] for block in blocks), "a block is released twice"
+        self._count(blocks, -1, cached)
+        self.free_blocks.extend(block for block in blocks if not self.references[block])
+
+    def _count(self, blocks: list[int], change: int, cached: bool) -> None:
         for block in blocks:
-            assert self.references[block] > 0, f"block {block} is released twice"
-            self.references[block] -= 1
-            if not self.references[block]:
-                self.free_blocks.append(block)
+            self.evictable -= 0 < self.references[block] == self.cached[block]
+            self.references[block] += change
+            self.cached[block] += change if cached else 0
+            self.evictable += 0 < self.references[block] == self.cached[block]
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy all rows of a block."""

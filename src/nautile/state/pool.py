@@ -324,7 +324,7 @@ class StatePool:
     @property
     def evictable_blocks(self) -> int:
         """Blocks that hold cached prefixes only; ``ensure`` takes them when it must."""
-        return self.cache.evictable_blocks
+        return self.pages.evictable
 
     @property
     def available_blocks(self) -> int:
@@ -449,6 +449,13 @@ class StatePool:
         if counted != self.pages.references:
             wrong = [block for block, count in enumerate(counted) if count != self.pages.references[block]]
             found.append(f"reference counts of blocks {wrong[:8]} are wrong")
+        held = [0] * self.options.blocks
+        for node in self.cache.tree.nodes():
+            for block in node.blocks:
+                held[block] += 1
+        evictable = sum(0 < count == mine for count, mine in zip(counted, held, strict=True))
+        if (held, evictable) != (self.pages.cached, self.pages.evictable):
+            found.append(f"{evictable} blocks are evictable, the counter says {self.pages.evictable}")
         if sorted(self.pages.free_blocks) != [block for block, count in enumerate(counted) if not count]:
             found.append("the list of free blocks is wrong")
         users = [node for node in self._live.values() if node is not None]

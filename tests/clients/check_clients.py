@@ -10,14 +10,13 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from clients.installed import CLIENTS, install
+from clients.installed import CLIENTS, JAVASCRIPT, ROOT, install, install_packages
 from clients.recorder import Recorder, scrubbed
 from nautile import __version__
 from nautile.engine.request import Request
@@ -53,6 +52,15 @@ class Scripted:
         return [later.startswith(prompt + output) for (prompt, output), (later, _) in pairs]
 
 
+def when_and_what() -> dict[str, str]:
+    """The date, and the server that was tested."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent, check=True
+    )
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {"date": date, "commit": commit.stdout.strip(), "server": __version__}
+
+
 class Session:
     """One client at work in a directory of its own, with no environment but what it needs."""
 
@@ -76,16 +84,11 @@ class Session:
 
     def record(self, script: Scripted, said: Any) -> None:
         """Write what happened to bench/results/clients/."""
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent, check=True
-        )
         places = {str(self.work): "<work>", str(self.home): "<home>", script.live.url: "<server>"}
         result = {
             "client": CLIENTS[self.name].package,
             "version": CLIENTS[self.name].version,
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "commit": commit.stdout.strip(),
-            "server": __version__,
+            **when_and_what(),
             "task": TASK,
             "file_before": BEFORE,
             "file_after": (self.work / "greet.py").read_text(),
@@ -106,13 +109,8 @@ class Session:
         assert all(script.kept())
 
 
-@pytest.fixture
-def directory(tmp_path):
-    return tmp_path
-
-
-def test_mini_swe_agent(directory):
-    session = Session("mini-swe-agent", directory)
+def test_mini_swe_agent(tmp_path):
+    session = Session("mini-swe-agent", tmp_path)
     with serving(wrap=session.recorder.around) as live:
         script = Scripted(
             live,
@@ -122,7 +120,7 @@ def test_mini_swe_agent(directory):
                 "Done.</think>" + calls(("bash", {"command": "echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"})),
             ],
         )
-        trajectory = directory / "trajectory.json"
+        trajectory = tmp_path / "trajectory.json"
         base = f"model.model_kwargs.api_base={live.url}/v1"
         session.run(
             ["-m", "openai/nano", "-c", "mini.yaml", "-c", base, "-t", TASK, "-y", "--exit-immediately", "-o", str(trajectory)],
@@ -137,8 +135,8 @@ def test_mini_swe_agent(directory):
         session.check(script)
 
 
-def test_claude_code(directory):
-    session = Session("claude-code", directory)
+def test_claude_code(tmp_path):
+    session = Session("claude-code", tmp_path)
     path = str(session.work / "greet.py")
     with serving(wrap=session.recorder.around) as live:
         script = Scripted(
@@ -164,8 +162,8 @@ def test_claude_code(directory):
         session.check(script)
 
 
-def test_opencode(directory):
-    session = Session("opencode", directory)
+def test_opencode(tmp_path):
+    session = Session("opencode", tmp_path)
     path = str(session.work / "greet.py")
     with serving(wrap=session.recorder.around) as live:
         script = Scripted(
@@ -195,8 +193,8 @@ def test_opencode(directory):
         session.check(script)
 
 
-def test_codex(directory):
-    session = Session("codex", directory)
+def test_codex(tmp_path):
+    session = Session("codex", tmp_path)
     (session.home / ".codex").mkdir()
     with serving(wrap=session.recorder.around) as live:
         script = Scripted(
@@ -217,3 +215,23 @@ def test_codex(directory):
         assert kinds.count(("command_execution", 0)) == 2 and items[-1]["text"] == LAST
         session.record(script, [item for item in items if item["type"] in ("command_execution", "agent_message", "reasoning")])
         session.check(script)
+
+
+def test_javascript_sdks():
+    place = ROOT / "javascript"
+    install_packages(place, *JAVASCRIPT)
+    script = place / "sdks.mjs"
+    shutil.copy(Path(__file__).with_name("sdks.mjs"), script)
+    with serving() as live:
+        live.engine.default = Script("They ask.</think>I look." + calls(("weather", {"city": "Paris"})))
+        done = subprocess.run(["node", str(script), live.url], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    call = ["weather", {"city": "Paris"}]
+    assert json.loads(done.stdout) == {
+        "chat": [*call, True],
+        "responses": [*call, "I look."],
+        "messages": [*call, ["thinking", "text", "tool_use"], "tool_use"],
+    }
+    versions = [package.rpartition("@")[::2] for package in JAVASCRIPT]
+    result = {"client": dict(versions), **when_and_what(), "understood": json.loads(done.stdout)}
+    (RESULTS / "javascript-sdks.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["CLIENTS", "Client", "install"]
+__all__ = ["CLIENTS", "JAVASCRIPT", "ROOT", "Client", "install", "install_packages"]
 
 ROOT = Path(__file__).parents[2] / "build" / "clients"
 
@@ -29,6 +29,7 @@ CLIENTS = {
     "opencode": Client("opencode-ai", "1.18.33", "opencode", "npm"),
     "codex": Client("@openai/codex", "0.169.0", "codex", "npm"),
 }
+JAVASCRIPT = ("openai@7.57.0", "@anthropic-ai/sdk@1.12.0")
 
 
 def install(name: str) -> Path:
@@ -43,10 +44,16 @@ def install(name: str) -> Path:
         run([sys.executable, "-m", "venv", str(place)])
         run([str(place / "bin/python"), "-m", "pip", "install", "-q", f"{client.package}=={client.version}", "mcp"])
     else:
-        if shutil.which("npm") is None:
-            raise RuntimeError(f"{name} comes from npm, which is missing: apt-get install nodejs npm")
-        run(["npm", "install", "--silent", "--prefix", str(place), f"{client.package}@{client.version}"])
+        install_packages(place, f"{client.package}@{client.version}")
     return program
+
+
+def install_packages(place: Path, *packages: str) -> None:
+    """Packages of npm in a directory of their own. Raises RuntimeError with what to do about it."""
+    if shutil.which("npm") is None:
+        raise RuntimeError(f"{', '.join(packages)} come from npm, which is missing: apt-get install nodejs npm")
+    place.mkdir(parents=True, exist_ok=True)
+    run(["npm", "install", "--silent", "--prefix", str(place), *packages])
 
 
 def run(command: list[str]) -> None:

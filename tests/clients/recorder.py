@@ -80,7 +80,8 @@ def told(raw: bytes) -> Any:
         return json.loads(text) if text.startswith("{") else text[:_SHORT]
     events = [json.loads(line) for line in lines if line != "[DONE]"]
     counts = Counter(event.get("type") or event.get("object") for event in events)
-    return {"events": dict(counts), "last": events[-1]}
+    usage = [usage for event in events if (usage := event.get("usage") or (event.get("response") or {}).get("usage"))]
+    return {"events": dict(counts), "usage": usage[-1] if usage else None, "last": events[-1]}
 
 
 def scrubbed(value: Any, places: dict[str, str]) -> Any:

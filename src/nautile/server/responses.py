@@ -30,7 +30,7 @@ async def responses(request: Request) -> Response:
     service = service_of(request)
     body = checked(ResponsesRequest, await read_json(request))
     wanted = to_wanted(body, service, *caller(request))
-    writer = ResponseWriter(body, wanted, service.name)
+    writer = ResponseWriter(body, wanted, service.name, service.options.effort)
     if body.stream:
         return await stream_events(request, _events(writer, wanted, service), service.options.keep_alive)
     await while_connected(request, _all(writer, wanted, service))

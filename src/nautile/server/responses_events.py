@@ -19,11 +19,12 @@ Event = dict[str, Any]
 class ResponseWriter:
     """Turns a turn's events into the API's, numbered, and keeps the response up to date. Written by the endpoint only."""
 
-    def __init__(self, request: ResponsesRequest, wanted: Wanted, model: str) -> None:
+    def __init__(self, request: ResponsesRequest, wanted: Wanted, model: str, effort: str = "high") -> None:
+        """``effort`` is what the server takes where the request names none."""
         self._wanted = wanted
         self._number = 0
         self._item: dict[str, Any] | None = None  # the reasoning or message that is being written
-        self.response = _blank(request, wanted, model)
+        self.response = _blank(request, wanted, model, effort)
 
     def events(self, event: TurnEvent) -> Iterator[Event]:
         """What one event of the turn becomes."""
@@ -142,7 +143,7 @@ class ResponseWriter:
         return f"{prefix}_{self._wanted.turn.id}_{len(self.response['output'])}"
 
 
-def _blank(request: ResponsesRequest, wanted: Wanted, model: str) -> dict[str, Any]:
+def _blank(request: ResponsesRequest, wanted: Wanted, model: str, effort: str) -> dict[str, Any]:
     """A response before anything was generated: what was asked, and that nothing is stored."""
     turn = wanted.turn
     return {
@@ -161,7 +162,7 @@ def _blank(request: ResponsesRequest, wanted: Wanted, model: str) -> dict[str, A
         "output": [],
         "parallel_tool_calls": turn.parallel_calls,
         "previous_response_id": None,
-        "reasoning": {"effort": (turn.effort or "high") if turn.thinking else "none", "summary": None},
+        "reasoning": {"effort": (turn.effort or effort) if turn.thinking else "none", "summary": None},
         "store": False,
         "temperature": turn.sampling.temperature,
         "text": {"format": dict(wanted.format)},

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nautile.agent.http_client import HttpClient
     from nautile.agent.loop import Budget
     from nautile.agent.trajectory import Trajectory
-    from nautile.engine import Engine
+    from nautile.engine import Engine, EngineConfig
     from nautile.sandbox import ToolSandbox
 
 __all__ = ["SetupError", "agent", "open_client", "open_engine", "open_remote", "shipped_model"]
@@ -228,7 +228,7 @@ def open_remote(url: str, model: str, key: str, key_file: Path | None, **options
     return connect(url, model, key or None, **options)
 
 
-def open_engine(model: str = "") -> Engine:
+def open_engine(model: str = "", config: EngineConfig | None = None) -> Engine:
     """Load a model (default: the shipped one). Raises SetupError when its weights are missing."""
     if not model:
         place = shipped_model()
@@ -238,4 +238,4 @@ def open_engine(model: str = "") -> Engine:
             raise SetupError(f"the shipped model is not complete: {place} lacks {', '.join(missing)}; pass --model DIRECTORY")
     from nautile.engine import Engine  # noqa: PLC0415  # torch is loaded here, after the cheap checks
 
-    return Engine(model or shipped_model())
+    return Engine(model or shipped_model(), config)

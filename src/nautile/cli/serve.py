@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from nautile.engine import EngineConfig
     from nautile.server.service import ServerOptions, Service
 
 __all__ = ["read_keys", "serve"]
@@ -20,6 +21,14 @@ class Effort(enum.StrEnum):
     low = "low"
     high = "high"
     max = "max"
+
+
+class Rows(enum.StrEnum):
+    """Formats of the state."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    packed = "packed"
 
 
 class LogFormat(enum.StrEnum):
@@ -47,6 +56,12 @@ def serve(  # noqa: PLR0913  # one parameter an option
     concurrency: Annotated[int, typer.Option(min=1, help="Most requests of one key at a time.")] = 64,
     keep_alive: Annotated[float, typer.Option(min=0.1, help="Seconds of silence before a comment.")] = 10.0,
     drain: Annotated[float, typer.Option(min=0, help="Seconds to finish what runs after SIGTERM.")] = 30.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")] = None,
+    running: Annotated[int, typer.Option(min=1, help="Most sequences in one step of the engine.")] = 16,
+    memory: Annotated[int, typer.Option(min=1, help="MiB for the state of sequences and kept prefixes.")] = 256,
+    rows: Annotated[Rows, typer.Option(help="Format of the state.")] = Rows.float32,
+    speculate: Annotated[bool, typer.Option(help="Draft with the checkpoint's MTP block; outputs stay the same.")] = False,
+    cache_dir: Annotated[Path | None, typer.Option(help="Keep prefixes here between runs.")] = None,
     log_format: Annotated[LogFormat, typer.Option(help="console or json.")] = LogFormat.console,
     log_prompts: Annotated[bool, typer.Option(help="Log the text of prompts and answers.")] = False,
 ) -> None:
@@ -54,6 +69,7 @@ def serve(  # noqa: PLR0913  # one parameter an option
 
     Example: nautile serve --port 8000
     """
+    from nautile.engine import EngineConfig  # noqa: PLC0415
     from nautile.server.service import ServerOptions  # noqa: PLC0415
     from nautile.server.serving import check_exposure, listen  # noqa: PLC0415
     from nautile.server.serving import serve as run  # noqa: PLC0415
@@ -73,20 +89,28 @@ def serve(  # noqa: PLR0913  # one parameter an option
         log_format=log_format.value,
     )
     check_exposure(host, options)
+    engine = EngineConfig(
+        threads=threads,
+        max_running=running,
+        pool_bytes=memory * 2**20,
+        rows=rows.value,
+        speculate=speculate,
+        cache_dir=cache_dir,
+    )
     listener = listen(host, port)  # before the model is loaded: a port in use is known at once
-    service = _open(model, name, dialect, options)
+    service = _open(model, name, dialect, options, engine)
     address, number = listener.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
     typer.echo(f"{service.name} at http://{shown}:{number}/ (APIs: http://{shown}:{number}/v1); Ctrl-C ends", err=True)
     run(service, listener)
 
 
-def _open(model: str, name: str, dialect: str, options: ServerOptions) -> Service:
+def _open(model: str, name: str, dialect: str, options: ServerOptions, config: EngineConfig) -> Service:
     """Load the model. Raises ServiceError, or what the loader raises."""
     from nautile.cli.agent import open_engine  # noqa: PLC0415
     from nautile.server.service import Service  # noqa: PLC0415
 
-    engine = open_engine(model)
+    engine = open_engine(model, config)
     return Service(engine, name or (Path(model).name if model else "nano"), options, dialect)
 
 

@@ -16,7 +16,7 @@ ATTEND = {
     "q": "*bf16", "near": "*u8", "near_ids": "*i32", "far": "*u8", "far_ids": "*i32", "sink": "*fp32", "out": "*bf16",
     "partial": "*fp32", "weight": "*fp32", "scale": "fp32", "far_tiles": "i32", **COUNTS,
 }  # fmt: skip
-ATTEND_SIZES = {"C": 512, "PLAIN": 448, "BLOCK_H": 64, "PACKED": True, "NEAR_STRIDE": 584, "FAR_STRIDE": 584}
+ATTEND_SIZES = {"C": 512, "PLAIN": 448, "BLOCK_H": 0, "BLOCK_N": 0, "PACKED": True, "NEAR_STRIDE": 584, "FAR_STRIDE": 584}
 INDEX = {
     "q": "*bf16", "weights": "*fp32", "keys": "*u8", "visible": "*i32", "scores": "*fp32", "counts": "*i32",
     "taken": "*i32", "candidates": "*i32", "count": "i32", "k": "i32", "per": "i32",
@@ -28,13 +28,13 @@ EXPERTS = {
 }  # fmt: skip
 FEW = {"BYTES": 64, "BLOCK_P": 16, "ASM": True}
 KERNELS = [  # module, kernel, argument types, constants, warps
-    (sparse_attention, "_attend_kernel", ATTEND, {**ATTEND_SIZES, "BLOCK_N": 64, "SINGLE": True}, 8),
-    (sparse_attention, "_attend_kernel", ATTEND, {**ATTEND_SIZES, "BLOCK_N": 64, "SINGLE": False}, 8),
+    (sparse_attention, "_attend_kernel", ATTEND, {**ATTEND_SIZES, "SINGLE": True}, 8),
+    (sparse_attention, "_attend_kernel", ATTEND, {**ATTEND_SIZES, "SINGLE": False}, 8),
     (sparse_attention, "_join_kernel", ATTEND, {"C": 512, "BLOCK_H": 8}, 4),
     (index_select, "_score_kernel", INDEX, {"HEADS": 64, "HALF": 64, "BLOCK": 128, "BINS": 2048}, 4),
     (index_select, "_histogram_kernel", INDEX, {"BINS": 2048, "TILE": 4096}, 8),
     (index_select, "_split_kernel", INDEX, {"BINS": 2048, "TILE": 4096}, 8),
-    (index_select, "_settle_kernel", INDEX, {"BINS": 2048, "TILE": 4096, "K": 512}, 8),
+    (index_select, "_settle_kernel", INDEX, {"BINS": 2048, "TILE": 1024, "K": 512}, 8),
     (fp4_experts, "_gate_up_kernel", EXPERTS, {"HIDDEN": 4096, "BLOCK_N": 32, **FEW}, 4),
     (fp4_experts, "_down_kernel", EXPERTS, {"INNER": 2048, "BLOCK_N": 64, **FEW}, 4),
     (fp4_experts, "_sum_kernel", EXPERTS, {"TOP": 6, "BLOCK": 1024}, 4),
@@ -45,8 +45,9 @@ def compiled(module, name, types, constants, warps, capability):
     kernel = getattr(module, name)
     if "NATIVE" in kernel.arg_names:
         constants = {**constants, "NATIVE": capability >= 89}
-    if "BLOCK_H" in constants and capability >= 100:
-        constants = {**constants, "BLOCK_H": min(32, constants["BLOCK_H"])}  # as heads_per_program does
+    if name == "_attend_kernel":
+        heads, rows = sparse_attention.tile_sizes(divmod(capability, 10))
+        constants = {**constants, "BLOCK_H": heads, "BLOCK_N": rows}
     signature = {argument: "constexpr" if argument in constants else types[argument] for argument in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(kernel.arg_names) if signature[argument][0] == "*"}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)

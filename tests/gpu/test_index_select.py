@@ -36,7 +36,7 @@ def test_scores_and_selection(tokens, heads, ci, count, k, device, dtype):
 
 @pytest.mark.parametrize("kind", ["zero", "minus zero", "two values"])
 def test_ties_go_to_the_lowest_index(kind, device, dtype):
-    q, weights, keys, visible = new_case(2, 16, 64, 5000, device, dtype)
+    q, weights, keys, visible = new_case(2, 16, 64, 1100, device, dtype)
     if kind == "zero":
         weights.zero_()
     elif kind == "minus zero":  # w relu(.) is -0 for negative w: it equals 0 and must tie with it
@@ -47,8 +47,8 @@ def test_ties_go_to_the_lowest_index(kind, device, dtype):
         weights[:, 0] = 1
         keys[:] = keys[0].clone()
         keys[::3] = keys[1].clone()
-    scores, selected = index_select(q, weights, keys, visible, 600)
-    assert torch.equal(selected, index_select_reference(seen(scores, visible), visible, 600))
+    scores, selected = index_select(q, weights, keys, visible, 150)
+    assert torch.equal(selected, index_select_reference(seen(scores, visible), visible, 150))
 
 
 def test_shapes_it_does_not_take_are_refused(device, dtype):

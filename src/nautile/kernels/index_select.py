@@ -74,7 +74,7 @@ def index_select(q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, k: i
     _histogram_kernel[(parts, tokens)](scores, visible, counts, count, BINS=_BINS, TILE=_TILE, num_warps=8)
     _split_kernel[(parts, tokens)](scores, visible, counts, taken, candidates, count, k, BINS=_BINS, TILE=_TILE, num_warps=8)
     _settle_kernel[(tokens,)](
-        scores, counts, taken, candidates, count, k, BINS=_BINS, TILE=_TILE, K=triton.next_power_of_2(k), num_warps=8
+        scores, counts, taken, candidates, count, k, BINS=_BINS, TILE=1024, K=triton.next_power_of_2(k), num_warps=8
     )
     return scores, taken
 
@@ -174,31 +174,21 @@ if triton is not None:
 
     @triton.jit
     def _key(scores, index):
-        """What candidates of one bin differ in: the lower 21 bits of the score, then 32 bits of the inverted index."""
-        return ((_order(scores) & 0x1FFFFF) << 32) | (0xFFFFFFFF - index.to(tl.int64))
+        """55 bits in which candidates of one bin differ: the lower 21 of the score, 32 of the inverted index, two zeros."""
+        return ((_order(scores) & 0x1FFFFF) << 34) | ((0xFFFFFFFF - index.to(tl.int64)) << 2)
 
     @triton.jit
-    def _narrow(
-        scores,
-        candidates,
-        number,
-        lowest,
-        missing,
-        SHIFT: tl.constexpr,
-        WIDTH: tl.constexpr,
-        BINS: tl.constexpr,
-        TILE: tl.constexpr,
-    ):
-        """Settle WIDTH more bits of the smallest chosen key: returns it and how many are missing among those that share it."""
+    def _narrow(scores, candidates, number, lowest, missing, shift, BINS: tl.constexpr, TILE: tl.constexpr):
+        """Settle 11 more bits of the smallest chosen key: returns it and how many are missing among those that share it."""
         histogram = tl.zeros((BINS,), tl.int32)
         for first in range(0, number, TILE):
             place = first + tl.arange(0, TILE)
             index = tl.load(candidates + place, mask=place < number, other=0)
             key = _key(tl.load(scores + index), index)
-            inside = (place < number) & ((key >> (SHIFT + WIDTH)) == (lowest >> (SHIFT + WIDTH)))
-            histogram += tl.histogram(((key >> SHIFT) & ((1 << WIDTH) - 1)).to(tl.int32), BINS, mask=inside)
+            inside = (place < number) & ((key >> (shift + 11)) == (lowest >> (shift + 11)))
+            histogram += tl.histogram(((key >> shift) & 0x7FF).to(tl.int32), BINS, mask=inside)
         border, above = _threshold(histogram, missing, BINS)
-        return lowest | (border.to(tl.int64) << SHIFT), missing - above
+        return lowest | (border.to(tl.int64) << shift), missing - above
 
     @triton.jit
     def _settle_kernel(
@@ -213,11 +203,9 @@ if triton is not None:
         own_scores, own_candidates = scores + token * count, candidates + token * count
         if wanted > 0:
             lowest = tl.zeros((), tl.int64)  # keys from here on are chosen, as far as the digits so far say
-            lowest, missing = _narrow(own_scores, own_candidates, number, lowest, wanted, 42, 11, BINS, TILE)
-            lowest, missing = _narrow(own_scores, own_candidates, number, lowest, missing, 31, 11, BINS, TILE)
-            lowest, missing = _narrow(own_scores, own_candidates, number, lowest, missing, 20, 11, BINS, TILE)
-            lowest, missing = _narrow(own_scores, own_candidates, number, lowest, missing, 9, 11, BINS, TILE)
-            lowest, missing = _narrow(own_scores, own_candidates, number, lowest, missing, 0, 9, BINS, TILE)
+            missing = wanted
+            for digit in range(5):
+                lowest, missing = _narrow(own_scores, own_candidates, number, lowest, missing, 44 - 11 * digit, BINS, TILE)
             for first in range(0, number, TILE):
                 place = first + tl.arange(0, TILE)
                 index = tl.load(own_candidates + place, mask=place < number, other=0)

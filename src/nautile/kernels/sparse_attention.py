@@ -94,10 +94,13 @@ class SplitPlan:
         return cls(max(1, -(-tiles // per)), per, block)
 
 
-def heads_per_program(device: torch.device) -> int:
-    """64, a warpgroup's rows; on sm_100 the sums of 64 heads and the logits do not fit the tensor memory, and Triton 3.6
-    compiles such a kernel to a trap."""
-    return 32 if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10 else 64
+def tile_sizes(capability: tuple[int, int]) -> tuple[int, int]:
+    """Heads of a program and rows of a tile for a compute capability (major, minor).
+
+    64 heads are a warpgroup's rows on sm_90. On sm_100 the sums of 64 heads and the logits do not fit the tensor memory, and
+    Triton 3.6 compiles such a kernel to a trap; before sm_90 64 heads spill registers without end.
+    """
+    return (64, 64) if capability[0] == 9 else (32, 64) if capability[0] >= 10 else (32, 32)
 
 
 def sparse_attention(
@@ -113,7 +116,9 @@ def sparse_attention(
     tokens, heads, c = q.shape
     if heads % 16 or c & (c - 1) or near.packed != far.packed or (near.c, near.rotated) != (c, far.rotated):
         raise ValueError(f"{heads} heads must be a multiple of 16, c={c} a power of two, and both pools of one format")
-    block_h, block_n = min(heads_per_program(q.device), heads), 64
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
+    most, block_n = tile_sizes(capability)
+    block_h = min(most, heads)
     near_tiles, far_tiles = -(-near_ids.shape[1] // block_n), -(-far_ids.shape[1] // block_n)
     plan = SplitPlan.of(near_ids.shape[1], far_ids.shape[1], block_n, tiles_per_split or near_tiles + far_tiles)
     out = torch.empty_like(q)
@@ -121,7 +126,7 @@ def sparse_attention(
     shape = (tokens, plan.splits, heads)
     partial = q.new_empty(1 if single else (*shape, c), dtype=torch.float32)
     weight = q.new_empty(1 if single else (*shape, 2), dtype=torch.float32)
-    native = q.device.type != "cuda" or torch.cuda.get_device_capability(q.device) >= (8, 9)
+    native = capability >= (8, 9)
     _attend_kernel[(tokens, heads // block_h, plan.splits)](
         q.contiguous(), near.data, near_ids.contiguous(), far.data, far_ids.contiguous(), sink.float().contiguous(),
         out, partial, weight, near_ids.shape[1], far_ids.shape[1], c**-0.5 * _LOG2E,

@@ -65,20 +65,31 @@ class Packer {
 
     // Lanes are channels: [count or count / 2][tiles][16] of channels from 16 * first on. count is even.
     const uint32_t* values(const void* const* rows, int count, int first, int tiles) {
+        const int64_t step = (int64_t)tiles * LANES;
         uint32_t* out = panel_.get();
         for (int j = 0; j < count; j += 2)
             for (int t = 0; t < tiles; t++) {
-                int at = (first + t) * LANES;
-                uvec a = words(rows[j], at), b = words(rows[j + 1], at);
-                if (kind == WIDE) {
-                    std::memcpy(out + ((int64_t)j * tiles + t) * LANES, &a, 64);
-                    std::memcpy(out + ((int64_t)(j + 1) * tiles + t) * LANES, &b, 64);
+                const int at = (first + t) * LANES;
+                if (kind == PAIRS && type == BFLOAT16 && at + LANES <= width) {
+                    uvec pair = widen((const uint16_t*)rows[j] + at) | (widen((const uint16_t*)rows[j + 1] + at) << 16);
+                    std::memcpy(out + j / 2 * step + t * LANES, &pair, 64);
+                } else if (kind == WIDE) {
+                    uvec a = words(rows[j], at), b = words(rows[j + 1], at);
+                    std::memcpy(out + j * step + t * LANES, &a, 64);
+                    std::memcpy(out + (j + 1) * step + t * LANES, &b, 64);
                 } else {
-                    uvec pair = a | (b << 16);
-                    std::memcpy(out + ((int64_t)(j / 2) * tiles + t) * LANES, &pair, 64);
+                    uvec pair = words(rows[j], at) | (words(rows[j + 1], at) << 16);
+                    std::memcpy(out + j / 2 * step + t * LANES, &pair, 64);
                 }
             }
         return out;
+    }
+
+    // Asks for the bytes of rows that are to be packed soon: they lie anywhere.
+    void fetch(const void* const* rows, int count) const {
+        const int bytes = width * (type == FLOAT32 ? 4 : 2);
+        for (int i = 0; i < count; i++)
+            for (int at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)rows[i] + at);
     }
 
     const int kind;
@@ -123,7 +134,8 @@ typedef std::vector<const void*> KeyList;
 static inline void key_logits(Packer& packer, const KeyList& keys, Range blocks, const Rows& queries, int first_row, int rows,
                               float* logits, int64_t stride, int64_t at) {
     for (int b = blocks.begin; b < blocks.end; b++) {
-        int tiles = std::min(PANEL, (int)keys.size() / LANES - b * PANEL);
+        int tiles = std::min(PANEL, (int)keys.size() / LANES - b * PANEL), left = (int)keys.size() - (b + 1) * KEYS;
+        if (left > 0) packer.fetch(keys.data() + (int64_t)(b + 1) * KEYS, std::min(left, KEYS));
         const uint32_t* panel = packer.keys(keys.data() + (int64_t)b * KEYS, tiles);
         const uint32_t* from[ROWS];
         float* to[ROWS];

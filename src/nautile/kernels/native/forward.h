@@ -3,9 +3,9 @@
 // member for itself, which is cheaper than waiting. With a few tokens, products are split by outputs and per-token work by
 // tokens. With many, everything is split by tokens and members meet only where a token needs another one's keys.
 #pragma once
+#include "indexer.h"
 #include "model.h"
 #include "quantise.h"
-#include "select.h"
 #include "team.h"
 
 namespace nautile {
@@ -32,14 +32,14 @@ struct TokenBuffers {
 struct MemberBuffers {
     TokenBuffers own;  // for one token
     std::unique_ptr<Packer> rows, keys;
-    Selector selector;
-    Buffer<float> logits, sums, scores, products, pooled;
+    Selection selections[INDEX_GROUP], merged;
+    const int32_t* chosen[INDEX_GROUP];  // the entries of each token of a run
+    Buffer<float> logits, sums, products, pooled;
     Buffer<uint32_t> weights;
-    std::vector<int32_t> chosen;
     KeyList window, entries;
     std::vector<int> expert_first, expert_next, expert_slots;
     std::vector<float> inverse;  // 1 / total of each softmax
-    int64_t logits_size = 0, scores_size = 0;
+    int64_t logits_size = 0;
 };
 
 class Runner {
@@ -70,7 +70,7 @@ class Runner {
             member.rows = std::make_unique<Packer>((int)s_.attention_kind, row_type, (int)s_.head_dim);
             member.keys = std::make_unique<Packer>((int)s_.index_kind, index_type, (int)s_.index_dim);
             member.sums = allocate<float>(GROUP * s_.heads * round_up(s_.head_dim, LANES));
-            member.products = allocate<float>(std::max<int64_t>(INDEX_GROUP * s_.index_heads, ROWS) * KEYS);
+            member.products = allocate<float>(ROWS * KEYS);
             member.pooled = allocate<float>(round_up(std::max(s_.head_dim, s_.index_dim), LANES));
         }
     }
@@ -145,11 +145,6 @@ class Runner {
                 member.logits_size = lanes_;
             }
             lanes_ = member.logits_size;
-            int64_t keys = longest / 4 > s_.index_topk ? round_up(longest / 4 + KEYS, 4096) : 0;
-            if (member.scores_size < keys) {
-                member.scores = allocate<float>(INDEX_GROUP * keys);
-                member.scores_size = keys;
-            }
         }
     }
 
@@ -255,14 +250,18 @@ class Runner {
     void attend(const Share& s, const Layer& layer);
     bool selects(const Layer& layer, int token) const { return layer.ratio == 4 && visible(layer, token) > s_.index_topk; }
     int64_t visible(const Layer& layer, int token) const { return layer.ratio ? (positions_[token] + 1) / layer.ratio : 0; }
-    void score_entries(const Share& s, const Layer& layer, int first, int count);
-    void attend_group(const Share& s, const Layer& layer, int first, int count, const int32_t* chosen);
+    void select_entries(const Share& s, const Layer& layer, int first, int count);
+    void score_block(const Share& s, const Layer& layer, int first, int count, int b, bool more);
+    void attend_group(const Share& s, const Layer& layer, int first, int count, int in_run);
     void list_window(const Share& s, const Layer& layer, int first, int last);
     void list_entries(const Share& s, const Layer& layer, const Segment& segment, int64_t count, const int32_t* chosen);
     void project_output(const Share& s, const Layer& layer);
-    const char* entry_row(const Pool& pool, const Layer& layer, const Segment& segment, int64_t entry) const {
-        int64_t per_block = pools_->block_tokens / layer.ratio;
-        return pool.at(segment.blocks[entry / per_block], layer.ordinal, entry % per_block);
+    // Addresses of entries first .. first + count - 1 of a sequence.
+    void entry_rows(const Pool& pool, const Layer& layer, const Segment& segment, int64_t first, int64_t count, const void** rows) const {
+        const int64_t per_block = pools_->block_tokens / layer.ratio;
+        const int64_t* block = segment.blocks + first / per_block;
+        for (int64_t row = first % per_block; count > 0; row = 0, block++)
+            for (const char* at = pool.at(*block, layer.ordinal, row); row < per_block && count > 0; row++, count--, at += pool.row) *rows++ = at;
     }
 
     // forward_experts.h

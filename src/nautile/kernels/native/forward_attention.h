@@ -89,7 +89,9 @@ inline void Runner::compress_block(const Share& s, const Layer& layer, const Seg
     if (index && s_.quantise_index) quantise_index(pooled, dim);
     if (!index && s_.quantise_kv) quantise_row(pooled, dim - 2 * half_);
     const Pool& pool = index ? pools_->index : m == 4 ? pools_->csa : pools_->hca;
-    write_state(index ? index_type_ : row_type_, (char*)entry_row(pool, layer, segment, block), pooled, dim);
+    const void* row;
+    entry_rows(pool, layer, segment, block, 1, &row);
+    write_state(index ? index_type_ : row_type_, (char*)row, pooled, dim);
 }
 
 // The projections that later blocks still need go to the rings; nobody reads the old rows any more.
@@ -145,46 +147,58 @@ inline void Runner::prepare_queries(const Share& s, const Layer& layer) {
 }
 
 inline void Runner::attend(const Share& s, const Layer& layer) {
-    const int64_t k = s_.index_topk;
     for (int m = s.tokens.begin; m < s.tokens.end;) {
         int count = 1;
         while (count < INDEX_GROUP && m + count < s.tokens.end && segment_of_[m + count] == segment_of_[m]) count++;
-        if (selects(layer, m + count - 1)) score_entries(s, layer, m, count);
-        for (int i = 0; i < count; i += GROUP)
-            attend_group(s, layer, m + i, std::min(GROUP, count - i), s.m->chosen.data() + i * k);
+        if (selects(layer, m + count - 1)) select_entries(s, layer, m, count);
+        for (int i = 0; i < count; i += GROUP) attend_group(s, layer, m + i, std::min(GROUP, count - i), i);
         m += count;
     }
 }
 
-// Indexer scores of all entries that `count` tokens may see, and the k largest of each token, ascending, in m->chosen.
-inline void Runner::score_entries(const Share& s, const Layer& layer, int first, int count) {
-    const int heads = (int)s_.index_heads, k = (int)s_.index_topk;
-    const Segment& segment = (*segments_)[segment_of_[first]];
-    MemberBuffers &m = *s.m, &shared = s.one ? members_[0] : m;
-    const int64_t size = m.scores_size;
-    const int last = (int)visible(layer, first + count - 1), blocks = (last + KEYS - 1) / KEYS;
+// The index_topk best entries of each of `count` tokens that sees more, in m->selected. With one token in the slice, members
+// share the keys and put their candidates together afterwards, each for itself.
+inline void Runner::select_entries(const Share& s, const Layer& layer, int first, int count) {
+    MemberBuffers& m = *s.m;
+    const int k = (int)s_.index_topk, entries = (int)visible(layer, first + count - 1), blocks = (entries + KEYS - 1) / KEYS;
+    for (int i = 0; i < count; i++)
+        if (selects(layer, first + i)) m.selections[i].begin(k);
     Range mine = s.one ? part(blocks, s.member, s.parts) : Range{0, blocks};
-    Rows queries = operand(s.t->index_query, s_.index_dim);
-    KeyList keys(KEYS);
-    int from_token = first;
-    while (!selects(layer, from_token)) from_token++;
-    const int rows = (first + count - from_token) * heads, skipped = from_token - first;
-    for (int b = mine.begin; b < mine.end; b++) {
-        int here = std::min(KEYS, last - b * KEYS);
-        for (int j = 0; j < KEYS; j++) keys[j] = j < here ? entry_row(pools_->index, layer, segment, b * KEYS + j) : zeros_.get();
-        key_logits(*m.keys, keys, {0, 1}, queries, from_token * heads, rows, m.products.get(), KEYS, 0);
-        for (int i = skipped; i < count; i++)
-            for (int j = 0; j < KEYS; j += LANES) {
-                const float *w = s.t->index_weights.get() + (first + i) * heads, *p = m.products.get() + (i - skipped) * heads * KEYS + j;
-                vec score = {};
-                for (int h = 0; h < heads; h++) score = fma(spread(w[h]), larger(load(p + h * KEYS), vec{}), score);
-                store(shared.scores.get() + i * size + (int64_t)b * KEYS + j, score);
-            }
+    for (int b = mine.begin; b < mine.end; b++) score_block(s, layer, first, count, b, b + 1 < mine.end);
+    const Selection* chosen = m.selections;
+    if (s.one) {
+        team_.barrier();
+        m.merged.begin(k);
+        for (const MemberBuffers& other : members_) m.merged.append(other.selections[0]);
+        chosen = &m.merged;
     }
-    if (s.one) team_.barrier();
-    m.chosen.resize(INDEX_GROUP * k);
-    for (int i = skipped; i < count; i++)
-        m.selector.select(shared.scores.get() + i * size, (int)visible(layer, first + i), k, m.chosen.data() + i * k);
+    for (int i = 0; i < count; i++)
+        if (selects(layer, first + i)) m.chosen[i] = const_cast<Selection&>(chosen[i]).finish();
+}
+
+// Scores 64 entries for every token of a group that selects, and passes them to its selection.
+inline void Runner::score_block(const Share& s, const Layer& layer, int first, int count, int b, bool more) {
+    const int heads = (int)s_.index_heads, last = (int)visible(layer, first + count - 1), here = std::min(KEYS, last - b * KEYS);
+    const Segment& segment = (*segments_)[segment_of_[first]];
+    KeyList& keys = s.m->entries;
+    keys.resize(2 * KEYS);
+    entry_rows(pools_->index, layer, segment, b * KEYS, here, keys.data());
+    std::fill(keys.begin() + here, keys.begin() + KEYS, zeros_.get());
+    if (more) {  // memory is slower than this arithmetic: ask for the next 64 now
+        int next = std::min(KEYS, last - (b + 1) * KEYS);
+        entry_rows(pools_->index, layer, segment, (b + 1) * KEYS, next, keys.data() + KEYS);
+        s.m->keys->fetch(keys.data() + KEYS, next);
+    }
+    const uint32_t* panel = s.m->keys->keys(keys.data(), PANEL);
+    Rows queries = operand(s.t->index_query, s_.index_dim);
+    for (int i = 0; i < count; i++) {
+        if (!selects(layer, first + i)) continue;
+        const float* w = s.t->index_weights.get() + (first + i) * heads;
+        vec scores[PANEL];
+        if (s_.index_kind == WIDE) panel_scores<WIDE>(queries, (first + i) * heads, heads, w, panel, PANEL, s.m->keys->depth, scores);
+        else panel_scores<PAIRS>(queries, (first + i) * heads, heads, w, panel, PANEL, s.m->keys->depth, scores);
+        for (int t = 0; t < PANEL; t++) s.m->selections[i].push(scores[t], b * KEYS + t * LANES, (int)visible(layer, first + i));
+    }
 }
 
 inline void Runner::list_window(const Share& s, const Layer& layer, int first, int last) {
@@ -193,21 +207,38 @@ inline void Runner::list_window(const Share& s, const Layer& layer, int first, i
     int64_t oldest = std::max<int64_t>(0, positions_[first] - s_.window + 1), begin = oldest / LANES * LANES;
     KeyList& keys = s.m->window;
     keys.assign(round_up(positions_[last] + 1 - begin, LANES), zeros_.get());
-    for (int64_t p = oldest; p <= positions_[last]; p++)
-        keys[p - begin] = p >= segment.start ? fresh_.get() + (segment.first + p - segment.start) * bytes
-                                             : pools_->window.at(segment.piece->slot, number, p % s_.window);
+    const int64_t ring_end = std::min(segment.start, positions_[last] + 1);
+    const char* ring = pools_->window.at(segment.piece->slot, number, 0);
+    for (int64_t p = oldest, row = oldest % s_.window; p < ring_end; p++, row++) {
+        if (row == s_.window) row = 0;
+        keys[p - begin] = ring + row * pools_->window.row;
+    }
+    const char* fresh = fresh_.get() + (segment.first - segment.start) * bytes;
+    for (int64_t p = std::max(oldest, ring_end); p <= positions_[last]; p++) keys[p - begin] = fresh + p * bytes;
 }
 
 inline void Runner::list_entries(const Share& s, const Layer& layer, const Segment& segment, int64_t count, const int32_t* chosen) {
     const Pool& pool = layer.ratio == 4 ? pools_->csa : pools_->hca;
     KeyList& keys = s.m->entries;
-    keys.assign(round_up(count, LANES), zeros_.get());
-    for (int64_t i = 0; i < count; i++) keys[i] = entry_row(pool, layer, segment, chosen ? chosen[i] : i);
+    keys.resize(round_up(count, LANES));
+    std::fill(keys.begin() + count, keys.end(), zeros_.get());
+    if (!count) return;
+    if (!chosen) return entry_rows(pool, layer, segment, 0, count, keys.data());
+    const int64_t per_block = pools_->block_tokens / layer.ratio;
+    int64_t begin = 0, end = 0;  // entries of the block at hand; chosen ones ascend
+    const char* base = nullptr;
+    for (int64_t i = 0; i < count; i++) {
+        if (chosen[i] >= end) {
+            begin = chosen[i] / per_block * per_block, end = begin + per_block;
+            base = pool.at(segment.blocks[begin / per_block], layer.ordinal, 0);
+        }
+        keys[i] = base + (chosen[i] - begin) * pool.row;
+    }
 }
 
 // Attention of up to GROUP consecutive tokens of one sequence. With one token in the slice, members share the keys for the
 // logits and the channels for the sum; the softmax between them is done by each for itself.
-inline void Runner::attend_group(const Share& s, const Layer& layer, int first, int count, const int32_t* chosen) {
+inline void Runner::attend_group(const Share& s, const Layer& layer, int first, int count, int in_run) {
     MemberBuffers &m = *s.m, &shared = s.one ? members_[0] : m;
     const int heads = (int)s_.heads, c = (int)s_.head_dim, last = first + count - 1, c_tiles = (c + LANES - 1) / LANES;
     const Segment& segment = (*segments_)[segment_of_[first]];
@@ -215,11 +246,12 @@ inline void Runner::attend_group(const Share& s, const Layer& layer, int first, 
     weights.base = m.weights.get(), weights.stride = lanes_;
     const int parts = s.one ? s.parts : 1, mine = s.one ? s.member : 0;
     list_window(s, layer, first, last);
+    m.rows->fetch(m.window.data(), std::min((int)m.window.size(), KEYS));
     const int64_t window_lanes = (int64_t)m.window.size(), begin = std::max<int64_t>(0, positions_[first] - s_.window + 1) / LANES * LANES;
     const bool apart = selects(layer, last);  // every token has its own entries
     auto entry_count = [&](int i) { return selects(layer, first + i) ? s_.index_topk : visible(layer, first + i); };
     auto list = [&](int i) {
-        list_entries(s, layer, segment, entry_count(i), selects(layer, first + i) ? chosen + i * s_.index_topk : nullptr);
+        list_entries(s, layer, segment, entry_count(i), selects(layer, first + i) ? m.chosen[in_run + i] : nullptr);
     };
     float* logits = shared.logits.get();
     key_logits(*m.rows, m.window, part(key_blocks(m.window), mine, parts), queries, first * heads, count * heads, logits, lanes_, 0);
@@ -248,7 +280,7 @@ inline void Runner::attend_group(const Share& s, const Layer& layer, int first, 
     for (int r = 0; r < count * heads; r++) std::fill(sums + r * stride + tiles.begin * LANES, sums + r * stride + tiles.end * LANES, 0.0f);
     weighted_values(*m.rows, m.window, tiles, weights, count * heads, 0, sums, stride);
     for (int i = apart ? 0 : count - 1; i < count; i++) {
-        if (apart) list(i);
+        if (apart && count > 1) list(i);  // one token's list is still there
         int row = apart ? i * heads : 0, rows = apart ? heads : count * heads;
         Rows some = weights;
         some.base = weights.row(row);

@@ -16,6 +16,7 @@ enum Kind { WIDE, PAIRS, SPLIT_PAIRS };  // float32; bfloat16 rows in one term; 
 
 constexpr int ROWS = 6;          // of one register block
 constexpr int PANEL = 4;         // tiles of one panel
+constexpr int64_t FETCH = 1024;  // words that weights are fetched ahead of their use
 #if defined(__AVX512F__)
 constexpr int TOGETHER = PANEL;  // tiles of one register block
 #else
@@ -42,15 +43,14 @@ struct Rows {
 
 template <int KIND, int R, int T>
 static inline void block(const uint32_t* const* a, int64_t low, const uint32_t* b, int64_t step, int depth, float* const* c,
-                         bool add) {
+                         bool add, int64_t ahead) {
     vec acc[R][T];
     for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++) acc[r][t] = add ? load(c[r] + t * LANES) : vec{};
     for (int k = 0; k < depth; k++, b += step) {
         uvec column[T];
         for (int t = 0; t < T; t++) std::memcpy(&column[t], b + t * LANES, 64);
-        if (R <= 2)
-            for (int t = 0; t < T; t++) __builtin_prefetch(b + t * LANES + 1024);
+        for (int t = 0; t < T; t++) __builtin_prefetch(b + t * LANES + ahead);
         for (int r = 0; r < R; r++) {
             if (KIND == WIDE) {
                 vec x = spread(((const float*)a[r])[k]);
@@ -70,42 +70,43 @@ static inline void block(const uint32_t* const* a, int64_t low, const uint32_t* 
 }
 
 template <int KIND, int R>
-static void panel_rows(const uint32_t* const* a, int64_t low, const uint32_t* b, int tiles, int depth, float* const* c, bool add) {
+static void panel_rows(const uint32_t* const* a, int64_t low, const uint32_t* b, int tiles, int depth, float* const* c, bool add,
+                       int64_t ahead) {
     int64_t step = (int64_t)tiles * LANES;
     if (TOGETHER == PANEL) {
         switch (tiles) {
-            case 4: return block<KIND, R, TOGETHER>(a, low, b, step, depth, c, add);
-            case 3: return block<KIND, R, TOGETHER == 1 ? 1 : 3>(a, low, b, step, depth, c, add);
-            case 2: return block<KIND, R, TOGETHER == 1 ? 1 : 2>(a, low, b, step, depth, c, add);
-            default: return block<KIND, R, 1>(a, low, b, step, depth, c, add);
+            case 4: return block<KIND, R, TOGETHER>(a, low, b, step, depth, c, add, ahead);
+            case 3: return block<KIND, R, TOGETHER == 1 ? 1 : 3>(a, low, b, step, depth, c, add, ahead);
+            case 2: return block<KIND, R, TOGETHER == 1 ? 1 : 2>(a, low, b, step, depth, c, add, ahead);
+            default: return block<KIND, R, 1>(a, low, b, step, depth, c, add, ahead);
         }
     }
     for (int t = 0; t < tiles; t++) {
         float* moved[R];
         for (int r = 0; r < R; r++) moved[r] = c[r] + t * LANES;
-        block<KIND, R, 1>(a, low, b + t * LANES, step, depth, moved, add);
+        block<KIND, R, 1>(a, low, b + t * LANES, step, depth, moved, add, ahead);
     }
 }
 
 template <int KIND>
 static void panel_kind(int rows, const uint32_t* const* a, int64_t low, const uint32_t* b, int tiles, int depth, float* const* c,
-                       bool add) {
+                       bool add, int64_t ahead) {
     switch (rows) {
-        case 6: return panel_rows<KIND, 6>(a, low, b, tiles, depth, c, add);
-        case 5: return panel_rows<KIND, 5>(a, low, b, tiles, depth, c, add);
-        case 4: return panel_rows<KIND, 4>(a, low, b, tiles, depth, c, add);
-        case 3: return panel_rows<KIND, 3>(a, low, b, tiles, depth, c, add);
-        case 2: return panel_rows<KIND, 2>(a, low, b, tiles, depth, c, add);
-        default: return panel_rows<KIND, 1>(a, low, b, tiles, depth, c, add);
+        case 6: return panel_rows<KIND, 6>(a, low, b, tiles, depth, c, add, ahead);
+        case 5: return panel_rows<KIND, 5>(a, low, b, tiles, depth, c, add, ahead);
+        case 4: return panel_rows<KIND, 4>(a, low, b, tiles, depth, c, add, ahead);
+        case 3: return panel_rows<KIND, 3>(a, low, b, tiles, depth, c, add, ahead);
+        case 2: return panel_rows<KIND, 2>(a, low, b, tiles, depth, c, add, ahead);
+        default: return panel_rows<KIND, 1>(a, low, b, tiles, depth, c, add, ahead);
     }
 }
 
-// c[r][0 .. 16 tiles) = (c +) a[r] . panel, for 1 to ROWS rows.
+// c[r][0 .. 16 tiles) = (c +) a[r] . panel, for 1 to ROWS rows. Memory is fetched `ahead` words before it is read.
 static inline void panel_product(int kind, int rows, const uint32_t* const* a, int64_t low, const uint32_t* b, int tiles,
-                                 int depth, float* const* c, bool add) {
-    if (kind == WIDE) return panel_kind<WIDE>(rows, a, low, b, tiles, depth, c, add);
-    if (kind == PAIRS) return panel_kind<PAIRS>(rows, a, low, b, tiles, depth, c, add);
-    return panel_kind<SPLIT_PAIRS>(rows, a, low, b, tiles, depth, c, add);
+                                 int depth, float* const* c, bool add, int64_t ahead = 0) {
+    if (kind == WIDE) return panel_kind<WIDE>(rows, a, low, b, tiles, depth, c, add, ahead);
+    if (kind == PAIRS) return panel_kind<PAIRS>(rows, a, low, b, tiles, depth, c, add, ahead);
+    return panel_kind<SPLIT_PAIRS>(rows, a, low, b, tiles, depth, c, add, ahead);
 }
 
 // A packed matrix W [outputs, inputs]: y = W x. Its parts may come from several tensors, each starting at a multiple of 16.
@@ -150,7 +151,7 @@ static inline void multiply_panel(const Matrix& w, int p, int64_t low, int count
     for (int i = 0; i < count; i += ROWS) {
         int rows = count - i < ROWS ? count - i : ROWS;
         for (int r = 0; r < rows; r++) from[r] = a(i + r), to[r] = c(i + r);
-        panel_product(w.kind, rows, from, low, w.panel(p), w.panel_tiles(p), w.depth, to, add);
+        panel_product(w.kind, rows, from, low, w.panel(p), w.panel_tiles(p), w.depth, to, add, i ? 0 : FETCH);  // then it is near
     }
 }
 

@@ -1,6 +1,8 @@
-// The k largest of n scores with a defined answer: ties go to the lowest index. Threshold by radix on the scores' bits; long
-// lists are first thinned with a guess from every sixteenth score, which costs one pass and never changes the answer.
+// The k largest of a stream of scores with a defined answer: ties go to the lowest index. Scores come in ascending order of
+// index; a buffer of candidates is cut back to the best k whenever it is full, and from then on only scores above the k-th pass.
+// Equal ones come later and lose. A long stream costs little more than one comparison a score.
 #pragma once
+#include <algorithm>
 #include <vector>
 
 #include "vec.h"
@@ -14,73 +16,81 @@ static inline uint32_t ordered(float f) {
     return bits ^ ((uint32_t)((int32_t)bits >> 31) | 0x80000000u);
 }
 
-class Selector {
+class Selection {
   public:
-    // Writes the indices of the k largest of scores[0 .. n), ascending, to out. 0 < k < n.
-    void select(const float* scores, int n, int k, int32_t* out) {
-        if (n >= 8 * k && n >= 4096 && thin(scores, n, k)) {
-            choose(kept_.data(), where_.data(), (int)kept_.size(), k, out);
-        } else {
-            choose(scores, nullptr, n, k, out);
+    void begin(int k) {
+        k_ = k, count_ = 0, limit_ = -__builtin_inff();
+        size_t room = (size_t)std::max(2 * k, 512) + LANES;
+        if (score_.size() < room) score_.resize(room), index_.resize(room), left_.resize(room);
+    }
+
+    // Scores of `index` .. `index` + 15; those at or past `end` are not there.
+    void push(vec scores, int index, int end) {
+        const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        ivec at = lane + index;
+#if defined(__AVX512F__)
+        __mmask16 mask = _mm512_cmp_ps_mask((__m512)scores, _mm512_set1_ps(limit_), _CMP_GT_OQ);
+        if (end - index < LANES) mask &= (1u << (end > index ? end - index : 0)) - 1;
+        if (!mask) return;
+        _mm512_storeu_ps(score_.data() + count_, _mm512_maskz_compress_ps(mask, (__m512)scores));
+        _mm512_storeu_si512(index_.data() + count_, _mm512_maskz_compress_epi32(mask, (__m512i)at));
+        count_ += __builtin_popcount(mask);
+#else
+        for (int i = 0; i < LANES && index + i < end; i++)
+            if (scores[i] > limit_) score_[count_] = scores[i], index_[count_++] = at[i];
+#endif
+        if (count_ + LANES > (int)score_.size()) cut();
+    }
+
+    // Takes in the candidates of a stream whose indices all come after those seen here.
+    void append(const Selection& later) {
+        for (int i = 0; i < later.count_; i++) {
+            if (later.score_[i] > limit_) score_[count_] = later.score_[i], index_[count_++] = later.index_[i];
+            if (count_ + LANES > (int)score_.size()) cut();
         }
+    }
+
+    // The indices of the k best, ascending. At least k scores were pushed.
+    const int32_t* finish() {
+        cut();
+        return index_.data();
     }
 
   private:
-    static constexpr int STRIDE = 16;
-
-    // Keeps the scores above a guess of rank a little beyond k. False when fewer than k are above it.
-    bool thin(const float* scores, int n, int k) {
-        int samples = n / STRIDE;
-        sample_.resize(samples);
-        for (int i = 0; i < samples; i++) sample_[i] = scores[i * STRIDE];
-        int rank = k / STRIDE + k / (4 * STRIDE) + 16;
-        if (rank >= samples) return false;
-        float guess = kth(sample_.data(), samples, rank);
-        kept_.resize(n + LANES), where_.resize(n + LANES);
-        int count = above(scores, n, guess);
-        kept_.resize(count), where_.resize(count);
-        return count > k;
-    }
-
-    int above(const float* scores, int n, float guess) {
-        int count = 0, i = 0;
-#if defined(__AVX512F__)
-        __m512 limit = _mm512_set1_ps(guess);
-        __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        for (; i + LANES <= n; i += LANES) {
-            __m512 v = _mm512_loadu_ps(scores + i);
-            __mmask16 mask = _mm512_cmp_ps_mask(v, limit, _CMP_GT_OQ);
-            if (!mask) continue;
-            _mm512_storeu_ps(kept_.data() + count, _mm512_maskz_compress_ps(mask, v));
-            __m512i at = _mm512_add_epi32(index, _mm512_set1_epi32(i));
-            _mm512_storeu_si512(where_.data() + count, _mm512_maskz_compress_epi32(mask, at));
-            count += __builtin_popcount(mask);
+    // Keeps the k best candidates, in order of index.
+    void cut() {
+        if (count_ <= k_) return;
+        limit_ = kth();
+        int greater = 0;
+        for (int i = 0; i < count_; i++) greater += score_[i] > limit_;
+        int room = k_ - greater, kept = 0;
+        for (int i = 0; i < count_; i++) {
+            bool tied = score_[i] == limit_ && room > 0, stays = tied || score_[i] > limit_;
+            score_[kept] = score_[i], index_[kept] = index_[i];  // written even when it goes: cheaper than a branch
+            room -= tied, kept += stays;
         }
-#endif
-        for (; i < n; i++)
-            if (scores[i] > guess) kept_[count] = scores[i], where_[count++] = i;
-        return count;
+        count_ = kept;
     }
 
-    // The k-th largest of n scores, as a float.
-    float kth(const float* scores, int n, int k) {
-        left_.resize(n);
-        for (int i = 0; i < n; i++) left_[i] = ordered(scores[i]);
+    // The k-th largest candidate, by radix on ordered bits.
+    float kth() {
+        int n = count_, k = k_;
+        for (int i = 0; i < n; i++) left_[i] = ordered(score_[i]);
         static constexpr int SHIFT[3] = {21, 10, 0}, BITS[3] = {11, 11, 10};
         uint32_t found = 0;
         for (int level = 0; level < 3; level++) {
-            uint32_t mask = (1u << BITS[level]) - 1;
+            uint32_t mask = (1u << BITS[level]) - 1, bin = mask;
             std::memset(bins_, 0, sizeof(int) * (mask + 1));
-            for (uint32_t key : left_) bins_[(key >> SHIFT[level]) & mask]++;
-            uint32_t bin = mask;
+            for (int i = 0; i < n; i++) bins_[(left_[i] >> SHIFT[level]) & mask]++;
             for (; k > bins_[bin]; bin--) k -= bins_[bin];
             found |= bin << SHIFT[level];
-            size_t kept = 0;
-            for (uint32_t key : left_) {
+            int kept = 0;
+            for (int i = 0; i < n; i++) {
+                uint32_t key = left_[i];
                 left_[kept] = key;
                 kept += ((key >> SHIFT[level]) & mask) == bin;
             }
-            left_.resize(kept);
+            n = kept;
         }
         uint32_t bits = found & 0x80000000u ? found ^ 0x80000000u : ~found;
         float value;
@@ -88,21 +98,10 @@ class Selector {
         return value;
     }
 
-    void choose(const float* scores, const int32_t* where, int n, int k, int32_t* out) {
-        float threshold = kth(scores, n, k);
-        int greater = 0;
-        for (int i = 0; i < n; i++) greater += scores[i] > threshold;
-        int room = k - greater, count = 0;
-        for (int i = 0; i < n && count < k; i++) {
-            bool tied = scores[i] == threshold && room > 0;
-            out[count] = where ? where[i] : i;  // written even when not taken: cheaper than a branch
-            room -= tied;
-            count += tied || scores[i] > threshold;
-        }
-    }
-
-    std::vector<float> sample_, kept_;
-    std::vector<int32_t> where_;
+    int k_ = 0, count_ = 0;
+    float limit_ = 0;
+    std::vector<float> score_;
+    std::vector<int32_t> index_;
     std::vector<uint32_t> left_;
     int bins_[2048];
 };

@@ -117,7 +117,7 @@ def test_a_schema_that_is_none_is_refused_where_it_must_be_followed(service, cha
     }
     for name, body in bodies.items():
         _, kind, to_wanted = CASES[name]
-        with pytest.raises(ApiError, match=f"{next(iter(change))}: needs") as raised:
+        with pytest.raises(ApiError, match=next(iter(change))) as raised:
             prepare(to_wanted(checked(kind, body), service, "", "id").turn, service)
         assert raised.value.status == 400
 

@@ -147,13 +147,14 @@ function requestBody() {
   const system = $("system").value.trim();
   const tools = $("tools").value.trim();
   const thinking = $("thinking").checked;
+  const effort = thinking ? $("effort").value : "";
   return {
     model: "page",
     messages: system ? [{ role: "system", content: system }, ...messages] : messages,
     stream: true,
     stream_options: { include_usage: true },
     thinking: { type: thinking ? "enabled" : "disabled" },
-    ...(thinking ? { reasoning_effort: $("effort").value } : {}),
+    ...(effort ? { reasoning_effort: effort } : {}),
     ...(tools ? { tools: JSON.parse(tools) } : {}),
   };
 }

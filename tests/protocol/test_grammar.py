@@ -44,12 +44,12 @@ def walk(follower, tokenizer, rng, free):
         mask = follower.mask()
         assert mask.shape == (tokenizer.vocab_size,) and mask.dtype == torch.bool
         assert not mask[others].any(), "no special token but these two is ever allowed"
-        allowed = mask.nonzero().flatten().tolist()
-        assert allowed, f"stuck after {tokenizer.decode(out)!r}"
-        token = rng.choice(allowed)
+        allowed = mask.nonzero().flatten()
+        assert len(allowed), f"stuck after {tokenizer.decode(out)!r}"
+        token = int(allowed[rng.randrange(len(allowed))])
         if len(out) >= free and rng.random() < 0.9:
             last = [one for one in (end, mark) if mask[one]]
-            token = last[0] if last else rng.choice([one for one in closers if mask[one]] or allowed)
+            token = last[0] if last else rng.choice([one for one in closers if mask[one]] or [token])
         follower.accept(token)
         out.append(token)
         assert len(out) < 20_000
@@ -470,3 +470,43 @@ def test_keywords_are_not_looked_for_where_they_are_data():
               "additionalProperties": False, "default": {"if": 1}, "examples": [{"contains": 1}]}  # fmt: skip
     make = constraint(BYTES, start="content", tools=[tool("f", {"p": schema, "e": {"enum": [{"not": 1}]}}, ["p"])])
     assert allows(make(), calling(("p", '{"not": 5, "$ref": 6}', "false"), ("e", '{"not": 1}', "false")))
+
+
+JUNK_KEYS = st.sampled_from(
+    ["type", "properties", "required", "additionalProperties", "items", "enum", "const", "anyOf", "oneOf", "allOf", "$ref", "$defs",
+     "minLength", "maxLength", "pattern", "format", "minimum", "maximum", "minItems", "prefixItems", "not", "a", "patternProperties"]
+)  # fmt: skip
+JUNK_VALUES = st.sampled_from(
+    [None, True, False, 0, -1, 2.5, 10**30, "", "string", "object", "array", "integer", "#", "#/a", "#/$defs/a", "(", "a", "date",
+     "\ud83d", [], {}]
+)  # fmt: skip
+JUNK = st.recursive(
+    JUNK_VALUES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(JUNK_KEYS, inner, max_size=4), max_leaves=8
+)
+
+
+@given(JUNK, JUNK, st.booleans())
+@settings(max_examples=400)
+def test_any_schema_is_followed_or_refused(first, second, strict):
+    """Never another error than the one that says what to change; what is accepted can be begun."""
+    tools = [tool("f", {"p": first}, [], strict), {"function": {"name": "g", "strict": strict, "parameters": second}}]
+    requests = [
+        {"tools": tools, "tool_choice": "required"},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": first}}},
+    ]
+    for request in requests:
+        try:
+            follower = constraint(BYTES, start="content", **request)()
+        except ProtocolError as error:
+            assert len(str(error)) > 10
+        else:
+            assert follower.mask().any()
+
+
+def test_schemas_that_nest_for_ever():
+    deep = {"type": "object"}
+    for _ in range(5000):
+        deep = {"type": "array", "items": deep}
+    for request in ({"tools": [tool("f", {"p": deep})]}, {"response_format": {"type": "json_schema", "schema": deep}}):
+        with pytest.raises(ProtocolError, match="deep"):
+            constraint(BYTES, start="content", **request)

@@ -34,6 +34,8 @@ PLACES = {
     "latest_reminder": lambda x: ([USER, {"role": "latest_reminder", "content": x}], {}),
     "assistant": lambda x: ([USER, answer(content=x)], {}),
     "open assistant": lambda x: ([USER, answer(content=x, wo_eos=True)], {}),
+    "prefix": lambda x: ([USER, answer(content=x, prefix=True)], {}),
+    "prefix in reasoning": lambda x: ([USER, answer(reasoning_content=x, prefix=True)], {}),
     "reasoning": lambda x: ([USER, answer(reasoning_content=x)], {}),
     "call name": lambda x: ([USER, answer(tool_calls=[call(x, "{}")])], {}),
     "call key": lambda x: ([USER, answer(tool_calls=[call("get", json.dumps({x: 1}))])], {}),

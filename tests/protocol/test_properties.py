@@ -59,12 +59,12 @@ def sound(events, raw, spelled_out):
     assert all(character in rest for character in said), "only what was written is said, in its order"
 
 
-@given(COMPLETIONS, CUTS, STARTS, OFFERED, st.sampled_from([None, "stop", "length"]))
+@given(COMPLETIONS, CUTS, STARTS, OFFERED, st.sampled_from([None, "stop", "length"]), st.booleans())
 @settings(max_examples=200)
-@example(f"a{tag('tool_calls')}b{texts.THINK_CLOSE}c", [3], "reasoning", None, None)
-def test_text_is_parsed_alike_however_it_is_cut(raw, cuts, start, tools, reason):
+@example(f"a{tag('tool_calls')}b{texts.THINK_CLOSE}c", [3], "reasoning", None, None, False)
+def test_text_is_parsed_alike_however_it_is_cut(raw, cuts, start, tools, reason, continued):
     start = "content" if tools == [] and start == "calls" else start
-    options = {"start": start, "tools": tools}
+    options = {"start": start, "tools": tools, "continued": continued}
     whole = streamed([raw], reason, **options)
     assert streamed(list(raw), reason, **options) == whole
     assert streamed(cut(raw, cuts), reason, **options) == whole
@@ -72,11 +72,11 @@ def test_text_is_parsed_alike_however_it_is_cut(raw, cuts, start, tools, reason)
     sound(whole, raw, spelled_out=True)
 
 
-@given(COMPLETIONS, CUTS, STARTS, OFFERED, st.sampled_from([None, "stop", "length"]))
+@given(COMPLETIONS, CUTS, STARTS, OFFERED, st.sampled_from([None, "stop", "length"]), st.booleans())
 @settings(max_examples=200)
-def test_ids_are_parsed_alike_however_they_are_cut(raw, cuts, start, tools, reason):
+def test_ids_are_parsed_alike_however_they_are_cut(raw, cuts, start, tools, reason, continued):
     start = "content" if tools == [] and start == "calls" else start
-    options = {"start": start, "tools": tools, "tokenizer": TOKENIZER}
+    options = {"start": start, "tools": tools, "tokenizer": TOKENIZER, "continued": continued}
     ids = ids_of(raw, TOKENIZER)
     whole = streamed([ids], reason, **options)
     assert streamed(ids, reason, **options) == whole

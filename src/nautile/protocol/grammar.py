@@ -87,7 +87,7 @@ def constraint(
     ``parallel=False`` allows one call an answer. Raises ProtocolError that names the keyword when a schema cannot be followed.
     """
     offered, choice = choose(tool_choice, tuple(tools or ()))
-    functions = [tool.get("function", tool) for tool in offered]
+    functions = [_function(tool) for tool in offered]
     shape = response_format if response_format and response_format.get("type") != "text" else None
     strict = any(function.get("strict") for function in functions)
     if choice != "required" and start != "calls" and shape is None and not strict:
@@ -95,10 +95,30 @@ def constraint(
     if start == "calls" and not functions:
         raise ProtocolError("an answer that starts inside calls needs tools")
     writer = _Writer(tokenizer.special(texts.DSML))
-    lark = writer.answer(start, functions, choice == "required", shape, parallel)
-    matcher = _compiled(tokenizer, lark, writer)
+    try:
+        matcher = _compiled(tokenizer, writer.answer(start, functions, choice == "required", shape, parallel), writer)
+    except RecursionError:
+        raise ProtocolError("a schema nests too deep; write it with fewer levels") from None
+    except UnicodeEncodeError as error:
+        raise ProtocolError(f"half of a surrogate pair in a schema, {error.object!r}; send valid Unicode") from None
     opening = _reasoning_mask(tokenizer) if start == "reasoning" else None
     return lambda: GrammarConstraint(matcher.deep_copy(), tokenizer, opening)
+
+
+def _function(tool: Mapping[str, Any]) -> Schema:
+    """The function of a tool, its parameters checked as far as the grammar reads them."""
+    function = tool.get("function", tool)
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ProtocolError(f"a tool is an object with a function that has a name, got {tool!r}")
+    name, root = function["name"], function.get("parameters")
+    if not isinstance(root, Mapping | None):
+        raise ProtocolError(f"tool {name}: parameters must be a JSON schema, an object, got {root!r}")
+    if not isinstance((root or {}).get("properties"), Mapping | None):
+        raise ProtocolError(f"tool {name}: properties must be an object of schemas")
+    required = (root or {}).get("required") or ()
+    if not isinstance(required, list | tuple) or not all(isinstance(key, str) for key in required):
+        raise ProtocolError(f"tool {name}: required must be a list of names")
+    return function
 
 
 def _reasoning_mask(tokenizer: Tokenizer) -> Tensor:
@@ -155,8 +175,6 @@ class _Writer:
             raise ProtocolError(f"tool {name}: {error}") from None
         strict = bool(function.get("strict"))
         properties = root.get("properties") or {}
-        if not isinstance(properties, Mapping):
-            raise ProtocolError(f"tool {name}: properties must be an object of schemas")
         if strict:
             _check_root(name, root)
         required = [key for key in root.get("required") or () if key in properties]
@@ -250,7 +268,7 @@ class _Writer:
 
 
 def _json_rule(schema: Schema) -> str:
-    return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": _SPACE}}, ensure_ascii=False)
+    return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": _SPACE}})
 
 
 def _types_only(schema: Any, root: Schema) -> Halves:

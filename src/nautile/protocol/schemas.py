@@ -23,6 +23,7 @@ Schema = Mapping[str, Any]
 ANY_TEXT = "/(?s:.*)/"
 _NOT_STRINGS = ("object", "array", "number", "boolean", "null")
 _TYPES = ("string", "integer", *_NOT_STRINGS)
+_LONGEST = 10**6  # characters that a length can be counted to
 _STRING_KEYWORDS = ("minLength", "maxLength", "pattern", "format")
 _APPLICATORS = ("anyOf", "oneOf", "allOf", "$ref")
 # Keywords that say nothing about which values are valid.
@@ -141,8 +142,10 @@ def _applied(key: str, value: Any, root: Schema, depth: int) -> Halves:
 
 def _disjoint(members: Sequence[Any]) -> bool:
     """True for members that list their values, none of which is in two of them."""
+    if not all(isinstance(member, Mapping) for member in members):
+        return False
     values = [member.get("enum", [member["const"]] if "const" in member else None) for member in members]
-    if any(value is None for value in values):
+    if not all(isinstance(value, list) for value in values):
         return False
     written = [json.dumps(one, sort_keys=True) for value in values for one in value]
     return len(set(written)) == len(written)
@@ -159,7 +162,9 @@ def _plain(schema: Schema) -> Halves:
     """A schema without applicators."""
     _check(schema)
     kinds = schema.get("type")
-    types = [kinds] if isinstance(kinds, str) else list(_TYPES) if kinds is None else list(kinds)
+    if not isinstance(kinds, str | list | None):
+        raise ProtocolError(f"type: needs the name of a JSON type or a list of them, got {kinds!r}")
+    types = [kinds] if isinstance(kinds, str) else list(_TYPES) if kinds is None else kinds
     for kind in types:
         if kind not in _TYPES:
             raise ProtocolError(f"type: {kind!r} is not a JSON type; use {', '.join(_TYPES)}")
@@ -195,8 +200,8 @@ def _text_of(schema: Schema, listed: Sequence[Any] | None) -> str | None:
         parts.append(" | ".join(literal(word) for word in words))
     low, high = schema.get("minLength", 0), schema.get("maxLength", "")
     for key in ("minLength", "maxLength"):
-        if key in schema and (not isinstance(schema[key], int) or schema[key] < 0):
-            raise ProtocolError(f"{key}: needs a whole number, got {schema[key]!r}")
+        if key in schema and (type(schema[key]) is not int or not 0 <= schema[key] <= _LONGEST):
+            raise ProtocolError(f"{key}: needs a whole number up to {_LONGEST}, got {schema[key]!r}")
     if low or high != "":
         if high != "" and low > high:
             raise ProtocolError(f"maxLength: {high} is less than minLength, {low}")
@@ -204,7 +209,7 @@ def _text_of(schema: Schema, listed: Sequence[Any] | None) -> str | None:
     if "pattern" in schema:
         parts.append(_pattern(schema["pattern"]))
     if "format" in schema:
-        if schema["format"] not in _FORMATS:
+        if not isinstance(schema["format"], str) or schema["format"] not in _FORMATS:
             raise ProtocolError(f"format: {schema['format']!r} cannot be enforced; known are {', '.join(_FORMATS)}")
         parts.append(_regex(_FORMATS[schema["format"]]))
     return " & ".join(f"({part})" for part in parts) if parts else ANY_TEXT

@@ -473,12 +473,13 @@ def test_keywords_are_not_looked_for_where_they_are_data():
 
 
 JUNK_KEYS = st.sampled_from(
-    ["type", "properties", "required", "additionalProperties", "items", "enum", "const", "anyOf", "oneOf", "allOf", "$ref", "$defs",
-     "minLength", "maxLength", "pattern", "format", "minimum", "maximum", "minItems", "prefixItems", "not", "a", "patternProperties"]
+    ["type", "properties", "required", "additionalProperties", "items", "enum", "const", "anyOf", "oneOf", "allOf", "$ref",
+     "$defs", "minLength", "maxLength", "pattern", "format", "minimum", "maximum", "minItems", "prefixItems", "not", "a",
+     "patternProperties"]
 )  # fmt: skip
 JUNK_VALUES = st.sampled_from(
-    [None, True, False, 0, -1, 2.5, 10**30, "", "string", "object", "array", "integer", "#", "#/a", "#/$defs/a", "(", "a", "date",
-     "\ud83d", [], {}]
+    [None, True, False, 0, -1, 2.5, 10**30, "", "string", "object", "array", "integer", "#", "#/a", "#/$defs/a", "(", "a",
+     "date", "\ud83d", [], {}]
 )  # fmt: skip
 JUNK = st.recursive(
     JUNK_VALUES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(JUNK_KEYS, inner, max_size=4), max_leaves=8

@@ -204,6 +204,15 @@ def test_responses_parse(client, live):
         assert stream.get_final_response().output_parsed == Reading(city="Oslo", degrees=-3)
 
 
+def test_responses_count_and_what_is_not_stored(client, live):
+    counted = client.responses.input_tokens.count(model="m", input="hi", instructions="Be brief.", tools=[TOOL]).input_tokens
+    live.engine.say("</think>Hello")
+    answer = client.responses.create(model="m", input="hi", instructions="Be brief.", tools=[TOOL])
+    assert len(live.engine.requests) == 1 and counted == answer.usage.input_tokens
+    with pytest.raises(openai.NotFoundError, match="stores no responses"):
+        client.responses.retrieve(answer.id)
+
+
 def test_responses_async(live):
     async def both() -> list[str]:
         async with openai.AsyncOpenAI(base_url=live.url + "/v1", api_key="any", max_retries=0) as client:

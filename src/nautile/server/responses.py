@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -15,7 +17,7 @@ from nautile.server.responses_events import ResponseWriter
 from nautile.server.responses_request import ResponsesRequest, Wanted, to_wanted
 from nautile.server.service import Service
 from nautile.server.sse import event, stream_events, while_connected
-from nautile.server.turn import run
+from nautile.server.turn import prepare, run
 
 __all__ = ["router"]
 
@@ -35,6 +37,22 @@ async def responses(request: Request) -> Response:
         return await stream_events(request, _events(writer, wanted, service), service.options.keep_alive)
     await while_connected(request, _all(writer, wanted, service))
     return JSONResponse(writer.response)
+
+
+@router.post("/v1/responses/input_tokens", openapi_extra=_BODY)
+async def input_tokens(request: Request) -> dict[str, Any]:
+    """How many tokens the prompt of such a request has. Nothing is generated."""
+    service = service_of(request)
+    wanted = to_wanted(checked(ResponsesRequest, await read_json(request)), service, *caller(request))
+    job = await asyncio.to_thread(prepare, wanted.turn, service)
+    return {"object": "response.input_tokens", "input_tokens": len(job.request.prompt_ids)}
+
+
+@router.get("/v1/responses/{name:path}")
+@router.delete("/v1/responses/{name:path}")
+async def stored(name: str) -> Response:
+    """Stored responses, of which there are none. Raises ApiError 404."""
+    raise ApiError(404, f"this server stores no responses, so there is no {name!r}: keep the answer when it comes")
 
 
 async def _events(writer: ResponseWriter, wanted: Wanted, service: Service) -> AsyncGenerator[bytes, None]:

@@ -297,6 +297,20 @@ def test_json_object():
         )
 
 
+def test_white_space_in_json_has_an_end():
+    make = constraint(BYTES, start="content", response_format={"type": "json_object"})
+    value = {"a": [1, {"b": []}], "c": {}}
+    for text in (
+        json.dumps(value),
+        json.dumps(value, indent=4),
+        json.dumps(value, indent="\t"),
+        json.dumps(value, separators=(",", ":")),
+    ):
+        assert allows(make(), text)
+    for text in ('{"a":  1}', '{"a": 1\n\n}', "{" + "\n" + " " * 41 + "}"):
+        assert not allows(make(), text)
+
+
 def test_json_schema_has_every_property_and_no_other():
     make = constraint(BYTES, start="content", response_format=AS_SCHEMA)
     assert allows(make(), '{"name": "x", "age": 5}') and allows(make(), '{"name":"x","age":5}')

@@ -27,7 +27,8 @@ from nautile.protocol.values import allowed_types
 __all__ = ["GrammarConstraint", "constraint"]
 
 Schema = Mapping[str, Any]
-_SPACE = r"[\x20\x0A\x0D\x09]{1,64}"  # white space between JSON tokens has an end, so that no model can write it for ever
+# White space between JSON tokens: a space, or a new line and its indentation. Without an end a weak model writes it for ever.
+_SPACE = r"( |\n {0,40}|\n\t{0,10})"
 _ANY_JSON: Schema = {"type": ["object", "array", "number", "boolean", "null"]}
 _MOST_BITS = 64  # of a parametric rule
 _LONGEST_NAME = 256

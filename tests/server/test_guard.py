@@ -44,6 +44,15 @@ def test_pages_of_other_sites_are_refused(origin: str) -> None:
     assert local.engine.requests == []
 
 
+def test_a_browser_asks_before_it_sends_the_key() -> None:
+    local = Local(ServerOptions(allowed_origins=("https://app.example",), api_keys=("key-of-anna",)))
+    asked = {"origin": "https://app.example", "access-control-request-method": "POST"}
+    answer = local.http.options("/v1/chat/completions", headers={**asked, "access-control-request-headers": "authorization"})
+    assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "https://app.example"
+    assert post(local, origin="https://app.example").status_code == 401
+    assert local.http.options("/v1/chat/completions", headers={**asked, "origin": "https://evil.example"}).status_code == 403
+
+
 def test_own_pages_and_allowed_sites_may_call() -> None:
     local = Local(ServerOptions(allowed_origins=("https://app.example",)))
     assert post(local, origin="http://localhost:8000").status_code == 200

@@ -25,6 +25,7 @@ from nautile.protocol import (
     texts,
 )
 from nautile.server.errors import ApiError, invalid
+from nautile.server.scores import Scores, TokenLogprobs
 from nautile.server.stop import StopFilter
 
 if TYPE_CHECKING:
@@ -42,16 +43,6 @@ class TurnStarted:
 
     prompt_tokens: int
     cached_tokens: int
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """One token of the reasoning or the content: its bytes, its log-probability, and the likeliest (bytes, log-probability)."""
-
-    section: Literal["reasoning", "content"]
-    data: bytes
-    logprob: float
-    top: tuple[tuple[bytes, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,8 +110,7 @@ class Writer:
         self._stop, self._parallel = StopFilter(stop), parallel_calls
         self._eos = tokenizer.special(texts.EOS)
         self._close, self._dsml = _special(tokenizer, texts.THINK_CLOSE), _special(tokenizer, texts.DSML)
-        self._waiting: list[tuple[TokenLogprobs, int]] = []  # with the place in the text where each begins
-        self._shown = self._seen = 0  # bytes of content since nothing was held back: shown, and taken in
+        self._scores = Scores()
         self._finish: tuple[FinishReason, tuple[str, ...]] | None = None
         self.completion_tokens = self.reasoning_tokens = 0
         self.reasoning: list[str] = []
@@ -139,12 +129,16 @@ class Writer:
         self.reasoning_tokens += self._section == "reasoning"
         if token == self._eos:
             return
-        if token in (self._close, self._dsml):
-            self._section = "content" if token == self._close else "calls"
-        elif sampled.logprob is not None and self._section != "calls":
-            self._waiting.append((self._logprobs(sampled, self._section), self._seen))
-            self._seen += len(self._waiting[-1][0].data)
+        if token not in (self._dsml, self._close) and sampled.logprob is not None and self._section != "calls":
+            self._scores.sampled(self._logprobs(sampled, self._section))
         yield from self._passed(self._reader.feed(token))
+        if token == self._dsml:
+            self._scores.markup()
+            self._section = "calls"
+        elif token == self._close:
+            if self._section == "reasoning":
+                self._scores = Scores()
+            self._section = "content"
 
     def finish(self, reason: Literal["stop", "length"]) -> Iterator[Output]:
         """What was held back, once the engine has ended."""
@@ -152,7 +146,7 @@ class Writer:
             yield from self._passed(self._reader.finish(reason))
         if self._stop.matched is None:
             yield from self._content(self._stop.flush())
-            yield from self._released()
+            yield from self._scores.released()
 
     def finished(self, prompt_tokens: int, cached_tokens: int) -> TurnFinished:
         """The last event."""
@@ -164,9 +158,10 @@ class Writer:
         """Events of the reader, content through the stop filter; nothing after the end of the turn."""
         for event in events:
             if self.done:
-                return
+                break
             if isinstance(event, ContentDelta):
                 self._section = "content" if self._section == "reasoning" else self._section
+                self._scores.said(event.text)
                 yield from self._content(self._stop.feed(event.text))
                 continue
             if isinstance(event, Finish):
@@ -177,26 +172,18 @@ class Writer:
             elif isinstance(event, ReasoningDelta):
                 self._section = "reasoning"
                 self.reasoning.append(event.text)
+                self._scores.said(event.text)
+                self._scores.shown(event.text)
             elif isinstance(event, ToolCallEnd):
                 self.calls.append(event.call)
             yield event
-        yield from self._released()
+        yield from self._scores.released()
 
     def _content(self, text: str) -> Iterator[Output]:
         if text:
             self.content.append(text)
-            self._shown += len(text.encode("utf-8", "replace"))
+            self._scores.shown(text)
             yield ContentDelta(text)
-
-    def _released(self) -> Iterator[Output]:
-        """Log-probabilities of tokens whose text has been shown, or is no longer in doubt."""
-        stopped = self._stop.matched is not None
-        if self._stop.held and not stopped:
-            return
-        for logprobs, begins in self._waiting:
-            if not stopped or begins < self._shown:
-                yield logprobs
-        self._waiting, self._shown, self._seen = [], 0, 0
 
     def _logprobs(self, sampled: TokenSampled, section: Literal["reasoning", "content"]) -> TokenLogprobs:
         assert sampled.logprob is not None

@@ -65,7 +65,7 @@ class Guard:
             await send(message)
 
         try:
-            partition = self._admit(path, headers)
+            partition = self._admit(scope["method"], path, headers)
             scope.setdefault("state", {}).update(partition=partition, request_id=request_id)
             await self.app(scope, receive, watched)
         except ApiError as error:
@@ -81,12 +81,13 @@ class Guard:
         finally:
             self._account(scope, request_id, status, time.monotonic() - begun)
 
-    def _admit(self, path: str, headers: dict[str, str]) -> str:
+    def _admit(self, method: str, path: str, headers: dict[str, str]) -> str:
         """The partition of the caller. Raises ApiError."""
         options = self.service.options
         check_host(headers.get("host", ""), options.allowed_hosts)
         check_origin(headers.get("origin"), headers.get("host", ""), options.allowed_origins)
-        if path in _OPEN or path.startswith(_OPEN_FOLDER):
+        asks = method == "OPTIONS" and "access-control-request-method" in headers  # a browser, before it sends the key
+        if asks or path in _OPEN or path.startswith(_OPEN_FOLDER):
             return ""
         partition = self._keys.partition(_key(headers))
         if partition is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -18,6 +19,7 @@ _DISCARD_SECONDS = 5.0
 _DISCARD_BYTES = 2**28
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _DEEPEST = 200
+_LARGE = 2**18  # bytes that take long enough to hold up other requests
 
 
 def service_of(request: Request) -> Service:
@@ -34,7 +36,8 @@ def caller(request: Request) -> tuple[str, str]:
 
 async def read_json(request: Request) -> dict[str, Any]:
     """The JSON object of a request. Raises ApiError 413 for a body over the limit, 400 for anything but an object."""
-    return parse_json(await _read(request, service_of(request).options.body_limit))
+    raw = await _read(request, service_of(request).options.body_limit)
+    return parse_json(raw) if len(raw) < _LARGE else await asyncio.to_thread(parse_json, raw)
 
 
 async def _read(request: Request, limit: int) -> bytes:

@@ -116,6 +116,7 @@ class Pages:
         self.csa_kv, self.csa_gate = (self._new((slots, csa, CSA_RING, 2 * c), torch.float32) for _ in range(2))
         self.index_kv, self.index_gate = (self._new((slots, csa, CSA_RING, 2 * ci), torch.float32) for _ in range(2))
         self.hca_kv, self.hca_gate = (self._new((slots, hca, HCA_RING, c), torch.float32) for _ in range(2))
+        self.version = torch.zeros(blocks, dtype=torch.int64)  # raised by whoever writes history rows; see ``changed``
         self.references, self.cached = [0] * blocks, [0] * blocks  # owners of each block; those in the prefix cache
         self.evictable = 0  # blocks whose owners are all in the prefix cache
         self.free_blocks = list(range(blocks - 1, -1, -1))  # the lowest number is taken first
@@ -176,6 +177,7 @@ class Pages:
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy all rows of a block."""
+        self.changed([target])
         for name in HISTORY:
             tensor = getattr(self, name)
             tensor[target].copy_(tensor[source])
@@ -183,6 +185,11 @@ class Pages:
     def equal_blocks(self, one: list[int], other: list[int]) -> bool:
         """Whether two lists of blocks hold the same bytes."""
         return torch.equal(self.read_blocks(one), self.read_blocks(other))
+
+    def changed(self, blocks: Iterable[int]) -> None:
+        """Rows of these blocks were written: what somebody derived from them (the native kernels' 8-bit keys) is out of date."""
+        for block in blocks:
+            self.version[block] += 1
 
     def read_blocks(self, blocks: list[int]) -> Tensor:
         """The bytes of these blocks in host memory: uint8 [blocks, block_bytes]; per block csa, index, hca."""
@@ -192,6 +199,7 @@ class Pages:
 
     def write_blocks(self, blocks: list[int], data: Tensor) -> None:
         """The inverse of ``read_blocks``."""
+        self.changed(blocks)
         start = 0
         for name in HISTORY:
             tensor = getattr(self, name)

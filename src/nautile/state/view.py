@@ -91,6 +91,7 @@ class LayerView:
     def _store(self, pool: Tensor, layout: Format, new: Tensor, count: int) -> Tensor:
         places = self.view.step.history(self.ratio)
         if len(places.block):
+            self.view.pages.changed(set(places.block.tolist()))
             pool[places.block, self.ordinal, places.row] = layout.encode(new[places.batch, places.source])
         rows = pool.shape[2]
         table = self.view.step.table[:, : -(-count // rows)]

@@ -201,6 +201,7 @@ def test_codex(tmp_path):
             live,
             [
                 "Look first.</think>I look." + calls(("exec_command", {"cmd": "cat greet.py"})),
+                "A tool in a namespace.</think>" + calls(("multi_agent_v1__close_agent", {"target": "nobody"})),
                 "One word.</think>" + calls(("exec_command", {"cmd": "sed -i s/hello/goodbye/ greet.py && cat greet.py"})),
                 f"Done.</think>{LAST}",
             ],
@@ -213,6 +214,10 @@ def test_codex(tmp_path):
         items = [json.loads(line)["item"] for line in said.splitlines() if '"item.completed"' in line]
         kinds = [(item["type"], item.get("exit_code")) for item in items]
         assert kinds.count(("command_execution", 0)) == 2 and items[-1]["text"] == LAST
+        sent = session.recorder.exchanges[2]["request"]["body"]["input"]
+        assert (
+            "invalid agent id" in sent[-1]["output"] and sent[-2]["namespace"] == "multi_agent_v1"
+        )  # the tool itself answered
         session.record(script, [item for item in items if item["type"] in ("command_execution", "agent_message", "reasoning")])
         session.check(script)
 

@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from nautile import __version__
-from nautile.cli import agent, chat, demo, doctor, evaluate, sandbox, serve, session, train
+from nautile.cli import agent, bench, chat, demo, doctor, evaluate, sandbox, serve, session, train
 
 __all__ = ["app", "main"]
 
@@ -34,6 +34,7 @@ app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 app.add_typer(evaluate.app, name="eval")
+app.add_typer(bench.app, name="bench")
 app.add_typer(train.app, name="train")
 app.add_typer(sandbox.app, name="sandbox")
 app.add_typer(session.app, name="session")

@@ -1,0 +1,205 @@
+"""``nautile bench``: how an engine or a server behaves under load."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import platform
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from nautile.engine.load import Load, Outcome, Target
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Measure speed under load.", no_args_is_help=True)
+
+
+@app.callback()
+def _root() -> None:
+    """Measure speed under load."""
+
+
+@app.command("serve")
+def serve(  # noqa: PLR0913  # one parameter an option
+    *,
+    url: Annotated[str, typer.Option(help="A running server. Without it, an engine in this process.")] = "",
+    model: Annotated[str, typer.Option(help="Model of that engine. Default: the shipped nano.")] = "",
+    api_key: Annotated[str, typer.Option(help="The server's key.")] = "",
+    requests: Annotated[int, typer.Option(min=1, help="How many in all.")] = 32,
+    rate: Annotated[float, typer.Option(min=0, help="Arrivals a second (Poisson). 0: clients wait for their answers.")] = 0.0,
+    clients: Annotated[int, typer.Option(min=1, help="Clients at a time, with rate 0.")] = 8,
+    input_tokens: Annotated[int, typer.Option("--input", min=1, help="Tokens of a prompt (words, with a URL).")] = 512,
+    output_tokens: Annotated[int, typer.Option("--output", min=1, help="Tokens of an answer, at most with a URL.")] = 64,
+    shared: Annotated[float, typer.Option(min=0, max=1, help="Part of a prompt that its group has in common.")] = 0.6,
+    groups: Annotated[int, typer.Option(min=1, help="Groups of prompts with a common beginning.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of prompts and arrivals.")] = 0,
+    precision: Annotated[str, typer.Option(help="Of the native kernels: float32 or bfloat16.")] = "float32",
+    speculate: Annotated[bool, typer.Option(help="Draft with the MTP block.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the result as JSON here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the times as PNG or SVG here.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Send a load; report throughput, time to the first token, time per token, hit rate.
+
+    Example: nautile bench serve --rate 4 --requests 64 --input 512 --output 64 --plot load.png
+    """
+    from nautile.engine.load import Load, summary  # noqa: PLC0415
+
+    load = Load(requests, rate, clients, input_tokens, output_tokens, shared, groups, seed)
+    version = _commit()
+    if url and model:
+        raise typer.BadParameter("give --url or --model, not both")
+    if precision not in ("float32", "bfloat16"):
+        raise typer.BadParameter(f"--precision is float32 or bfloat16, not {precision!r}")
+    if url:
+        outcomes, seconds = asyncio.run(_run(load, HttpTarget(url, api_key), json_))
+        about: dict[str, Any] = {"target": "server"}
+    else:
+        outcomes, seconds, about = _run_engine(load, model, precision, speculate, json_)
+    result = {**about, **summary(load, outcomes, seconds), **_where(version)}
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if plot is not None:
+        _plot(outcomes, result, plot)
+    if json_:
+        typer.echo(json.dumps(result))
+    else:
+        _show(result)
+    if result["errors"]:
+        raise typer.Exit(1)
+
+
+def _run_engine(
+    load: Load, model: str, precision: str, speculate: bool, quiet: bool
+) -> tuple[list[Outcome], float, dict[str, Any]]:
+    from nautile.cli.agent import shipped_model  # noqa: PLC0415
+    from nautile.engine import Engine, EngineConfig, SamplingParams  # noqa: PLC0415
+    from nautile.engine.load import EngineTarget  # noqa: PLC0415
+
+    options = EngineConfig(precision="bfloat16" if precision == "bfloat16" else "float32", speculate=speculate)
+    engine = Engine(model or shipped_model(), options)
+    try:
+        engine.generate([[1, 2, 3]], SamplingParams(max_tokens=8, ignore_eos=True))  # warm-up
+        outcomes, seconds = asyncio.run(_run(load, EngineTarget(engine), quiet))
+        stats = engine.stats()
+    finally:
+        engine.close()
+    about = {
+        "target": "engine",
+        "runner": engine.runner_name,
+        "precision": precision,
+        "steps": stats.steps,
+        "preemptions": stats.preemptions,
+        "drafted": stats.drafted_tokens,
+        "accepted": stats.accepted_tokens,
+    }
+    return outcomes, seconds, about
+
+
+async def _run(load: Load, target: Target, quiet: bool) -> tuple[list[Outcome], float]:
+    from rich.progress import Progress  # noqa: PLC0415
+
+    from nautile.engine.load import run_load  # noqa: PLC0415
+
+    with Progress(transient=True, disable=quiet) as bar:
+        task = bar.add_task("requests", total=load.requests)
+        return await run_load(load, target, lambda ended: bar.update(task, completed=ended))
+
+
+@dataclass(frozen=True)
+class HttpTarget:
+    """A server with OpenAI's /v1/completions. Prompts are words, one for each number."""
+
+    url: str
+    api_key: str
+
+    async def ask(self, prompt: tuple[int, ...], output_tokens: int) -> AsyncIterator[tuple[int, int] | None]:
+        """See ``Target.ask``."""
+        import httpx  # noqa: PLC0415
+
+        headers = {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        text = " ".join(f"{_SYLLABLES[n % 8]}{_SYLLABLES[n // 8 % 8]}" for n in prompt)
+        body = {"prompt": text, "max_tokens": output_tokens, "temperature": 0, "stream": True}
+        body |= {"stream_options": {"include_usage": True}}
+        usage = (0, 0)
+        async with httpx.AsyncClient(base_url=self.url.rstrip("/"), headers=headers, timeout=600) as client:
+            body["model"] = (await client.get("/v1/models")).raise_for_status().json()["data"][0]["id"]
+            async with client.stream("POST", "/v1/completions", json=body) as answer:
+                answer.raise_for_status()
+                async for line in answer.aiter_lines():
+                    if not line.startswith("data: ") or line == "data: [DONE]":
+                        continue
+                    data = json.loads(line[6:])
+                    if data.get("usage"):
+                        usage = data["usage"]["prompt_tokens"], data["usage"].get("prompt_cache_hit_tokens", 0)
+                    if data.get("choices") and data["choices"][0].get("text"):
+                        yield None
+        yield usage
+
+
+_SYLLABLES = ("ra", "to", "mi", "len", "sor", "ka", "pe", "dun")
+
+
+def _where(version: str) -> dict[str, str]:
+    return {"device": _device(), "date": time.strftime("%Y-%m-%d"), "commit": version}
+
+
+def _device() -> str:
+    from nautile.evals.tools import device_name  # noqa: PLC0415
+
+    return device_name() or platform.machine()
+
+
+def _commit() -> str:
+    from nautile.evals.tools import commit  # noqa: PLC0415
+
+    return commit()
+
+
+def _show(result: dict[str, Any]) -> None:
+    rates = f"{result['output_tokens_per_second']:,.1f} output and {result['prompt_tokens_per_second']:,.1f} prompt tokens/s"
+    typer.echo(
+        f"{rates}, {result['requests_per_second']:.2f} requests/s; hit rate {result['hit_rate']:.1%}; {result['errors']} errors"
+    )
+    for key, label in (("ttft_ms", "to the first token"), ("tpot_ms", "per token after it")):
+        if result[key]:
+            typer.echo(f"{label}, ms: " + ", ".join(f"{name} {value:,.1f}" for name, value in result[key].items()))
+    if result["first_error"]:
+        typer.echo(f"first error: {result['first_error']}", err=True)
+
+
+def _plot(outcomes: Sequence[Outcome], result: dict[str, Any], path: Path) -> None:
+    """Two panels: the distribution of both times; tokens a second over time."""
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415
+    except ImportError:
+        raise typer.BadParameter("--plot needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    firsts = sorted(1000 * outcome.token_times[0] for outcome in outcomes if outcome.token_times)
+    gaps = sorted(
+        1000 * (later - earlier)
+        for outcome in outcomes
+        for earlier, later in zip(outcome.token_times, outcome.token_times[1:], strict=False)
+    )
+    for values, label in ((firsts, "to the first token"), (gaps, "between tokens")):
+        left.plot(values, [(index + 1) / len(values) for index in range(len(values))], label=label)
+    left.set(xscale="log", xlabel="milliseconds", ylabel="share of requests or tokens", ylim=(0, 1))
+    left.legend()
+    moments = [outcome.sent + moment for outcome in outcomes for moment in outcome.token_times]
+    bins = max(10, min(60, int(result["seconds"] * 2)))
+    width = result["seconds"] / bins
+    counts = [0.0] * bins
+    for moment in moments:
+        counts[min(bins - 1, int(moment / width))] += 1 / width
+    right.step([index * width for index in range(bins)], counts, where="post")
+    right.set(xlabel="seconds", ylabel="output tokens per second", ylim=(0, None))
+    figure.suptitle(f"{result['device']}, {result['date']}, {result['commit']}", fontsize=9)
+    figure.savefig(path, dpi=120)

@@ -23,7 +23,7 @@ __all__ = ["NativeRunner", "NativeUnavailable"]
 
 KINDS = {
     "float32": Kinds(),
-    "bfloat16": Kinds(main="split", experts="bfloat16", head="bfloat16", attention="bfloat16", index="bfloat16"),
+    "bfloat16": Kinds(main="split", experts="bfloat16", head="bfloat16", attention="bfloat16", index="int8"),
 }
 
 
@@ -49,7 +49,7 @@ class NativeRunner:
             raise ValueError("the pool belongs to another configuration than the model")
         self.model, self.pages, self.config = model, pages, model.config
         tensors = {name: getattr(pages, name) for name in (*HISTORY, *TAIL)}
-        pools = StatePools(tensors, pages.options.block_tokens)
+        pools = StatePools(tensors, pages.options.block_tokens, pages.version)
         self._step = NativeStep(model, pools, threads or os.cpu_count() or 1)
         self._process = os.getpid()
 

@@ -44,8 +44,9 @@ struct MemberBuffers {
 
 class Runner {
   public:
-    Runner(const Model& model, int threads, RowType row_type, RowType index_type)
-        : model_(model), s_(model.shape), row_type_(row_type), index_type_(index_type), team_(threads), members_(threads) {
+    Runner(const Model& model, int threads, const Pools& pools)
+        : model_(model), s_(model.shape), row_type_((RowType)pools.row_type), index_type_((RowType)pools.index_type), pools_(pools), team_(threads),
+          members_(threads) {
         nd_ = round_up(s_.streams * s_.hidden, LANES);
         d_ = round_up(s_.hidden, LANES);
         outs_ = round_up(model.mixing().outputs(), LANES);
@@ -65,10 +66,13 @@ class Runner {
         fresh_ = allocate<char>(SLICE * s_.head_dim * 4), zeros_ = allocate<char>(std::max(s_.head_dim, s_.index_dim) * 4);
         turns_ = allocate<float>(SLICE * 4 * half_);
         logits_ = allocate<float>(SLICE * model.head().tiles * LANES);
+        for (const Layer& layer : model.layers) csa_layers_ += layer.ratio == 4;
+        if (s_.index_kind == BYTES)
+            byte_keys_ = std::make_unique<ByteKeys>(pools.blocks, csa_layers_, pools.block_tokens / 4, (int)s_.index_dim);
         for (MemberBuffers& member : members_) {
             prepare(member.own, 1);
-            member.rows = std::make_unique<Packer>((int)s_.attention_kind, row_type, (int)s_.head_dim);
-            member.keys = std::make_unique<Packer>((int)s_.index_kind, index_type, (int)s_.index_dim);
+            member.rows = std::make_unique<Packer>((int)s_.attention_kind, row_type_, (int)s_.head_dim);
+            if (s_.index_kind != BYTES) member.keys = std::make_unique<Packer>((int)s_.index_kind, index_type_, (int)s_.index_dim);
             member.sums = allocate<float>(GROUP * s_.heads * round_up(s_.head_dim, LANES));
             member.products = allocate<float>(ROWS * KEYS);
             member.pooled = allocate<float>(round_up(std::max(s_.head_dim, s_.index_dim), LANES));
@@ -76,8 +80,7 @@ class Runner {
     }
 
     // Takes the pieces in, writes the state, and returns the wanted rows of logits in order.
-    void step(const Pools& pools, const Piece* pieces, int count, const int64_t* ids, const int64_t* blocks, float* logits) {
-        pools_ = &pools;
+    void step(const Piece* pieces, int count, const int64_t* ids, const int64_t* blocks, float* logits) {
         int64_t longest = 0;
         for (int i = 0; i < count; i++) longest = std::max(longest, pieces[i].start + pieces[i].count);
         grow(longest);
@@ -153,6 +156,8 @@ class Runner {
         for (const Segment& segment : segments)
             for (int i = 0; i < segment.count; i++)
                 positions_[segment.first + i] = segment.start + i, segment_of_[segment.first + i] = (int)(&segment - segments.data());
+        if (byte_keys_)
+            for (const Segment& segment : segments) update_byte_keys(segment);
         const std::function<void(int)> job = [this](int member) { work(member); };
         team_.run(job);
         out_ += wanted_count_ * s_.vocabulary;
@@ -252,13 +257,15 @@ class Runner {
     int64_t visible(const Layer& layer, int token) const { return layer.ratio ? (positions_[token] + 1) / layer.ratio : 0; }
     void select_entries(const Share& s, const Layer& layer, int first, int count);
     void score_block(const Share& s, const Layer& layer, int first, int count, int b, bool more);
+    void score_bytes(const Share& s, const Layer& layer, int first, int count, int b, bool more);
+    void update_byte_keys(const Segment& segment);
     void attend_group(const Share& s, const Layer& layer, int first, int count, int in_run);
     void list_window(const Share& s, const Layer& layer, int first, int last);
     void list_entries(const Share& s, const Layer& layer, const Segment& segment, int64_t count, const int32_t* chosen);
     void project_output(const Share& s, const Layer& layer);
     // Addresses of entries first .. first + count - 1 of a sequence.
     void entry_rows(const Pool& pool, const Layer& layer, const Segment& segment, int64_t first, int64_t count, const void** rows) const {
-        const int64_t per_block = pools_->block_tokens / layer.ratio;
+        const int64_t per_block = pools_.block_tokens / layer.ratio;
         const int64_t* block = segment.blocks + first / per_block;
         for (int64_t row = first % per_block; count > 0; row = 0, block++)
             for (const char* at = pool.at(*block, layer.ordinal, row); row < per_block && count > 0; row++, count--, at += pool.row) *rows++ = at;
@@ -276,6 +283,9 @@ class Runner {
     const Model& model_;
     const Shape s_;
     const RowType row_type_, index_type_;
+    const Pools pools_;
+    std::unique_ptr<ByteKeys> byte_keys_;
+    int64_t csa_layers_ = 0;
     Team team_;
     std::vector<MemberBuffers> members_;
     TokenBuffers shared_;
@@ -286,7 +296,6 @@ class Runner {
     int half_;
 
     // The slice being run; written by slice() only.
-    const Pools* pools_ = nullptr;
     const std::vector<Segment>* segments_ = nullptr;
     int tokens_ = 0, wanted_count_ = 0;
     int64_t ids_[SLICE], positions_[SLICE];

@@ -53,8 +53,8 @@ inline void Runner::compress(const Share& s, const Layer& layer) {
 // Softmax per channel over the slots of a block; with ratio 4 the first halves of the block before take part.
 inline void Runner::compress_block(const Share& s, const Layer& layer, const Segment& segment, int64_t block, bool index) {
     const int m = layer.ratio, dim = (int)(index ? s_.index_dim : s_.head_dim), ring = m == 4 ? 8 : 128, width = m == 4 ? 2 * dim : dim;
-    const Pool& kv_pool = index ? pools_->index_kv : m == 4 ? pools_->csa_kv : pools_->hca_kv;
-    const Pool& gate_pool = index ? pools_->index_gate : m == 4 ? pools_->csa_gate : pools_->hca_gate;
+    const Pool& kv_pool = index ? pools_.index_kv : m == 4 ? pools_.csa_kv : pools_.hca_kv;
+    const Pool& gate_pool = index ? pools_.index_gate : m == 4 ? pools_.csa_gate : pools_.hca_gate;
     const float* bias = index ? layer.t.index_ape : layer.t.ape;
     const float *kv[128], *gate[128], *ape[128];
     int slots = 0;
@@ -88,10 +88,13 @@ inline void Runner::compress_block(const Share& s, const Layer& layer, const Seg
     turn(pooled, dim, cosines, sines, half_, 1.0f, 0, dim);
     if (index && s_.quantise_index) quantise_index(pooled, dim);
     if (!index && s_.quantise_kv) quantise_row(pooled, dim - 2 * half_);
-    const Pool& pool = index ? pools_->index : m == 4 ? pools_->csa : pools_->hca;
+    const Pool& pool = index ? pools_.index : m == 4 ? pools_.csa : pools_.hca;
     const void* row;
     entry_rows(pool, layer, segment, block, 1, &row);
     write_state(index ? index_type_ : row_type_, (char*)row, pooled, dim);
+    if (!index || !byte_keys_) return;
+    const int64_t per_block = byte_keys_->rows();
+    byte_keys_->put(segment.blocks[block / per_block], layer.ordinal, block % per_block, row, index_type_);
 }
 
 // The projections that later blocks still need go to the rings; nobody reads the old rows any more.
@@ -107,10 +110,10 @@ inline void Runner::save_tails(const Share& s, const Layer& layer) {
             std::memcpy(pool.at(slot, layer.ordinal, row), x + column, (size_t)size * 4);
         };
         if (layer.ratio == 4) {
-            save(pools_->csa_kv, layer.at.entry_kv, 2 * c), save(pools_->csa_gate, layer.at.entry_gate, 2 * c);
-            save(pools_->index_kv, layer.at.index_kv, 2 * ci), save(pools_->index_gate, layer.at.index_gate, 2 * ci);
+            save(pools_.csa_kv, layer.at.entry_kv, 2 * c), save(pools_.csa_gate, layer.at.entry_gate, 2 * c);
+            save(pools_.index_kv, layer.at.index_kv, 2 * ci), save(pools_.index_gate, layer.at.index_gate, 2 * ci);
         } else {
-            save(pools_->hca_kv, layer.at.entry_kv, c), save(pools_->hca_gate, layer.at.entry_gate, c);
+            save(pools_.hca_kv, layer.at.entry_kv, c), save(pools_.hca_gate, layer.at.entry_gate, c);
         }
     }
 }
@@ -121,7 +124,7 @@ inline void Runner::save_window(const Share& s, const Layer& layer) {
     for (int m = s.tokens.begin; m < s.tokens.end; m++) {
         const Segment& segment = (*segments_)[segment_of_[m]];
         if (segment.start + segment.count - positions_[m] > s_.window) continue;
-        std::memcpy(pools_->window.at(segment.piece->slot, number, positions_[m] % s_.window), fresh_.get() + m * bytes, bytes);
+        std::memcpy(pools_.window.at(segment.piece->slot, number, positions_[m] % s_.window), fresh_.get() + m * bytes, bytes);
     }
 }
 
@@ -141,7 +144,9 @@ inline void Runner::prepare_queries(const Share& s, const Layer& layer) {
             std::memcpy(row, x + layer.index_column + h * ci, (size_t)ci * 4);
             turn(row, ci, cosines, sines, half_, 1.0f, 0, ci);
             if (s_.quantise_index) quantise_index(row, ci);
-            write_row((int)s_.index_kind, index.row(m * s_.index_heads + h), index.low, 0, row, ci);
+            uint32_t* to = index.row(m * s_.index_heads + h);
+            if (s_.index_kind == BYTES) s.t->index_weights[m * s_.index_heads + h] *= to_bytes(row, ci, 128, (uint8_t*)to);
+            else write_row((int)s_.index_kind, to, index.low, 0, row, ci);
         }
     }
 }
@@ -160,11 +165,14 @@ inline void Runner::attend(const Share& s, const Layer& layer) {
 // share the keys and put their candidates together afterwards, each for itself.
 inline void Runner::select_entries(const Share& s, const Layer& layer, int first, int count) {
     MemberBuffers& m = *s.m;
-    const int k = (int)s_.index_topk, entries = (int)visible(layer, first + count - 1), blocks = (entries + KEYS - 1) / KEYS;
+    const int k = (int)s_.index_topk, entries = (int)visible(layer, first + count - 1);
+    const int unit = byte_keys_ ? (int)byte_keys_->rows() : KEYS, blocks = (entries + unit - 1) / unit;
     for (int i = 0; i < count; i++)
         if (selects(layer, first + i)) m.selections[i].begin(k);
     Range mine = s.one ? part(blocks, s.member, s.parts) : Range{0, blocks};
-    for (int b = mine.begin; b < mine.end; b++) score_block(s, layer, first, count, b, b + 1 < mine.end);
+    for (int b = mine.begin; b < mine.end; b++)
+        if (byte_keys_) score_bytes(s, layer, first, count, b, b + 1 < mine.end);
+        else score_block(s, layer, first, count, b, b + 1 < mine.end);
     const Selection* chosen = m.selections;
     if (s.one) {
         team_.barrier();
@@ -182,11 +190,11 @@ inline void Runner::score_block(const Share& s, const Layer& layer, int first, i
     const Segment& segment = (*segments_)[segment_of_[first]];
     KeyList& keys = s.m->entries;
     keys.resize(2 * KEYS);
-    entry_rows(pools_->index, layer, segment, b * KEYS, here, keys.data());
+    entry_rows(pools_.index, layer, segment, b * KEYS, here, keys.data());
     std::fill(keys.begin() + here, keys.begin() + KEYS, zeros_.get());
     if (more) {  // memory is slower than this arithmetic: ask for the next 64 now
         int next = std::min(KEYS, last - (b + 1) * KEYS);
-        entry_rows(pools_->index, layer, segment, (b + 1) * KEYS, next, keys.data() + KEYS);
+        entry_rows(pools_.index, layer, segment, (b + 1) * KEYS, next, keys.data() + KEYS);
         s.m->keys->fetch(keys.data() + KEYS, next);
     }
     const uint32_t* panel = s.m->keys->keys(keys.data(), PANEL);
@@ -201,6 +209,47 @@ inline void Runner::score_block(const Share& s, const Layer& layer, int first, i
     }
 }
 
+// The same with 8-bit keys, for one block of the pool.
+inline void Runner::score_bytes(const Share& s, const Layer& layer, int first, int count, int b, bool more) {
+    const int heads = (int)s_.index_heads, depth = byte_keys_->depth(), last = (int)visible(layer, first + count - 1);
+    const int64_t rows = byte_keys_->rows(), stride = (depth + 2) * LANES;
+    const int64_t* blocks = (*segments_)[segment_of_[first]].blocks;
+    const uint32_t* tile = byte_keys_->tile(blocks[b], layer.ordinal, 0);
+    if (more)
+        for (int64_t word = 0; word < rows / LANES * stride; word += LANES)
+            __builtin_prefetch(byte_keys_->tile(blocks[b + 1], layer.ordinal, 0) + word);
+    Rows queries = operand(s.t->index_query, s_.index_dim);
+    const int here = (int)std::min<int64_t>(rows, last - b * rows);
+    for (int row = 0; row < here; row += KEYS, tile += PANEL * stride) {
+        const int tiles = std::min(PANEL, (int)(rows - row) / LANES);
+        for (int i = 0; i < count; i++) {
+            if (!selects(layer, first + i)) continue;
+            vec scores[PANEL];
+            tile_scores(queries, (first + i) * heads, heads, s.t->index_weights.get() + (first + i) * heads, tile, stride, tiles, depth, scores);
+            for (int t = 0; t < tiles; t++)
+                s.m->selections[i].push(scores[t], (int)(b * rows) + row + t * LANES, (int)visible(layer, first + i));
+        }
+    }
+}
+
+// Before a slice: blocks that it writes get a new version, and keys that it needs but somebody else wrote are copied.
+inline void Runner::update_byte_keys(const Segment& segment) {
+    const int64_t rows = byte_keys_->rows(), first = segment.start / 4, last = (segment.start + segment.count) / 4;
+    for (int64_t b = first / rows; b * rows < last; b++) {
+        int64_t block = segment.blocks[b], from = std::max<int64_t>(0, first - b * rows), to = std::min(rows, last - b * rows);
+        if (from >= to) continue;
+        int64_t version = pools_.version[block]++;
+        byte_keys_->write(block, from, to, version, version + 1);
+    }
+    if (last <= s_.index_topk) return;
+    for (int64_t b = 0; b * rows < first; b++)
+        for (int64_t layer = 0; layer < csa_layers_; layer++) {
+            int64_t block = segment.blocks[b], needed = std::min(rows, first - b * rows);
+            for (int64_t row = byte_keys_->stale(block, layer, needed, pools_.version[block]); row < needed; row++)
+                byte_keys_->put(block, layer, row, pools_.index.at(block, layer, row), index_type_);
+        }
+}
+
 inline void Runner::list_window(const Share& s, const Layer& layer, int first, int last) {
     const Segment& segment = (*segments_)[segment_of_[first]];
     const int64_t bytes = row_bytes(row_type_, s_.head_dim), number = &layer - model_.layers.data();
@@ -208,23 +257,23 @@ inline void Runner::list_window(const Share& s, const Layer& layer, int first, i
     KeyList& keys = s.m->window;
     keys.assign(round_up(positions_[last] + 1 - begin, LANES), zeros_.get());
     const int64_t ring_end = std::min(segment.start, positions_[last] + 1);
-    const char* ring = pools_->window.at(segment.piece->slot, number, 0);
+    const char* ring = pools_.window.at(segment.piece->slot, number, 0);
     for (int64_t p = oldest, row = oldest % s_.window; p < ring_end; p++, row++) {
         if (row == s_.window) row = 0;
-        keys[p - begin] = ring + row * pools_->window.row;
+        keys[p - begin] = ring + row * pools_.window.row;
     }
     const char* fresh = fresh_.get() + (segment.first - segment.start) * bytes;
     for (int64_t p = std::max(oldest, ring_end); p <= positions_[last]; p++) keys[p - begin] = fresh + p * bytes;
 }
 
 inline void Runner::list_entries(const Share& s, const Layer& layer, const Segment& segment, int64_t count, const int32_t* chosen) {
-    const Pool& pool = layer.ratio == 4 ? pools_->csa : pools_->hca;
+    const Pool& pool = layer.ratio == 4 ? pools_.csa : pools_.hca;
     KeyList& keys = s.m->entries;
     keys.resize(round_up(count, LANES));
     std::fill(keys.begin() + count, keys.end(), zeros_.get());
     if (!count) return;
     if (!chosen) return entry_rows(pool, layer, segment, 0, count, keys.data());
-    const int64_t per_block = pools_->block_tokens / layer.ratio;
+    const int64_t per_block = pools_.block_tokens / layer.ratio;
     int64_t begin = 0, end = 0;  // entries of the block at hand; chosen ones ascend
     const char* base = nullptr;
     for (int64_t i = 0; i < count; i++) {

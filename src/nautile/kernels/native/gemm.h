@@ -12,7 +12,7 @@
 
 namespace nautile {
 
-enum Kind { WIDE, PAIRS, SPLIT_PAIRS };  // float32; bfloat16 rows in one term; in two
+enum Kind { WIDE, PAIRS, SPLIT_PAIRS, BYTES };  // float32; bfloat16 rows in one term; in two; 8-bit indexer keys
 
 constexpr int ROWS = 6;          // of one register block
 constexpr int PANEL = 4;         // tiles of one panel

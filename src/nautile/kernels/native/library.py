@@ -77,7 +77,7 @@ class _Pool(ctypes.Structure):
 
 
 class _Pools(ctypes.Structure):
-    _fields_: ClassVar = [*((name, _Pool) for name in _POOLS), ("row_type", _int), ("index_type", _int), ("block_tokens", _int)]
+    _fields_: ClassVar = [*((name, _Pool) for name in _POOLS), *((name, _int) for name in ("row_type", "index_type", "block_tokens", "blocks")), ("version", _pointer)]
 
 
 class _Piece(ctypes.Structure):
@@ -87,7 +87,7 @@ class _Piece(ctypes.Structure):
 @dataclass(frozen=True)
 class Kinds:
     """How each kind of product reads its numbers: "float32"; "bfloat16" (weights and rows); or "split" (weights in bfloat16,
-    rows as a high and a low bfloat16 part, 16 bits together)."""
+    rows as a high and a low bfloat16 part, 16 bits together). The indexer's keys may also be "int8": bytes with a scale a key."""
 
     main: str = "float32"
     experts: str = "float32"
@@ -95,7 +95,7 @@ class Kinds:
     attention: str = "float32"
     index: str = "float32"
 
-    NUMBER: ClassVar[Mapping[str, int]] = {"float32": 0, "bfloat16": 1, "split": 2}
+    NUMBER: ClassVar[Mapping[str, int]] = {"float32": 0, "bfloat16": 1, "split": 2, "int8": 3}
 
     def numbers(self) -> dict[str, int]:
         """The fields of Shape in model.h."""
@@ -114,9 +114,9 @@ class _Library:
             raise NativeUnavailable(f"the compiled kernels do not load: {error}") from error
         self.model = self._function("nautile_model", _pointer, [_pointer] * 5)
         self.free_model = self._function("nautile_free_model", None, [_pointer])
-        self.runner = self._function("nautile_runner", _pointer, [_pointer, _int, _int, _int])
+        self.runner = self._function("nautile_runner", _pointer, [_pointer, _int, _pointer])
         self.free_runner = self._function("nautile_free_runner", None, [_pointer])
-        self.step = self._function("nautile_step", _int, [_pointer, _pointer, _pointer, _int, _pointer, _pointer, _pointer])
+        self.step = self._function("nautile_step", _int, [_pointer, _pointer, _int, _pointer, _pointer, _pointer])
         self.features = self._function("nautile_features", ctypes.c_char_p, [])
 
     def _function(self, name: str, result: type | None, arguments: list[type]) -> ctypes._NamedFuncPointer:
@@ -181,6 +181,7 @@ class StatePools:
 
     tensors: Mapping[str, Tensor]
     block_tokens: int
+    version: Tensor  # int64 [blocks], raised whenever rows of a block are written
 
 
 class NativeStep:
@@ -194,8 +195,9 @@ class NativeStep:
             setattr(self._pools, name, _pool(name, pools.tensors[name]))
         types = [_row_type(name, pools.tensors[name]) for name in ("window", "index")]
         self._pools.row_type, self._pools.index_type = types
-        self._pools.block_tokens = pools.block_tokens
-        self.handle: int | None = model.library.runner(model.handle, threads, *types)
+        self._pools.block_tokens, self._pools.blocks = pools.block_tokens, len(pools.version)
+        self._pools.version, self._version = pools.version.data_ptr(), pools.version
+        self.handle: int | None = model.library.runner(model.handle, threads, ctypes.byref(self._pools))
         if not self.handle:
             raise MemoryError("not enough memory for the native kernels' buffers")
         weakref.finalize(self, model.library.free_runner, self.handle)
@@ -211,7 +213,7 @@ class NativeStep:
             flat += numbers
         logits = torch.empty(rows, self.model.config.vocab_size)
         failed = self.model.library.step(
-            self.handle, ctypes.byref(self._pools), table, len(pieces), (_int * len(ids))(*ids), (_int * max(1, len(flat)))(*flat),
+            self.handle, table, len(pieces), (_int * len(ids))(*ids), (_int * max(1, len(flat)))(*flat),
             logits.data_ptr(),
         )  # fmt: skip
         if failed:

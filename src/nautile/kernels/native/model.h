@@ -153,7 +153,8 @@ struct Pool {
 };
 struct Pools {
     Pool csa, index, hca, window, csa_kv, csa_gate, index_kv, index_gate, hca_kv, hca_gate;
-    int64_t row_type, index_type, block_tokens;
+    int64_t row_type, index_type, block_tokens, blocks;
+    int64_t* version;  // of every block: raised with each write of its rows
 };
 
 // New tokens of one sequence. Order of the columns of a piece in native.py.

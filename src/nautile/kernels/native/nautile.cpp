@@ -16,19 +16,19 @@ Model* nautile_model(const Shape* shape, const Numbers* numbers, const GlobalTen
 }
 void nautile_free_model(Model* model) { delete model; }
 
-Runner* nautile_runner(const Model* model, int64_t threads, int64_t row_type, int64_t index_type) {
+Runner* nautile_runner(const Model* model, int64_t threads, const Pools* pools) {
     try {
-        return new Runner(*model, (int)threads, (RowType)row_type, (RowType)index_type);
+        return new Runner(*model, (int)threads, *pools);
     } catch (const std::bad_alloc&) {
         return nullptr;
     }
 }
 void nautile_free_runner(Runner* runner) { delete runner; }
 
-int64_t nautile_step(Runner* runner, const Pools* pools, const Piece* pieces, int64_t count, const int64_t* ids, const int64_t* blocks,
+int64_t nautile_step(Runner* runner, const Piece* pieces, int64_t count, const int64_t* ids, const int64_t* blocks,
                      float* logits) {
     try {
-        runner->step(*pools, pieces, (int)count, ids, blocks, logits);
+        runner->step(pieces, (int)count, ids, blocks, logits);
         return 0;
     } catch (const std::bad_alloc&) {
         return 1;

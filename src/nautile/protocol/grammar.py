@@ -135,6 +135,7 @@ class _Writer:
     def __init__(self, mark: int) -> None:
         self.mark = f"<[{mark}]>"
         self.schemas: dict[str, tuple[str, Schema]] = {}  # rule -> (where it comes from, schema)
+        self.bodies: dict[str, str] = {}  # Lark text of a schema -> rule
         self.rules: list[str] = ["%llguidance {}"]
         self.terminals: dict[str, str] = {}  # definition -> name
 
@@ -257,9 +258,12 @@ class _Writer:
             raise ProtocolError(
                 f"{where}: {keyword}: this keyword cannot be enforced while decoding; take it out of the schema"
             )
-        self.schemas[rule] = (where, schema)
-        self.rules.append(f"{rule}: {_json_rule(schema)}")
-        return rule
+        body = _json_rule(schema)
+        if body not in self.bodies:  # many parameters have one schema, and each costs time to compile
+            self.bodies[body] = rule
+            self.schemas[rule] = (where, schema)
+            self.rules.append(f"{rule}: {body}")
+        return self.bodies[body]
 
     def _terminal(self, definition: str) -> str:
         return self.terminals.setdefault(definition, f"TEXT_{len(self.terminals)}")

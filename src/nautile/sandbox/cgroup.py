@@ -206,21 +206,21 @@ class Group:
 
 
 def _write_limit(place: Path, version: int, controller: str, value: float) -> bool:
-    quota = max(int(value * _PERIOD), 1000)
+    number, quota = str(int(value)), str(max(int(value * _PERIOD), 1000))
     files = {
-        ("memory", 1): [("memory.limit_in_bytes", str(int(value))), ("memory.memsw.limit_in_bytes", str(int(value)))],
-        ("memory", 2): [("memory.max", str(int(value))), ("memory.swap.max", "0"), ("memory.oom.group", "0")],
-        ("pids", 1): [("pids.max", str(int(value)))],
-        ("pids", 2): [("pids.max", str(int(value)))],
-        ("cpu", 1): [("cpu.cfs_period_us", str(_PERIOD)), ("cpu.cfs_quota_us", str(quota))],
+        ("memory", 1): [("memory.limit_in_bytes", number)],
+        ("memory", 2): [("memory.max", number)],
+        ("pids", 1): [("pids.max", number)],
+        ("pids", 2): [("pids.max", number)],
+        ("cpu", 1): [("cpu.cfs_period_us", str(_PERIOD)), ("cpu.cfs_quota_us", quota)],
         ("cpu", 2): [("cpu.max", f"{quota} {_PERIOD}")],
     }[controller, version]
-    name, text = files[0]
+    swap = {("memory", 1): [("memory.memsw.limit_in_bytes", number)], ("memory", 2): [("memory.swap.max", "0")]}
+    # Where swap is not accounted for, its file is not there.
+    files += [one for one in swap.get((controller, version), []) if (place / one[0]).exists()]
     try:
-        (place / name).write_text(text)
-        for name, text in files[1:]:
-            if (place / name).exists():  # swap accounting may be off
-                (place / name).write_text(text)
+        for name, text in files:
+            (place / name).write_text(text)
     except OSError:
         return False
     return True

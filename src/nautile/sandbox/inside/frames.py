@@ -24,13 +24,13 @@ def send(channel: socket.socket, header: dict[str, Any], *body: bytes | bytearra
     length = sum(map(len, body))
     if len(text) > HEADER_LIMIT or length > BODY_LIMIT:
         raise BrokenFrameError(f"a frame of {len(text):,} + {length:,} bytes is too long")
-    start = _LENGTHS.pack(len(text), length) + text
-    if length < 2**14:  # one system call for what is usual; longer pieces are not copied
-        channel.sendall(b"".join([start, *body]))
-        return
-    channel.sendall(start)
-    for piece in body:
-        channel.sendall(piece)
+    pieces = [memoryview(piece) for piece in (_LENGTHS.pack(len(text), length) + text, *body) if piece]
+    while pieces:  # never joined: a copy on the heap would be there for the worker's next fork to find
+        sent = channel.sendmsg(pieces)
+        while pieces and sent >= len(pieces[0]):
+            sent -= len(pieces.pop(0))
+        if sent:
+            pieces[0] = pieces[0][sent:]
 
 
 def receive(channel: socket.socket) -> tuple[dict[str, Any], bytes] | None:

@@ -1,0 +1,397 @@
+"""A container keeps what was done in it, gives files out and takes them in safely, and ends without a trace."""
+
+import hashlib
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from agent.processes import gone, running
+from nautile.sandbox import FileRefused, InvalidRequest, Limits, Sandbox, SandboxError, SandboxLost
+from nautile.sandbox.container import KeeperClient
+
+
+def keeper_pid():
+    for place in Path("/proc").iterdir():
+        if place.name.isdecimal():
+            try:
+                if b"nautile.sandbox.keeper" in (place / "cmdline").read_bytes():
+                    return int(place.name)
+            except OSError:
+                continue
+    return None
+
+
+# -- state
+
+
+def test_files_stay_between_commands_and_nothing_of_the_host_is_there(container):
+    assert container.run("echo one > kept").ok
+    assert container.run("cat kept; rm kept").stdout == "one\n"
+    listing = container.run("ls /; ls /home /root /srv /mnt 2>&1; id -u; cat /etc/hostname; hostname").stdout
+    assert "Permission denied" in listing and "No such file" in listing
+    assert listing.endswith("1000\nsandbox\nsandbox\n")
+    assert Path("/etc/machine-id").read_text().strip() not in container.run("cat /etc/machine-id; env").stdout.split()
+
+
+def test_output_comes_as_it_is_written(container):
+    seen = []
+    began = time.monotonic()
+    result = container.run(
+        "echo a; sleep 0.5; echo b >&2", on_output=lambda name, data: seen.append((name, bytes(data), time.monotonic() - began))
+    )
+    assert [(name, data) for name, data, _ in seen] == [("stdout", b"a\n"), ("stderr", b"b\n")]
+    assert seen[1][2] - seen[0][2] > 0.3
+    assert (result.stdout, result.stderr) == ("a\n", "b\n")
+
+
+def test_a_watcher_that_gives_up_ends_the_command(container):
+    class GiveUpError(Exception):
+        pass
+
+    def watch(name, data):
+        raise GiveUpError
+
+    with pytest.raises(GiveUpError):
+        container.run("echo a; sleep 7321", on_output=watch)
+    assert gone("sleep 7321")
+
+
+# -- files
+
+
+def test_files_go_in_and_out(container):
+    data = os.urandom(300_000)
+    container.write("deep/er/file", data, mode=0o600)
+    assert container.read("/workspace/deep/er/file") == data
+    found = container.run("sha256sum < deep/er/file; stat -c '%a %U' deep/er/file").stdout.split()
+    assert found == [hashlib.sha256(data).hexdigest(), "-", "600", "agent"]
+    container.write("empty", "")
+    assert container.read("empty") == b""
+    names = {entry.name: entry for entry in container.list()}
+    assert names["empty"].kind == "file" and names["empty"].size == 0 and names["deep"].kind == "directory"
+    container.run(["touch", "new\nline", "tab\tname"])
+    assert {"new\nline", "tab\tname"} <= {entry.name for entry in container.list()}
+    assert container.read("new\nline") == b""
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("link", "symbolic link"),
+        ("linked/passwd", "symbolic link"),
+        ("/proc/self/root/etc/passwd", "symbolic link|may not|does not exist"),
+        ("/proc/1/root/etc/passwd", "symbolic link|may not"),
+        ("fifo", "not a plain file"),
+        ("/dev/null", "not a plain file"),
+        ("socket", "not a plain file|No such device"),
+        ("gone", "does not exist"),
+        ("plain/below", "not a directory"),
+        (".", "a directory"),
+    ],
+)
+def test_only_plain_files_are_read_and_no_link_is_followed(container, path, why):
+    container.run(
+        "ln -sf /etc/passwd link; ln -sfn /etc linked; mkfifo fifo 2>/dev/null; echo x > plain; "
+        "python3 -c \"import socket; socket.socket(socket.AF_UNIX).bind('socket')\" 2>/dev/null"
+    )
+    with pytest.raises(FileRefused, match=why):
+        container.read(path)
+
+
+def test_writing_never_goes_through_a_link(container):
+    container.run("ln -sf /tmp/outside l2; ln -sfn /tmp d2; echo old > hard1; ln -f hard1 hard2")
+    container.write("l2", "new")  # the link is replaced, what it names is not touched
+    assert container.run("cat l2; ls /tmp/outside 2>&1").stdout.startswith("new")
+    assert "No such file" in container.run("ls /tmp/outside 2>&1").stdout
+    with pytest.raises(FileRefused, match="symbolic link"):
+        container.write("d2/file", "x")
+    container.write("hard1", "new")
+    assert container.run("cat hard2").stdout == "old\n"  # the other name keeps the old content
+    for path in ("../x", "/workspace/../etc/x", "a\0b"):
+        with pytest.raises(InvalidRequest):
+            container.write(path, "x")
+    for path in ("/usr/x", "/etc/passwd"):
+        with pytest.raises(FileRefused, match=r"read-only|may not"):
+            container.write(path, "x")
+
+
+def test_a_path_that_is_swapped_while_it_is_opened_gives_nothing_of_the_target(container):
+    """A race: directory and link change places all the time; every read gives the right file or an error."""
+    container.run("mkdir -p real; echo right > real/f; mkdir -p evil; echo wrong > /tmp/f")
+    swap = (
+        "import os, time\nend = time.time() + 2.5\nos.symlink('/tmp', 'lnk')\n"
+        "while time.time() < end:\n"
+        "    os.rename('real', 'real.x'); os.rename('lnk', 'real')\n"
+        "    os.rename('real', 'lnk'); os.rename('real.x', 'real')\n"
+    )
+    session = container.session(["python3", "-c", swap], pty=False)
+    outcomes = set()
+    end = time.monotonic() + 1.5
+    while time.monotonic() < end:
+        try:
+            outcomes.add(container.read("real/f"))
+        except FileRefused as error:
+            outcomes.add(error.why.split()[0])
+    session.close()
+    assert b"wrong\n" not in outcomes and outcomes & {b"right\n", "its", "it"}
+    container.run("rm -rf real real.x lnk evil /tmp/f")
+
+
+def test_a_tree_goes_out_and_in_again_without_links(container, tmp_path):
+    container.run("mkdir -p t/a/b; echo 1 > t/a/x; echo 2 > t/a/b/y; chmod 750 t/a/b/y; ln -s /etc/passwd t/a/l; mkfifo t/p")
+    container.download("t", tmp_path / "out")
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert found == ["out", "out/a", "out/a/b", "out/a/b/y", "out/a/x"]
+    assert (tmp_path / "out/a/b/y").stat().st_mode & 0o777 == 0o750
+    container.upload(tmp_path / "out", "/workspace/again")
+    assert container.run("find again -type f | sort | xargs cat").stdout == "2\n1\n"
+    with pytest.raises(InvalidRequest, match="exists"):
+        container.download("t", tmp_path / "out")
+    (tmp_path / "out/link").symlink_to("/etc/passwd")
+    with pytest.raises(FileRefused, match="not uploaded"):
+        container.upload(tmp_path / "out", "/workspace/no")
+    with pytest.raises(FileRefused, match="more than 1 bytes"):
+        container.download("t", tmp_path / "small", limit=1)
+
+
+# -- sessions
+
+
+def test_a_session_is_a_terminal(container):
+    session = container.session()
+    session.send("tty; echo $((40+2)); export A=kept\n")
+    assert "/dev/pts/" in session.until("42")
+    session.send("echo x[$A]x; sleep 7322\n")
+    session.until("x[kept]x")
+    assert began("sleep 7322")
+    session.close()
+    assert gone("sleep 7322")
+
+
+def test_a_session_over_pipes_gives_its_exit_code(container):
+    session = container.session("read line; echo got $line; exit 5", pty=False)
+    session.send("it\n")
+    assert session.until("got it").startswith("got it")
+    assert session.close() == 5
+    with pytest.raises(SandboxError, match="did not write"):
+        container.session(["true"]).until("never", timeout=0.5)
+
+
+# -- pausing
+
+
+def test_a_pause_stops_everything_and_a_request_goes_on(container):
+    session = container.session(["sh", "-c", "while :; do date +%s%N; sleep 0.05; done"], pty=False)
+    session.until("\n")
+    container.pause()
+    while session.read(0.3):
+        pass
+    assert session.read(0.3) == b""
+    assert container.run("echo on").stdout == "on\n"
+    assert session.read(2.0) != b""
+    session.close()
+    container.pause()
+    container.resume()
+    assert container.run("true").ok
+
+
+# -- snapshots
+
+
+def tree(sandbox):
+    listing = (
+        "find . -mindepth 1 | sort | while read f; do stat -c '%F %a %U %n' \"$f\"; done; find . -type f | sort | xargs cat"
+    )
+    return sandbox.run(listing).stdout
+
+
+def test_a_fork_has_the_files_and_goes_its_own_way(fresh, tmp_path):
+    parent = fresh()
+    parent.run(
+        "mkdir -p d/keep d/gone; echo 1 > d/keep/a; echo 2 > d/gone/b; chmod 711 d/keep; ln -s a d/keep/l; ln d/keep/a hard"
+    )
+    child = parent.fork()
+    try:
+        assert tree(child) == tree(parent)
+        child.run("echo changed > d/keep/a; rm -rf d/gone; mkdir d/gone; echo 3 > d/gone/c; rm hard")
+        assert parent.run("cat d/keep/a d/gone/b hard").stdout == "1\n2\n1\n"
+        grandchild = child.fork()
+        try:
+            child.close()  # its layers stay for those who use them
+            assert grandchild.run("cat d/keep/a; ls d/gone; ls hard 2>&1 | grep -c 'No such'").stdout == "changed\nc\n1\n"
+        finally:
+            grandchild.close()
+    finally:
+        child.close()
+
+
+def test_a_snapshot_is_an_image(fresh):
+    sandbox = fresh()
+    sandbox.run("echo base > f; mkdir x; touch x/y")
+    image = sandbox.snapshot()
+    place = image.layers[-1]
+    sandbox.run("rm -r x; echo later > f")
+    again = fresh(image=image)
+    assert again.run("cat f; ls x").stdout == "base\ny\n"
+    assert place.is_dir()
+
+
+def test_what_changed_is_an_oci_layer(fresh, tmp_path):
+    first = fresh()
+    first.run("mkdir d o; touch d/x d/y o/z")
+    second = fresh(image=first.snapshot())
+    second.run("rm d/x; rm -r o; mkdir o; touch o/new; echo s > f; ln -s f l; ln f h; mkfifo p; chmod 4755 f")
+    digest = second.pack_diff(tmp_path / "diff.tar")
+    data = (tmp_path / "diff.tar").read_bytes()
+    assert digest == f"sha256:{hashlib.sha256(data).hexdigest()}"
+    assert second.pack_diff(tmp_path / "again.tar") == digest
+    with tarfile.open(tmp_path / "diff.tar") as archive:
+        members = {member.name: member for member in archive}
+    assert {"workspace/d/.wh.x", "workspace/o/.wh..wh..opq", "workspace/o/new", "workspace/p"} <= set(members)
+    assert "workspace/d/y" not in members and members["workspace/l"].linkname == "f"
+    assert {members["workspace/f"].type, members["workspace/h"].type} == {tarfile.REGTYPE, tarfile.LNKTYPE}
+    assert all(member.uid in (0, 1000, 65534) for member in members.values())
+
+
+def test_an_image_of_ones_own(fresh, tmp_path):
+    root = tmp_path / "root"
+    (root / "bin").mkdir(parents=True)
+    hello = bytes.fromhex("b801000000bf01000000488d351000000" + "0ba06000000" + "0f05" + "b83c00000031ff" + "0f05") + b"hello\n"
+    header = b"\x7fELF\x02\x01\x01" + bytes(9)
+    header += struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, 0x400078, 64, 0, 0, 64, 56, 1, 64, 0, 0)
+    header += struct.pack("<IIQQQQQQ", 1, 5, 0, 0x400000, 0x400000, 120 + len(hello), 120 + len(hello), 4096)
+    (root / "bin/hello").write_bytes(header + hello)
+    (root / "bin/hello").chmod(0o755)
+    (root / "workspace").mkdir()
+    sandbox = fresh(image=root)
+    assert sandbox.run(["/bin/hello"]).stdout == "hello\n"
+    assert sandbox.run("true").exit_code == 127  # there is no shell: nothing of the host's /usr is there
+    assert sorted(entry.name for entry in sandbox.list("/")) >= ["bin", "dev", "proc", "workspace"]
+    with pytest.raises(InvalidRequest, match="not a directory"):
+        Sandbox.create("container", image=tmp_path / "none")
+    odd = tmp_path / "a:b"
+    odd.mkdir()
+    with pytest.raises(InvalidRequest, match="colon"):
+        Sandbox.create("container", image=odd)
+
+
+# -- a directory of the caller's
+
+
+def test_a_workspace_belongs_to_the_tenant_and_survives(fresh, tmp_path):
+    (tmp_path / "in").write_text("given")
+    (tmp_path / "sub").mkdir()
+    sandbox = fresh(workspace=tmp_path)
+    assert sandbox.run("cat in; echo made > out; mkdir sub/deep; id -un; stat -c %U in").stdout == "givenagent\nagent\n"
+    sandbox.close()
+    assert (tmp_path / "out").read_text() == "made\n"
+    assert (tmp_path / "out").stat().st_uid == tmp_path.stat().st_uid
+    assert (tmp_path / "in").read_text() == "given" and (tmp_path / "sub/deep").is_dir()
+
+
+# -- the end
+
+
+def began(command):
+    """Whether a command runs; a new one may take a moment to be itself."""
+    deadline = time.monotonic() + 10
+    while not running(command):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def leftovers(identity):
+    found = [place for place in Path("/run/nautile").glob(f"*{identity}*")]
+    found += [place for place in Path("/sys/fs/cgroup").glob(f"*/nautile/*/{identity}")]
+    found += [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if identity in line]
+    return found
+
+
+def test_closing_leaves_nothing(fresh):
+    sandbox = fresh()
+    identity = sandbox.info.id
+    session = sandbox.session(["sleep", "7323"])
+    assert began("sleep 7323") and leftovers(identity)
+    sandbox.close()
+    assert gone("sleep 7323")
+    assert leftovers(identity) == []
+    assert session.close() in (-1, 137)
+
+
+def test_a_killed_client_leaves_nothing():
+    script = (
+        "from nautile.sandbox import Sandbox\n"
+        "s = Sandbox.create('container')\nprint(s.info.id, flush=True)\ns.run('sleep 7324', timeout=60)"
+    )
+    client = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    identity = client.stdout.readline().strip()
+    assert began("sleep 7324")
+    client.kill()
+    client.communicate()
+    assert gone("sleep 7324")
+    deadline = time.monotonic() + 10
+    while leftovers(identity) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert leftovers(identity) == []
+
+
+def test_a_container_that_died_is_lost_not_hung(fresh):
+    sandbox = fresh()
+    state = Path("/run/nautile", sandbox.info.id, "state.json").read_text()
+    os.kill(json.loads(state)["process"], signal.SIGKILL)
+    result = sandbox.run("true")
+    assert result.infrastructure_error is not None and result.exit_code == -1
+    with pytest.raises(SandboxLost):
+        sandbox.read("x")
+
+
+@pytest.mark.slow
+def test_a_killed_keeper_is_an_error_and_the_next_one_sweeps(tmp_path):
+    """Ends every container of this user: not beside other tests."""
+    sandbox = Sandbox.create("container", workspace=tmp_path)
+    (tmp_path / "precious").write_text("mine")
+    identity = sandbox.info.id
+    session = sandbox.session(["sleep", "7325"])
+    assert began("sleep 7325") and session is not None
+    os.kill(keeper_pid(), signal.SIGKILL)
+    assert sandbox.run("true").infrastructure_error is not None
+    with Sandbox.create("container") as another:
+        assert another.run("echo up").stdout == "up\n"
+        assert gone("sleep 7325")
+        assert leftovers(identity) == []
+    assert (tmp_path / "precious").read_text() == "mine"
+    sandbox.close()
+
+
+@pytest.mark.slow
+def test_the_keeper_leaves_when_it_is_idle():
+    Sandbox.create("container").close()
+    deadline = time.monotonic() + 15
+    while KeeperClient().running and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not KeeperClient().running
+    assert sorted(place.name for place in Path("/run/nautile").iterdir()) == ["keeper.lock", "start.lock"]
+
+
+@pytest.mark.slow
+def test_hundreds_of_lives_leave_nothing():
+    mounts = len(Path("/proc/self/mountinfo").read_text().splitlines())
+    descriptors = len(os.listdir("/proc/self/fd"))
+    identities = []
+    for _ in range(200):
+        with Sandbox.create("container", limits=Limits(memory=32 * 2**20)) as sandbox:
+            assert sandbox.run(["true"]).ok
+            identities.append(sandbox.info.id)
+    assert [one for identity in identities for one in leftovers(identity)] == []
+    assert len(Path("/proc/self/mountinfo").read_text().splitlines()) == mounts
+    assert len(os.listdir("/proc/self/fd")) <= descriptors

@@ -1,0 +1,172 @@
+"""A function call leaves nothing: no file, no process, no memory, no shared object, and no worker that could not clean up."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from agent.processes import gone, running
+from nautile.sandbox import MIB, Limits, Sandbox
+from nautile.sandbox import function as module
+
+
+def pids_of(sandbox):
+    return {worker.process.pid for worker in sandbox.driver._all}
+
+
+def test_files_are_gone_after_the_call(function):
+    function.run("echo x > /workspace/a; echo x > /tmp/.b; mkdir -p /dev/shm/c/d; ln -s /etc/passwd /tmp/l; mkfifo /tmp/p")
+    assert function.run("find /workspace /tmp /dev/shm -mindepth 1").stdout == ""
+
+
+def test_a_place_that_cannot_be_emptied_costs_the_worker(function):
+    deep = "import os\nos.chdir('/tmp')\nfor _ in range(400):\n    os.mkdir('d'); os.chdir('d')"
+    assert function.python(deep).ok
+    assert function.run("find /tmp -mindepth 1 | wc -l").stdout == "0\n"
+    assert function.run("mkdir -p /tmp/a/b; chmod 000 /tmp/a").ok
+    assert function.run("find /tmp -mindepth 1 | wc -l").stdout == "0\n"
+
+
+def test_memory_of_an_earlier_call_cannot_be_found(function):
+    """The program, its input and its output of one call, looked for in the memory of the next fork."""
+    secret = "".join(["lobster", "-", "7391"])
+    assert function.python("import sys; print(sys.stdin.read() * 50)", stdin=secret).ok
+    assert function.python(f"print('{secret}' * 3)").ok
+    scan = """
+import re
+needle = ''.join(['lob', 'ster-', '7391']).encode()
+found = 0
+with open('/proc/self/maps') as maps, open('/proc/self/mem', 'rb', 0) as memory:
+    for line in maps:
+        match = re.match(r'([0-9a-f]+)-([0-9a-f]+) rw', line)
+        if match:
+            begin, end = (int(one, 16) for one in match.groups())
+            try:
+                memory.seek(begin)
+                found += memory.read(end - begin).count(needle)
+            except (OSError, ValueError):
+                pass
+print(found)
+"""
+    assert int(function.python(f"keep = '{secret}'\n" + scan).stdout) > 1  # the scan finds what is there: its own source
+    # Its needle is made of pieces, so that only another call's memory could hold it; made once, it is found once itself.
+    assert int(function.python(scan).stdout) <= 1
+
+
+def test_system_v_objects_cannot_be_left(function):
+    source = "import ctypes; libc = ctypes.CDLL(None, use_errno=True); print(libc.shmget(7, 4096, 0o1600), ctypes.get_errno())"
+    assert function.python(source).stdout == "-1 1\n"
+
+
+def test_the_worker_cannot_be_harmed(function):
+    before = pids_of(function)
+    source = """
+import os, signal
+for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, signal.SIGSEGV):
+    os.kill(1, number)
+for path in ('/proc/1/mem', '/proc/1/environ', '/proc/1/fd', '/proc/1/maps'):
+    try:
+        (os.listdir if path.endswith('fd') else lambda p: open(p, 'rb').read())(path)
+        print('open', path)
+    except OSError:
+        pass
+print(sorted(os.listdir('/proc/self/fd')))
+"""
+    assert function.python(source).stdout == "['0', '1', '2', '3']\n"  # 3 is the listing's own
+    assert function.run("kill -9 -1; echo never").stdout in ("", "never\n")
+    assert function.run("echo alive").stdout == "alive\n"
+    assert pids_of(function) == before  # it is the same worker still
+
+
+def test_a_killed_worker_is_an_infrastructure_error_and_is_replaced():
+    with Sandbox.create("function") as sandbox:
+        (worker,) = sandbox.driver._all
+        threading.Timer(0.3, worker.group.kill).start()
+        result = sandbox.run("sleep 20")
+        assert result.infrastructure_error is not None and result.exit_code == -1
+        assert sandbox.run("echo again").stdout == "again\n"
+        assert worker not in sandbox.driver._all
+
+
+def test_callers_share_the_workers():
+    with Sandbox.create("function", workers=2) as sandbox:
+        results = [None] * 12
+
+        def call(index):
+            results[index] = sandbox.python(f"print({index})").stdout
+
+        threads = [threading.Thread(target=call, args=(index,)) for index in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert results == [f"{index}\n" for index in range(12)]
+        assert len(pids_of(sandbox)) == 2
+
+
+def test_a_worker_retires(monkeypatch):
+    monkeypatch.setattr(module, "_RECYCLE", 3)
+    with Sandbox.create("function") as sandbox:
+        (first,) = pids_of(sandbox)
+        for _ in range(3):
+            assert sandbox.run("true").ok
+        assert sandbox.run("echo next").stdout == "next\n"
+        assert first not in pids_of(sandbox)
+        deadline = time.monotonic() + 5
+        while os.path.exists(f"/proc/{first}") and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not os.path.exists(f"/proc/{first}")
+
+
+def test_a_workspace_is_the_callers_directory(tmp_path):
+    (tmp_path / "in").write_text("given")
+    with Sandbox.create("function", workspace=tmp_path) as sandbox:
+        assert sandbox.run("cat in; echo made > out; ln -s /etc/passwd away").stdout == "given"
+        assert sandbox.run("cat out").stdout == "made\n"
+    assert (tmp_path / "out").read_text() == "made\n"
+    assert (tmp_path / "out").stat().st_uid == tmp_path.stat().st_uid
+
+
+def test_closing_leaves_nothing():
+    sandbox = Sandbox.create("function", limits=Limits(memory=64 * MIB), workers=2)
+    places = [place for worker in sandbox.driver._all for place in worker.group.places]
+    pids = pids_of(sandbox)
+    assert places and all(place.is_dir() for place in places)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    sandbox.close()
+    assert not any(place.exists() for place in places)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+    assert len(os.listdir("/proc/self/fd")) < descriptors
+
+
+def test_a_killed_client_leaves_no_process_and_the_next_one_sweeps_its_groups():
+    script = (
+        "from nautile.sandbox import Sandbox\n"
+        "s = Sandbox.create('function')\n"
+        "(w,) = s.driver._all\n"
+        "print(next(iter(w.group.places)), flush=True)\n"
+        "s.run('sleep 7311')"
+    )
+    client = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    group = Path(client.stdout.readline().strip())
+    deadline = time.monotonic() + 10
+    while not running("sleep 7311") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert running("sleep 7311")
+    client.kill()
+    client.communicate()
+    assert gone("sleep 7311")
+    assert group.is_dir()  # nobody was left to remove it
+    Sandbox.create("function").close()
+    assert not group.exists()
+
+
+def test_a_function_starts_from_no_descriptor_or_variable_of_ours(function, monkeypatch, tmp_path):
+    monkeypatch.setenv("NAUTILE_TEST_SECRET", "leaked")
+    with open(tmp_path / "open", "w") as file:
+        os.set_inheritable(file.fileno(), True)
+        with Sandbox.create("function") as sandbox:
+            assert "leaked" not in sandbox.run("env; cat /proc/*/environ 2>/dev/null").stdout
+            assert sandbox.run("ls /proc/self/fd | wc -l").stdout == "4\n"

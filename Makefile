@@ -3,19 +3,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-clients lint setup wheel clean help
+.PHONY: demo test test-slow test-clients lint setup setup-sandbox wheel clean help
 
 help:
 	@echo "make demo       set up, then let the shipped model work on real files in a sandbox"
 	@echo "make test       set up, then lint, types and tests (under 10 minutes on two cores)"
 	@echo "make test-slow  the longer suites"
 	@echo "make test-clients  real agents against the server (installs them with npm and pip); writes bench/results/clients"
+	@echo "make setup-sandbox  what sandboxes need from apt (crun); without it their tests are skipped"
 	@echo "make wheel      build dist/*.whl with the model inside"
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: requirements.lock pyproject.toml scripts/setup
 	@PYTHON="$(PYTHON)" scripts/setup $(VENV)
+
+setup-sandbox:
+	@scripts/setup-sandbox
 
 demo: setup
 	@$(BIN)/nautile demo

@@ -26,8 +26,12 @@ def function():
 
 
 @pytest.fixture(scope="session")
-def container():
+def crun():
     need("crun")
+
+
+@pytest.fixture(scope="session")
+def container(crun):
     with Sandbox.create("container", limits=SMALL) as sandbox:
         yield sandbox
 
@@ -38,9 +42,8 @@ def sandbox(request):
 
 
 @pytest.fixture
-def fresh():
+def fresh(crun):
     """Make containers that end with the test."""
-    need("crun")
     made = []
 
     def create(**options):

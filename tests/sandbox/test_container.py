@@ -328,6 +328,7 @@ def test_closing_leaves_nothing(fresh):
     assert session.close() in (-1, 137)
 
 
+@pytest.mark.usefixtures("crun")
 def test_a_killed_client_leaves_nothing():
     script = (
         "from nautile.sandbox import Sandbox\n"
@@ -355,6 +356,7 @@ def test_a_container_that_died_is_lost_not_hung(fresh):
         sandbox.read("x")
 
 
+@pytest.mark.usefixtures("crun")
 @pytest.mark.slow
 def test_a_killed_keeper_is_an_error_and_the_next_one_sweeps(tmp_path):
     """Ends every container of this user: not beside other tests."""
@@ -373,6 +375,7 @@ def test_a_killed_keeper_is_an_error_and_the_next_one_sweeps(tmp_path):
     sandbox.close()
 
 
+@pytest.mark.usefixtures("crun")
 @pytest.mark.slow
 def test_the_keeper_leaves_when_it_is_idle():
     Sandbox.create("container").close()
@@ -383,6 +386,7 @@ def test_the_keeper_leaves_when_it_is_idle():
     assert sorted(place.name for place in Path("/run/nautile").iterdir()) == ["keeper.lock", "start.lock"]
 
 
+@pytest.mark.usefixtures("crun")
 @pytest.mark.slow
 def test_hundreds_of_lives_leave_nothing():
     mounts = len(Path("/proc/self/mountinfo").read_text().splitlines())

@@ -278,6 +278,7 @@ def count(sandbox):
     return sandbox.run("echo x >> counter; wc -l < counter").stdout
 
 
+@pytest.mark.usefixtures("crun")
 def test_a_container_outlives_its_client_and_nothing_runs_twice(place):
     first = Sandbox.create("container", log=place)
     assert [count(first), count(first)] == ["1\n", "2\n"]
@@ -306,6 +307,7 @@ def test_a_container_outlives_its_client_and_nothing_runs_twice(place):
     third.close()
 
 
+@pytest.mark.usefixtures("crun")
 def test_a_lost_sandbox_is_built_anew_only_when_asked_and_is_compared(place, tmp_path):
     with Sandbox.create("container", log=place) as first:
         count(first)
@@ -323,6 +325,7 @@ def test_a_lost_sandbox_is_built_anew_only_when_asked_and_is_compared(place, tmp
         Sandbox.create("container", log=tmp_path / "other", replay="reexecute")
 
 
+@pytest.mark.usefixtures("crun")
 def test_a_recorded_function_fast_forwards(place):
     with Sandbox.create("function", log=place) as sandbox:
         first = sandbox.run("cat /proc/sys/kernel/random/uuid").stdout
@@ -365,6 +368,7 @@ def killed_at_random(place, steps, kills, seed):
     return hits, acknowledged
 
 
+@pytest.mark.usefixtures("crun")
 @pytest.mark.parametrize("seed", [1])
 def test_a_client_killed_at_any_moment_goes_on_and_nothing_runs_twice(place, seed):
     steps = 25
@@ -378,6 +382,7 @@ def test_a_client_killed_at_any_moment_goes_on_and_nothing_runs_twice(place, see
     assert verify(place) == (steps + 1, 0)
 
 
+@pytest.mark.usefixtures("crun")
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_a_hundred_kills(place, seed):
@@ -389,6 +394,7 @@ def test_a_hundred_kills(place, seed):
         assert sandbox.run("cat done").stdout.split() == [str(step) for step in range(200)]
 
 
+@pytest.mark.usefixtures("crun")
 def test_a_sandbox_that_is_not_fetched_ends_at_its_time(place):
     script = (
         f"from nautile.sandbox import Sandbox; s = Sandbox.create('container', log={str(place)!r}, keep=0.5); print(s.info.id)"

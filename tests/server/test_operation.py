@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
 
-from nautile.server import ServerOptions
+from nautile.server import ServerOptions, Service
+from nautile.server.serving import DrainingServer, draining_server, listen
 from server.live import Live, serving
 from server.local import user
-from server.scripted import Script
+from server.scripted import Script, ScriptedEngine
 
 CHAT = "/v1/chat/completions"
 SLOW = Script("</think>" + "word " * 400, delay=0.02)
@@ -196,66 +195,56 @@ def figures(text: str) -> dict[str, float]:
     return {name: float(value) for name, value in lines}
 
 
-# Signals
+# Shutting down. What a signal calls is called here; tests/cli/test_serve.py sends a real one to a real process.
 
 
-@pytest.fixture
-def process() -> Iterator[Callable[[float, float], tuple[subprocess.Popen[str], str]]]:
-    started: list[subprocess.Popen[str]] = []
-
-    def start(delay: float, drain: float) -> tuple[subprocess.Popen[str], str]:
-        script = Path(__file__).parent / "serve_scripted.py"
-        command = [sys.executable, str(script), str(delay), str(drain)]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        started.append(server)
-        assert server.stdout is not None
-        url = f"http://127.0.0.1:{int(server.stdout.readline())}"
-        soon(lambda: reachable(url), 20)
-        return server, url
-
-    yield start
-    for server in started:
-        server.kill()
-        server.wait(10)
+@contextmanager
+def leaving(script: Script, drain: float) -> Iterator[tuple[DrainingServer, ScriptedEngine, str]]:
+    """A server in a thread that has begun nothing yet, with what its signal handler is."""
+    engine = ScriptedEngine(default=script)
+    listener = listen("127.0.0.1", 0)
+    server = draining_server(Service(engine, "scripted", ServerOptions(drain=drain)))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    soon(lambda: server.started, 30)
+    yield server, engine, f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive() and engine.closed
 
 
-def reachable(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health/live").status_code == 200
-    except httpx.HTTPError:
-        return False
+def test_sigterm_lets_a_stream_finish_and_refuses_new_requests() -> None:
+    with leaving(Script("</think>" + "word " * 20, delay=0.03), drain=60) as (server, engine, url):
+        with httpx.stream("POST", url + CHAT, json={"messages": user(), "stream": True}, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(line for line in lines if '"content":"word' in line)
+            server.handle_exit(signal.SIGTERM, None)
+            assert httpx.get(f"{url}/health").status_code == 503
+            refused = httpx.post(url + CHAT, json={"messages": user()})
+            assert refused.status_code == 503 and "retry-after" in refused.headers
+            assert httpx.get(f"{url}/health/live").status_code == 200
+            assert list(lines)[-2:] == ["data: [DONE]", ""]
+        soon(lambda: server.should_exit)  # by itself, now that nothing runs
+    assert engine.cancelled == [] and len(engine.requests) == 1
 
 
-def test_sigterm_lets_a_stream_finish_and_refuses_new_requests(process: Any) -> None:
-    server, url = process(0.05, 20)
-    with httpx.stream("POST", url + CHAT, json={"messages": user(), "stream": True}, timeout=20) as answer:
-        lines = answer.iter_lines()
-        next(line for line in lines if '"content":"word' in line)
-        server.send_signal(signal.SIGTERM)
-        soon(lambda: httpx.get(f"{url}/health").status_code == 503)
-        refused = httpx.post(url + CHAT, json={"messages": user()})
-        assert refused.status_code == 503 and "retry-after" in refused.headers
-        assert httpx.get(f"{url}/health/live").status_code == 200
-        assert list(lines)[-2:] == ["data: [DONE]", ""]
-    out, _ = server.communicate(timeout=10)
-    assert server.returncode == 0 and out.split() == ["closed", "0"]
+@pytest.mark.parametrize("again", [False, True], ids=["drain over", "second signal"])
+def test_sigterm_does_not_wait_for_ever(again: bool) -> None:
+    with leaving(Script(delay=0.1, wait=60), drain=1000 if again else 0.3) as (server, engine, url):
+        said: list[str] = []
 
+        def ask() -> None:
+            try:
+                said.append(httpx.post(url + CHAT, json={"messages": user(), "stream": True}, timeout=60).text)
+            except httpx.HTTPError as error:
+                said.append(type(error).__name__)
 
-def test_sigterm_does_not_wait_for_ever(process: Any) -> None:
-    server, url = process(5, 0.3)
-    with httpx.stream("POST", url + CHAT, json={"messages": user(), "stream": True}, timeout=20) as answer:
-        lines = answer.iter_lines()
-        begun = time.monotonic()
-        server.send_signal(signal.SIGTERM)
-        with pytest.raises(httpx.HTTPError):  # cut off, so that nobody takes it for a whole answer
-            assert "data: [DONE]" not in list(lines)
-            raise httpx.HTTPError("ended without the end mark")
-    server.wait(10)
-    assert server.returncode == 0 and time.monotonic() - begun < 6
-
-
-def test_a_server_without_requests_leaves_at_once(process: Any) -> None:
-    server, _ = process(0, 30)
-    begun = time.monotonic()
-    server.send_signal(signal.SIGINT)
-    assert server.wait(10) == 0 and time.monotonic() - begun < 3
+        asking = threading.Thread(target=ask)
+        asking.start()
+        soon(lambda: len(engine.running) == 1)
+        server.handle_exit(signal.SIGTERM, None)
+        if again:
+            server.handle_exit(signal.SIGTERM, None)
+        asking.join(30)
+        assert said and "[DONE]" not in said[0]  # cut off, so that nobody takes it for a whole answer
+        assert engine.running == set()

@@ -12,7 +12,7 @@ import uvicorn
 from nautile.server.app import create_app
 from nautile.server.service import ServerOptions, Service, ServiceError
 
-__all__ = ["DrainingServer", "check_exposure", "listen", "serve"]
+__all__ = ["DrainingServer", "check_exposure", "draining_server", "listen", "serve"]
 
 _CUT_SECONDS = 2  # between telling the engine to stop and closing connections
 
@@ -74,6 +74,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(service: Service, listener: socket.socket) -> None:
     """Serve until a signal ends it. The caller has checked the address with ``check_exposure``."""
+    draining_server(service).run(sockets=[listener])
+
+
+def draining_server(service: Service) -> DrainingServer:
+    """The server of a service; ``run`` takes its sockets."""
     config = uvicorn.Config(
         create_app(service),
         log_config=None,
@@ -85,4 +90,4 @@ def serve(service: Service, listener: socket.socket) -> None:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=_CUT_SECONDS,
     )
-    DrainingServer(config, service).run(sockets=[listener])
+    return DrainingServer(config, service)

@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from nautile import __version__
-from nautile.cli import agent, bench, chat, demo, doctor, evaluate, sandbox, serve, session, train
+from nautile.cli import agent, bench, chat, demo, doctor, evaluate, sandbox, serve, session, trace, train
 
 __all__ = ["app", "main"]
 
@@ -33,6 +33,7 @@ app.command("agent")(agent.agent)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
+app.command("trace")(trace.trace)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")
 app.add_typer(train.app, name="train")

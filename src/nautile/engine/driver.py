@@ -15,7 +15,7 @@ from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 
 from nautile.engine.core import Core
-from nautile.engine.request import EngineEvent, EngineStats, Finished, Request, RequestError
+from nautile.engine.request import EngineEvent, EngineStats, EngineStoppedError, Finished, Request, RequestError
 
 __all__ = ["Driver", "EventStream"]
 
@@ -102,7 +102,7 @@ class Driver:
         self._tell(guarded)
         while not done.wait(0.2):
             if not self._thread.is_alive():
-                raise RequestError("the engine is closed")
+                raise EngineStoppedError("the engine is closed")
         if failure:
             raise failure[0]
 
@@ -117,9 +117,9 @@ class Driver:
     def _tell(self, command: Command) -> None:
         with self._wake:
             if self._failure is not None:
-                raise RequestError(f"the engine stopped: {self._failure}")
+                raise EngineStoppedError(f"the engine stopped: {self._failure}")
             if self._closing:
-                raise RequestError("the engine is closed: make a new one")
+                raise EngineStoppedError("the engine is closed: make a new one")
             self._inbox.append(command)
             self._wake.notify()
 

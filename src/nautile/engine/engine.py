@@ -17,7 +17,15 @@ import torch
 from nautile.engine.core import Core, ModelLimits
 from nautile.engine.driver import Driver, EventStream
 from nautile.engine.options import EngineConfig
-from nautile.engine.request import EngineEvent, EngineStats, Finished, Request, RequestError, TokenSampled
+from nautile.engine.request import (
+    EngineEvent,
+    EngineStats,
+    EngineStoppedError,
+    Finished,
+    Request,
+    RequestError,
+    TokenSampled,
+)
 from nautile.engine.runners import make_runner
 from nautile.engine.sampling import SamplingParams
 from nautile.engine.scheduler import Limits, Scheduler
@@ -202,7 +210,7 @@ class Engine:
     def _running(self) -> Driver:
         with self._lock:
             if self._closed:
-                raise RequestError("the engine is closed: make a new one")
+                raise EngineStoppedError("the engine is closed: make a new one")
             if self._driver is None:
                 self._driver = Driver(self._core, self._described)
             return self._driver

@@ -22,6 +22,7 @@ __all__ = [
     "AsyncEngine",
     "EngineEvent",
     "EngineStats",
+    "EngineStoppedError",
     "Finished",
     "Prefilled",
     "Request",
@@ -34,6 +35,10 @@ __all__ = [
 
 class RequestError(ValueError):
     """The engine cannot run this request as it is; the text says what to change. Nothing was started."""
+
+
+class EngineStoppedError(RequestError):
+    """The engine has ended, through a fault of its own or because it was closed: no request can be run."""
 
 
 class TokenConstraint(Protocol):

@@ -24,6 +24,7 @@ class BlockTrace:
 
     attention: AttentionTrace
     routing: Routing | None = None
+    mixing: list[tuple[Tensor, Tensor, Tensor]] | None = None  # when a list: pre, post, matrix of the two sites, detached
 
 
 class Block(nn.Module):
@@ -52,9 +53,13 @@ class Block(nn.Module):
     def forward(self, streams: Tensor, chunk: Chunk, state: LayerRows | None = None, trace: BlockTrace | None = None) -> Tensor:
         """streams [B, T, n, d] -> [B, T, n, d]."""
         pre, post, matrix = mixing(streams, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale, self.config)
+        if trace is not None and trace.mixing is not None:
+            trace.mixing.append((pre.detach(), post.detach(), matrix.detach()))
         y = self.attn(self.attn_norm(collapse(streams, pre)), chunk, state, trace.attention if trace else None)
         streams = distribute(streams, y, post, matrix)
         pre, post, matrix = mixing(streams, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale, self.config)
+        if trace is not None and trace.mixing is not None:
+            trace.mixing.append((pre.detach(), post.detach(), matrix.detach()))
         y, routing = self.ffn(self.ffn_norm(collapse(streams, pre)), chunk.ids)
         if trace is not None:
             trace.routing = routing

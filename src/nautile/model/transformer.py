@@ -25,9 +25,24 @@ __all__ = ["Trace", "Transformer"]
 
 @dataclass
 class Trace:
-    """What every layer decided in one pass: expert routing and indexer picks, in layer order. Written by the transformer."""
+    """What every layer decided in one pass, in layer order; a flag for each kind that is kept. Written by the transformer.
 
+    indexer: compressed entries that each query of a CSA layer attended to; experts: routing; mhc: how streams were read,
+    written and mixed at both sites. Tracing changes no number.
+    """
+
+    indexer: bool = True
+    experts: bool = True
+    mhc: bool = False
     layers: list[BlockTrace] = field(default_factory=list)
+
+    def keep(self, layer: BlockTrace) -> None:
+        """Take in what a layer decided, without what nobody asked for."""
+        if not self.indexer:
+            layer.attention.selected = None
+        if not self.experts:
+            layer.routing = None
+        self.layers.append(layer)
 
 
 class Transformer(nn.Module):
@@ -123,10 +138,10 @@ class Transformer(nn.Module):
             embedded = embedded.to(torch.get_autocast_dtype(embedded.device.type))
         streams: Tensor = embedded.unsqueeze(-2).expand(-1, -1, self.config.hc_mult, -1)
         for index, layer in enumerate(self.layers):
-            block_trace = BlockTrace(AttentionTrace()) if trace is not None else None
+            block_trace = BlockTrace(AttentionTrace(), mixing=[] if trace.mhc else None) if trace is not None else None
             streams = layer(streams, chunk, state.layers[index] if state else None, block_trace)
             if trace is not None and block_trace is not None:
-                trace.layers.append(block_trace)
+                trace.keep(block_trace)
         return streams
 
     def hidden(self, streams: Tensor) -> Tensor:

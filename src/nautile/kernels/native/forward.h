@@ -13,7 +13,7 @@ namespace nautile {
 constexpr int SLICE = 256;  // tokens of a slice: bounds the scratch memory
 constexpr int MANY = 48;    // tokens from which work is split by tokens
 constexpr int GROUP = 4;    // tokens whose attention shares packed keys
-constexpr int INDEX_GROUP = 16;
+constexpr int INDEX_GROUP = 32;  // tokens that are scored against a block of indexer keys together
 
 struct Segment {
     const Piece* piece;
@@ -34,6 +34,7 @@ struct MemberBuffers {
     std::unique_ptr<Packer> rows, keys;
     Selection selections[INDEX_GROUP], merged;
     const int32_t* chosen[INDEX_GROUP];  // the entries of each token of a run
+    int sees[INDEX_GROUP];               // how many entries each sees; 0 where it takes all of them
     Buffer<float> logits, sums, products, pooled;
     Buffer<uint32_t> weights;
     KeyList window, entries;

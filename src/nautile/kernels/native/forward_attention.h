@@ -167,8 +167,10 @@ inline void Runner::select_entries(const Share& s, const Layer& layer, int first
     MemberBuffers& m = *s.m;
     const int k = (int)s_.index_topk, entries = (int)visible(layer, first + count - 1);
     const int unit = byte_keys_ ? (int)byte_keys_->rows() : KEYS, blocks = (entries + unit - 1) / unit;
-    for (int i = 0; i < count; i++)
-        if (selects(layer, first + i)) m.selections[i].begin(k);
+    for (int i = 0; i < count; i++) {
+        m.sees[i] = selects(layer, first + i) ? (int)visible(layer, first + i) : 0;
+        m.selections[i].begin(k);
+    }
     Range mine = s.one ? part(blocks, s.member, s.parts) : Range{0, blocks};
     for (int b = mine.begin; b < mine.end; b++)
         if (byte_keys_) score_bytes(s, layer, first, count, b, b + 1 < mine.end);
@@ -181,7 +183,7 @@ inline void Runner::select_entries(const Share& s, const Layer& layer, int first
         chosen = &m.merged;
     }
     for (int i = 0; i < count; i++)
-        if (selects(layer, first + i)) m.chosen[i] = const_cast<Selection&>(chosen[i]).finish();
+        if (m.sees[i]) m.chosen[i] = const_cast<Selection&>(chosen[i]).finish();
 }
 
 // Scores 64 entries for every token of a group that selects, and passes them to its selection.
@@ -200,12 +202,12 @@ inline void Runner::score_block(const Share& s, const Layer& layer, int first, i
     const uint32_t* panel = s.m->keys->keys(keys.data(), PANEL);
     Rows queries = operand(s.t->index_query, s_.index_dim);
     for (int i = 0; i < count; i++) {
-        if (!selects(layer, first + i)) continue;
+        if (!s.m->sees[i]) continue;
         const float* w = s.t->index_weights.get() + (first + i) * heads;
         vec scores[PANEL];
         if (s_.index_kind == WIDE) panel_scores<WIDE>(queries, (first + i) * heads, heads, w, panel, PANEL, s.m->keys->depth, scores);
         else panel_scores<PAIRS>(queries, (first + i) * heads, heads, w, panel, PANEL, s.m->keys->depth, scores);
-        for (int t = 0; t < PANEL; t++) s.m->selections[i].push(scores[t], b * KEYS + t * LANES, (int)visible(layer, first + i));
+        for (int t = 0; t < PANEL; t++) s.m->selections[i].push(scores[t], b * KEYS + t * LANES, s.m->sees[i]);
     }
 }
 
@@ -223,11 +225,11 @@ inline void Runner::score_bytes(const Share& s, const Layer& layer, int first, i
     for (int row = 0; row < here; row += KEYS, tile += PANEL * stride) {
         const int tiles = std::min(PANEL, (int)(rows - row) / LANES);
         for (int i = 0; i < count; i++) {
-            if (!selects(layer, first + i)) continue;
+            if (!s.m->sees[i]) continue;
             vec scores[PANEL];
             tile_scores(queries, (first + i) * heads, heads, s.t->index_weights.get() + (first + i) * heads, tile, stride, tiles, depth, scores);
             for (int t = 0; t < tiles; t++)
-                s.m->selections[i].push(scores[t], (int)(b * rows) + row + t * LANES, (int)visible(layer, first + i));
+                s.m->selections[i].push(scores[t], (int)(b * rows) + row + t * LANES, s.m->sees[i]);
         }
     }
 }

@@ -61,15 +61,40 @@ class Selection {
     void cut() {
         if (count_ <= k_) return;
         limit_ = kth();
-        int greater = 0;
-        for (int i = 0; i < count_; i++) greater += score_[i] > limit_;
-        int room = k_ - greater, kept = 0;
-        for (int i = 0; i < count_; i++) {
+        int greater = 0, equal = 0, kept = 0;
+        for (int i = 0; i < count_; i++) greater += score_[i] > limit_, equal += score_[i] == limit_;
+        if (greater + equal == k_) {
+            count_ = keep_if(count_, [this](vec v) { return v >= limit_; }, score_.data(), index_.data());
+            return;
+        }
+        for (int i = 0, room = k_ - greater; i < count_; i++) {
             bool tied = score_[i] == limit_ && room > 0, stays = tied || score_[i] > limit_;
             score_[kept] = score_[i], index_[kept] = index_[i];  // written even when it goes: cheaper than a branch
             room -= tied, kept += stays;
         }
         count_ = kept;
+    }
+
+    // Moves the elements of two arrays for which test(element of the first) holds to their fronts; returns how many.
+    template <class Test> static int keep_if(int n, Test test, float* first, int32_t* second) {
+        int kept = 0, i = 0;
+#if defined(__AVX512F__)
+        for (; i + LANES <= n; i += LANES) {
+            vec v = load(first + i);
+            __mmask16 mask = _mm512_movepi32_mask((__m512i)test(v));
+            __m512i other = _mm512_loadu_si512(second + i);
+            _mm512_storeu_ps(first + kept, _mm512_maskz_compress_ps(mask, (__m512)v));
+            _mm512_storeu_si512(second + kept, _mm512_maskz_compress_epi32(mask, other));
+            kept += __builtin_popcount(mask);
+        }
+#endif
+        for (; i < n; i++) {
+            vec v = spread(first[i]);
+            bool stays = test(v)[0];
+            first[kept] = first[i], second[kept] = second[i];
+            kept += stays;
+        }
+        return kept;
     }
 
     // The k-th largest candidate, by radix on ordered bits.
@@ -79,23 +104,37 @@ class Selection {
         static constexpr int SHIFT[3] = {21, 10, 0}, BITS[3] = {11, 11, 10};
         uint32_t found = 0;
         for (int level = 0; level < 3; level++) {
-            uint32_t mask = (1u << BITS[level]) - 1, bin = mask;
-            std::memset(bins_, 0, sizeof(int) * (mask + 1));
-            for (int i = 0; i < n; i++) bins_[(left_[i] >> SHIFT[level]) & mask]++;
-            for (; k > bins_[bin]; bin--) k -= bins_[bin];
-            found |= bin << SHIFT[level];
-            int kept = 0;
-            for (int i = 0; i < n; i++) {
-                uint32_t key = left_[i];
-                left_[kept] = key;
-                kept += ((key >> SHIFT[level]) & mask) == bin;
-            }
-            n = kept;
+            const int shift = SHIFT[level];
+            const uint32_t mask = (1u << BITS[level]) - 1;
+            uint32_t bin = mask;
+            std::memset(bins_, 0, sizeof bins_);
+            for (int i = 0; i < n; i++) bins_[i % 2][(left_[i] >> shift) & mask]++;  // two tables: equal neighbours do not wait
+            for (; k > bins_[0][bin] + bins_[1][bin]; bin--) k -= bins_[0][bin] + bins_[1][bin];
+            found |= bin << shift;
+            if (level < 2) n = keep_bin(n, shift, mask, bin);
         }
         uint32_t bits = found & 0x80000000u ? found ^ 0x80000000u : ~found;
         float value;
         std::memcpy(&value, &bits, 4);
         return value;
+    }
+    int keep_bin(int n, int shift, uint32_t mask, uint32_t bin) {
+        int kept = 0, i = 0;
+#if defined(__AVX512F__)
+        for (; i + LANES <= n; i += LANES) {
+            __m512i keys = _mm512_loadu_si512(left_.data() + i);
+            __m512i at = _mm512_and_si512(_mm512_srli_epi32(keys, shift), _mm512_set1_epi32((int)mask));
+            __mmask16 same = _mm512_cmpeq_epi32_mask(at, _mm512_set1_epi32((int)bin));
+            _mm512_storeu_si512(left_.data() + kept, _mm512_maskz_compress_epi32(same, keys));
+            kept += __builtin_popcount(same);
+        }
+#endif
+        for (; i < n; i++) {
+            uint32_t key = left_[i];
+            left_[kept] = key;
+            kept += ((key >> shift) & mask) == bin;
+        }
+        return kept;
     }
 
     int k_ = 0, count_ = 0;
@@ -103,7 +142,7 @@ class Selection {
     std::vector<float> score_;
     std::vector<int32_t> index_;
     std::vector<uint32_t> left_;
-    int bins_[2048];
+    int bins_[2][2048];
 };
 
 }  // namespace nautile

@@ -14,7 +14,17 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from nautile.config import ModelConfig
-from nautile.engine.request import EngineEvent, EngineStats, Finished, Prefilled, Request, RequestError, TokenSampled, Usage
+from nautile.engine.request import (
+    EngineEvent,
+    EngineStats,
+    EngineStoppedError,
+    Finished,
+    Prefilled,
+    Request,
+    RequestError,
+    TokenSampled,
+    Usage,
+)
 from nautile.protocol import Tokenizer, texts
 
 __all__ = ["Script", "ScriptedEngine", "calls", "ids_of", "v4_tokenizer"]
@@ -121,6 +131,8 @@ class ScriptedEngine:
         self.requests.append(request)
         scripted = self.scripts.popleft() if self.scripts else self.default
         script = self.answer(request) if self.answer else scripted
+        if self.closed:
+            raise EngineStoppedError("the engine is closed")
         if script.refuse is not None:
             raise RequestError(script.refuse)
         self.running.add(request.id)

@@ -346,3 +346,15 @@ def test_named_tool_is_the_only_one_in_the_prompt() -> None:
     assert '"name": "read"' in local.engine.prompt() and '"name": "list"' not in local.engine.prompt()
     assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] == ""
     assert json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"]) == {"path": "x"}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_engine_that_has_ended_is_not_the_client_s_fault(streamed: bool) -> None:
+    local = Local()
+    assert local.http.get("/health").json()["status"] == "ready"
+    local.engine.close()
+    answer = local.http.post("/v1/chat/completions", json={"messages": user(), "stream": streamed})
+    assert answer.status_code == 503 and "closed" in answer.json()["error"]["message"]
+    health = local.http.get("/health/ready")
+    assert health.status_code == 503 and health.json()["status"] == "failed"
+    assert local.http.get("/health/live").status_code == 200

@@ -55,8 +55,9 @@ def _add_basics(app: FastAPI) -> None:
         """Whether new requests are taken."""
         service = service_of(request)
         stats = service.engine.stats()
-        body = {"status": "draining" if service.draining else "ready", "running": stats.running, "waiting": stats.waiting}
-        return JSONResponse(body, 503 if service.draining else 200)
+        status = "failed" if service.failure else "draining" if service.draining else "ready"
+        body = {"status": status, "running": stats.running, "waiting": stats.waiting}
+        return JSONResponse(body, 200 if status == "ready" else 503)
 
     @app.get("/health/live")
     async def live() -> dict[str, str]:

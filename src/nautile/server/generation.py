@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from nautile.engine.request import Finished, Prefilled, Request, RequestError, TokenSampled
+from nautile.engine.request import EngineStoppedError, Finished, Prefilled, Request, RequestError, TokenSampled
 from nautile.protocol import (
     ContentDelta,
     Event,
@@ -254,7 +254,7 @@ async def generate(job: Job, service: Service) -> AsyncGenerator[Output, None]:
         yield finished
     except RequestError as error:
         reason = "refused"
-        raise invalid(str(error)) from None
+        raise _refused(error, service) from None
     except ApiError:
         reason = "error"
         raise
@@ -264,6 +264,14 @@ async def generate(job: Job, service: Service) -> AsyncGenerator[Output, None]:
         if close is not None:
             await close()
         _account(service, job, clock, reason, cached)
+
+
+def _refused(error: RequestError, service: Service) -> ApiError:
+    """What the client is told when the engine takes no request, or not this one."""
+    if isinstance(error, EngineStoppedError):
+        service.failure = str(error)
+        return ApiError(503, f"{error}; the server must be started again", retry_after=30)
+    return invalid(str(error))
 
 
 def _ended(event: Finished) -> Literal["stop", "length"]:

@@ -70,6 +70,7 @@ class Service:
     log: structlog.typing.FilteringBoundLogger = field(init=False)
     running: Counter[str] = field(default_factory=Counter)
     draining: bool = False
+    failure: str | None = None  # why the engine has ended; written by ``generation``
 
     def __post_init__(self) -> None:
         """Raises ServiceError for a model without a tokenizer or a prompt dialect."""

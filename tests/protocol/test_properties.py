@@ -1,7 +1,9 @@
 """Properties of encoder and parser together, on inputs that hypothesis makes up."""
 
+import concurrent.futures
 import datetime
 import json
+import multiprocessing
 import platform
 import random
 import subprocess
@@ -179,7 +181,9 @@ def fuzzed(number):
         for _ in range(rng.choice([0, 0, 1, 5])):
             whole.insert(rng.randrange(len(whole) + 1), rng.randrange(TOKENIZER.vocab_size))
     events = streamed([whole], **options)
-    sound(events, TOKENIZER.decode(whole) if by_ids else raw, spelled_out=not by_ids or tools == [] or D in raw.replace(D, ""))
+    # Half a mark cut off above may be put together again by the removal of what stood inside it: text, not a leak.
+    plain = TOKENIZER.decode([token for token in whole if not TOKENIZER.is_special(token)]) if by_ids else ""
+    sound(events, TOKENIZER.decode(whole) if by_ids else raw, not by_ids or tools == [] or D.strip("｜") in plain)
     if number % 8 == 0:
         assert streamed(cut(whole, [rng.randrange(200) for _ in range(4)]), **options) == events
 
@@ -189,22 +193,31 @@ def test_thousands_of_random_completions():
         fuzzed(number)
 
 
-@pytest.mark.slow
-def test_a_million_random_completions():
-    """Writes what it found to bench/results/protocol_fuzz.json, pass or fail."""
-    inputs, failures, began = 1_000_000, [], time.perf_counter()
-    for number in range(inputs):
+def fuzzed_range(numbers):
+    """The failures among these."""
+    failures = []
+    for number in numbers:
         try:
             fuzzed(number)
         except Exception as error:
             failures.append({"number": number, "error": f"{type(error).__name__}: {error}"[:200]})
+    return failures
+
+
+@pytest.mark.slow
+def test_a_million_random_completions():
+    """On two processes; writes what it found to bench/results/protocol_fuzz.json, pass or fail."""
+    inputs, began = 1_000_000, time.perf_counter()
+    chunks = [range(first, first + 20_000) for first in range(0, inputs, 20_000)]
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        failures = [failure for found in pool.map(fuzzed_range, chunks) for failure in found]
     result = {
         "what": "random completions: no exception, no markup in text, no text made up, the same cut or whole",
         "inputs": inputs,
         "failures": failures[:20],
         "failed": len(failures),
         "seconds": round(time.perf_counter() - began, 1),
-        "device": f"{platform.processor() or platform.machine()}, 1 thread",
+        "device": f"{platform.processor() or platform.machine()}, 2 processes",
         "date": datetime.date.today().isoformat(),
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=RESULTS

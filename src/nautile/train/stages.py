@@ -88,7 +88,11 @@ def load_weights(config: ModelConfig, path: Path | None, device: str, seed: int 
     if path is not None and path.is_dir():
         model.load_state_dict(load_model(path).state_dict())
     elif path is not None:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)["model"]
+        state = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)["model"]
+        )
         model.load_state_dict(
             {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
         )

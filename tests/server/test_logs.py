@@ -55,3 +55,11 @@ def test_an_unexpected_error_is_in_the_log_and_not_in_the_answer(
     failure = next(line for line in lines(capsys.readouterr().err) if line["event"] == "failure")
     assert "TypeError" in str(failure["exception"]) and failure["request"] == answer.headers["x-request-id"]
     assert local.service.in_flight == 0
+
+
+@pytest.mark.parametrize("style", ["json", "console"])
+def test_a_path_cannot_write_lines_of_its_own(style: str, capsys: pytest.CaptureFixture[str]) -> None:
+    local = Local(ServerOptions(log_format=style))
+    assert local.http.get("/v1/%0A%1b[31mfake" + "x" * 3000).status_code == 404
+    logged = capsys.readouterr().err
+    assert logged.count("\n") == 1 and "\x1b[31mfake" not in logged and len(logged) < 600

@@ -13,7 +13,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterable
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,6 +25,7 @@ __all__ = ["Guard", "KeyRing", "check_host", "check_origin"]
 
 _OPEN = ("/", "/health", "/health/live", "/health/ready", "/favicon.ico")  # need no key
 _OPEN_FOLDER = "/web/"
+_LOGGED_PATH = 200  # characters
 
 
 class KeyRing:
@@ -73,7 +74,7 @@ class Guard:
         except ClientDisconnect:
             status = 499  # as web servers log it: the client closed the request
         except Exception as error:
-            self.service.log.error("failure", request=request_id, path=path, exc_info=error)
+            self.service.log.error("failure", request=request_id, path=_quoted(path), exc_info=error)
             if status:
                 raise  # the answer has begun: only breaking it off tells the client
             text = f"an unexpected error in the server; its log has it under request {request_id}"
@@ -101,7 +102,7 @@ class Guard:
             "request",
             request=request_id,
             method=scope["method"],
-            path=scope["path"],
+            path=_quoted(scope["path"]),
             status=status,
             seconds=round(seconds, 3),
         )
@@ -140,6 +141,11 @@ def _name(host: str) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
     return host.partition(":")[0].lower().rstrip(".")
+
+
+def _quoted(path: str) -> str:
+    """A path as a line of a log can have it: no control characters, not too long."""
+    return quote(path[:_LOGGED_PATH], safe="/-._~:@", errors="replace")
 
 
 async def _answer(path: str, error: ApiError, request_id: str, send: Send) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from nautile import Transformer
 from nautile.state import PoolOptions, Sequence, StatePool
+from nautile.state.pages import HISTORY, TAIL
 from oracles.random_models import random_ids, tiny_network
 
 SCHEDULE = (0, 4, 128)
@@ -40,6 +41,15 @@ def logits_of(ids: tuple[int, ...]) -> torch.Tensor:
     """[len(ids), V]: one pass without a state, the reference of every test here."""
     with torch.no_grad():
         return model()(torch.tensor([ids]))[0]
+
+
+def poison(pool: StatePool) -> None:
+    """Fill what is free with NaN: whoever reads what it has not been given computes nonsense."""
+    pages = pool.pages
+    for name in TAIL:
+        getattr(pages, name)[pages.free_slots] = float("nan")
+    for name in HISTORY:
+        getattr(pages, name)[pages.free_blocks] = float("nan")
 
 
 @torch.no_grad()

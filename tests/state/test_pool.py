@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from nautile.state import PoolError, PoolFull, PoolOptions, Sequence, StatePool
-from state.pools import LONGEST, check_index_keys, close, feed, logits_of, model, new_pool, row
+from state.pools import LONGEST, check_index_keys, close, feed, logits_of, model, new_pool, poison, row
 
 K = 128
 TINY_NODE = 60_000  # bytes: about what one node of the test network takes
@@ -80,6 +80,14 @@ class Machine(RuleBasedStateMachine):
         if sequence.open and sequence.slot is not None:
             self.take(sequence, row(seed)[-count:])
 
+    @rule(data=st.data())
+    def everybody_goes_on(self, data: st.DataObject) -> None:
+        """Each in its own way, so that a row that two of them share by mistake is wrong for one."""
+        for sequence in self.ids:
+            if sequence.slot is not None:
+                start, count = data.draw(st.integers(0, 600)), data.draw(st.integers(1, 9))
+                self.take(sequence, row(1)[start : start + count])
+
     @rule(target=sequences, sequence=sequences)
     def fork(self, sequence: Sequence):
         if not sequence.open:
@@ -139,6 +147,7 @@ class Machine(RuleBasedStateMachine):
     def the_books_add_up(self) -> None:
         if hasattr(self, "pool"):
             self.pool.check()
+            poison(self.pool)
             assert not self.reports
             for sequence, ids in self.ids.items():
                 assert tuple(sequence.ids) == ids
@@ -174,6 +183,7 @@ def test_a_released_sequence_is_found_again_whole(length: int) -> None:
     first = pool.open(row(0))
     feed(pool, first, row(0)[:length])
     pool.release(first)
+    poison(pool)
     again = pool.open(row(0))
     assert again.cached == length
     close(feed(pool, again, row(0)[length : length + 40]), logits_of(row(0))[length : length + 40])
@@ -211,6 +221,33 @@ def test_a_hit_is_bit_for_bit_what_was_computed() -> None:
             pool.check()
 
 
+@pytest.mark.parametrize("length", [1, 126, 130, 250])
+def test_forks_write_into_blocks_of_their_own(length: int) -> None:
+    pool = new_pool()
+    one = pool.open(row(0))
+    feed(pool, one, row(0)[:length])
+    ways = {one: row(0)[:length]}
+    for _ in range(2):
+        ways[pool.fork(one)] = row(0)[:length]
+    for turn in range(3):
+        for index, sequence in enumerate(ways):
+            new = row(index)[300 + 5 * turn : 309 + 6 * turn]
+            ways[sequence] += new
+            close(feed(pool, sequence, new), logits_of(ways[sequence])[-len(new) :])
+        pool.check()
+
+
+@pytest.mark.parametrize("length", [1, 9, 77, 127, 300])
+def test_a_parked_sequence_takes_everything_along(length: int) -> None:
+    pool = new_pool()
+    sequence = pool.open(row(0))
+    feed(pool, sequence, row(0)[:length])
+    pool.park(sequence)
+    poison(pool)
+    pool.unpark(sequence)
+    close(feed(pool, sequence, row(0)[length : length + 200]), logits_of(row(0))[length : length + 200])
+
+
 def test_partitions_share_nothing() -> None:
     pool = new_pool()
     first = pool.open(row(0), "one")
@@ -244,8 +281,8 @@ def test_ten_turns_compute_only_what_is_new() -> None:
 
 def test_rejected_tokens_leave_no_trace() -> None:
     """The network writes up to 8 tokens, some are taken back: the next step is that of a sequence that never saw them."""
-    for accepted in (0, 1, 3, 8):
-        for length in (1, 7, 125, 250):
+    for accepted in (0, 1, 7):
+        for length in (1, 125, 250):
             pool = new_pool(prefix_cache=False)
             one, other = pool.open(row(0)), pool.open(row(0))
             feed(pool, one, row(0)[:length])

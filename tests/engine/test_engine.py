@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 import pytest
 
@@ -160,6 +161,19 @@ def test_cancel_ends_a_request_with_what_it_has(model, engine):
     assert events[-1].reason == "cancelled"
     assert events[-1].usage.completion_tokens == len([e for e in events if isinstance(e, TokenSampled)])
     engine.cancel("nobody")
+
+
+def test_a_request_waits_while_somebody_else_holds_the_slots(model, engine):
+    held = engine.with_pool(lambda pool: [pool.open([1, 2, 3]) for _ in range(4)])
+    request = Request(tuple(prompt(model, 12, 1)), SamplingParams(max_tokens=3, ignore_eos=True))
+    stream = engine.submit_sync(request)
+    for _ in range(500):
+        if engine.stats().waiting:
+            break
+        time.sleep(0.01)
+    assert engine.stats().waiting == 1 and engine.stats().steps == 0
+    engine.with_pool(lambda pool: [pool.release(sequence) for sequence in held])
+    assert sum(isinstance(event, TokenSampled) for event in stream) == 3
 
 
 def test_many_threads_ask_at_once(model, engine):

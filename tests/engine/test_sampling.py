@@ -63,7 +63,7 @@ def plain_choice(logits, params, position, prompt, output, allowed):
         kept.append(token)
         if sum(weights[t] for t in kept) >= params.top_p * total * (1 - 1e-12):
             break
-    kept = [token for token in kept if weights[token] >= params.min_p * weights[order[0]]]
+    kept = sorted(token for token in kept if weights[token] >= params.min_p * weights[order[0]])
     point = uniform(params.seed, position) * sum(weights[token] for token in kept)
     for token in kept:
         point -= weights[token]
@@ -99,6 +99,25 @@ def test_every_rule_does_what_it_says(logits, params, data):
     if got.token != expected:  # the two may part only where rounding decides: the logits of both are equal to 1e-4
         both = [plain_value(logits, params, prompt, output, token) for token in (got.token, expected)]
         assert allowed[got.token] and abs(both[0] - both[1]) < 1e-4
+
+
+@given(
+    st.integers(0, 2**30), st.sampled_from([0, 5, 100, 900]), st.sampled_from([1.0, 0.99, 0.3]), st.sampled_from([0.0, 0.01])
+)
+def test_large_vocabularies_are_cut_as_by_sorting_all(seed, top_k, top_p, min_p):
+    """Every draw lies in the set that a full sort keeps, and a draw near 1 reaches its last id."""
+    rng = np.random.default_rng(seed)
+    logits = torch.tensor(rng.integers(-40, 40, 3000) / 8, dtype=torch.float32)  # many ties
+    params = SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    weights = np.exp(logits.double().numpy() - float(logits.max()))
+    order = np.argsort(-weights, kind="stable")[: top_k or None]
+    total = np.cumsum(weights[order])
+    order = order[: int(np.searchsorted(total, top_p * total[-1])) + 1] if top_p < 1 else order
+    kept = np.sort(order[weights[order] >= min_p])
+    shares = np.cumsum(weights[kept])
+    for position in range(20):
+        expected = kept[min(int(np.searchsorted(shares, uniform(seed, position) * shares[-1], "right")), len(kept) - 1)]
+        assert choose(logits, params, position).token == expected
 
 
 def plain_value(logits, params, prompt, output, token):

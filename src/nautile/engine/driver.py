@@ -20,6 +20,7 @@ from nautile.engine.request import EngineEvent, EngineStats, EngineStoppedError,
 __all__ = ["Driver", "EventStream"]
 
 Command = Callable[[], None]
+_PAUSE = 0.01  # seconds, when nothing that waits can run
 
 
 class EventStream(Iterator[EngineEvent]):
@@ -132,8 +133,10 @@ class Driver:
                 if self._core.idle:
                     self._rest()
                 else:
-                    self._core.step()
+                    tokens = self._core.step()
                     self._hand_over()
+                    if not tokens:
+                        self._wait(_PAUSE)
             self._read_inbox()
             self._core.cancel_all()
         except BaseException as error:  # a fault of the engine itself: nobody may wait for ever
@@ -154,9 +157,12 @@ class Driver:
         """Nothing to do: hand over what is left, check the pool, sleep until a command comes."""
         self._hand_over()
         self._core.pool.check()
+        self._wait(None)
+
+    def _wait(self, seconds: float | None) -> None:
+        """Until a command comes, or for this long: somebody else's sequences may hold the slots or blocks."""
         with self._wake:
-            while not self._inbox and not self._closing:
-                self._wake.wait()
+            self._wake.wait_for(lambda: self._inbox or self._closing, seconds)
 
     def _hand_over(self) -> None:
         self._stats = self._describe(self._core.stats())

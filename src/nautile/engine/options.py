@@ -33,7 +33,7 @@ class EngineConfig:
     runner: RunnerName = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
     speculate: bool = False
-    max_running: int = 16
+    max_running: int = 32
     token_budget: int = 512
     pool_bytes: int = 256 << 20
     block_tokens: int = 256

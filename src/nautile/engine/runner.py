@@ -1,7 +1,7 @@
 """The portable runner: plans over a state pool through the network's modules, on any device PyTorch knows.
 
-Pieces of equal length go through the network together; a prompt chunk goes alone, because padding a decode to its length would
-cost more than a second pass. A batch changes a logit by rounding only (1e-5 in float32).
+Decodes, with and without a draft, go through the network together; a prompt chunk goes alone, because padding a decode to its
+length would cost more than a second pass. A batch changes a logit by rounding only (1e-5 in float32).
 """
 
 from __future__ import annotations
@@ -51,12 +51,14 @@ class TorchRunner:
             return torch.empty(0, self.model.config.vocab_size)
         return self.model.logits(self.model.hidden(torch.cat(wanted)))
 
-    def _pass(self, pieces: list[Piece]) -> Tensor:
-        """Residual streams [B, T, n, d] of pieces of one length."""
-        device = self.model.embed.weight.device
-        ids = torch.tensor([piece.ids for piece in pieces], dtype=torch.int64, device=device)
+    def _pass(self, pieces: list[Piece]) -> list[Tensor]:
+        """Residual streams [T, n, d] of each piece."""
+        device, lengths = self.model.embed.weight.device, [len(piece.ids) for piece in pieces]
+        padded = [(*piece.ids, *[0] * (max(lengths) - len(piece.ids))) for piece in pieces]
+        ids = torch.tensor(padded, dtype=torch.int64, device=device)
         state = self.pool.batch([piece.sequence for piece in pieces])
-        return self.model.streams(ids, self.model.new_chunk(ids, state), state)
+        streams = self.model.streams(ids, self.model.new_chunk(ids, state, torch.tensor(lengths)), state)
+        return [row[:length] for row, length in zip(streams, lengths, strict=True)]
 
     # Drafting -----------------------------------------------------------------------------------------------------
 
@@ -95,15 +97,10 @@ class TorchRunner:
 
 
 def _groups(plan: Plan) -> list[list[int]]:
-    """Indices of pieces that run together: decodes of one length, and each longer piece alone."""
-    together: dict[int, list[int]] = defaultdict(list)
-    alone = []
-    for index, piece in enumerate(plan.pieces):
-        if len(piece.ids) <= _SHORT:
-            together[len(piece.ids)].append(index)
-        else:
-            alone.append([index])
-    return [*together.values(), *alone]
+    """Indices of pieces that run together: the short ones, and each longer one alone."""
+    short = [index for index, piece in enumerate(plan.pieces) if len(piece.ids) <= _SHORT]
+    long = [[index] for index, piece in enumerate(plan.pieces) if len(piece.ids) > _SHORT]
+    return [short, *long] if short else long
 
 
-_SHORT = 8  # tokens; below it batching pieces saves passes over the weights
+_SHORT = 2  # tokens: a decode and its draft

@@ -12,13 +12,15 @@ import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = ["Chosen", "SamplingParams", "choose", "sample", "uniform"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 _MASK = (1 << 64) - 1
 _MOST_LOGPROBS = 128
@@ -158,18 +160,54 @@ def _adjusted(logits: Tensor, params: SamplingParams, prompt: Sequence[int], out
 
 
 def _draw(logits: Tensor, params: SamplingParams, position: int, choice: int) -> int:
+    """The token whose share of the kept probability, laid out in order of ids, holds the draw. Sorts only what it must."""
+    values = logits.numpy()
     if params.temperature == 0:
-        return int(logits.numpy().argmax())  # NumPy promises the first of equals, PyTorch does not
-    probabilities = (logits.double() / params.temperature).softmax(-1)
-    ordered, ids = probabilities.sort(descending=True, stable=True)
-    total = ordered.cumsum(-1)
-    kept = len(ordered) if params.top_k == 0 else min(params.top_k, len(ordered))
+        return int(values.argmax())  # NumPy promises the first of equals, PyTorch does not
+    scaled = values.astype(np.float64)
+    scaled -= scaled.max()
+    scaled /= params.temperature
+    weights = np.exp(scaled)
+    kept = _kept(weights, params)
+    total = np.cumsum(weights if kept is None else weights[kept])
+    place = int(np.searchsorted(total, uniform(params.seed or 0, position, choice) * total[-1], side="right"))
+    place = min(place, len(total) - 1)
+    return place if kept is None else int(kept[place])
+
+
+def _kept(weights: Array, params: SamplingParams) -> Array | None:
+    """Ids that top-k, top-p and min-p leave, ascending; None for all. Each looks at what the one before it left; among equals
+    the lower id goes first."""
+    if not params.top_k and params.top_p == 1 and not params.min_p:
+        return None
+    ids = _best(weights, params.top_k) if params.top_k else np.arange(len(weights))
     if params.top_p < 1:
-        kept = min(kept, int((total < params.top_p * total[kept - 1]).sum()) + 1)
-    if params.min_p > 0:
-        kept = min(kept, int((ordered >= params.min_p * ordered[0]).sum()))
-    draw = uniform(params.seed or 0, position, choice) * float(total[kept - 1])
-    return int(ids[min(int((total[:kept] <= draw).sum()), kept - 1)])
+        ids = _nucleus(weights, ids, params.top_p)
+    if params.min_p:
+        ids = ids[weights[ids] >= params.min_p * weights.max()]
+    return ids
+
+
+def _best(weights: Array, count: int) -> Array:
+    """Ids of the ``count`` largest weights, ascending."""
+    if count >= len(weights):
+        return np.arange(len(weights))
+    least = np.partition(weights, -count)[-count]
+    above = np.flatnonzero(weights > least)
+    equal = np.flatnonzero(weights == least)[: count - len(above)]
+    return np.sort(np.concatenate((above, equal)))
+
+
+def _nucleus(weights: Array, ids: Array, share: float) -> Array:
+    """The fewest of these ids that hold this share of their weight, ascending. Looks at ever more of the largest."""
+    target, count = share * weights[ids].sum(), 64
+    while True:
+        found = ids[_best(weights[ids], count)]
+        order = found[np.argsort(-weights[found], kind="stable")]
+        total = np.cumsum(weights[order])
+        if total[-1] >= target or count >= len(ids):
+            return np.sort(order[: int(np.searchsorted(total, target)) + 1])
+        count *= 8
 
 
 def _logprobs(logits: Tensor, token: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:

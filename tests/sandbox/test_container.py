@@ -14,8 +14,19 @@ from pathlib import Path
 import pytest
 
 from agent.processes import gone, running
-from nautile.sandbox import FileRefused, InvalidRequest, Limits, Sandbox, SandboxError, SandboxLost
+from nautile.sandbox import (
+    FileRefused,
+    InvalidRequest,
+    Limits,
+    Sandbox,
+    SandboxClosed,
+    SandboxError,
+    SandboxLost,
+    SandboxPool,
+    SubstrateUnavailable,
+)
 from nautile.sandbox.container import KeeperClient
+from sandbox.conftest import SMALL
 
 
 def keeper_pid():
@@ -399,3 +410,21 @@ def test_hundreds_of_lives_leave_nothing():
     assert [one for identity in identities for one in leftovers(identity)] == []
     assert len(Path("/proc/self/mountinfo").read_text().splitlines()) == mounts
     assert len(os.listdir("/proc/self/fd")) <= descriptors
+
+
+def test_a_pool_gives_each_sandbox_once_and_fills_up_again(crun):
+    with SandboxPool(2, lambda: Sandbox.create("container", limits=SMALL)) as pool:
+        taken = [pool.take() for _ in range(3)]
+        assert len({one.info.id for one in taken}) == 3
+        assert [one.run("echo x; ls").stdout for one in taken] == ["x\n"] * 3
+        for one in taken:
+            one.close()
+        deadline = time.monotonic() + 10
+        while pool.ready < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert pool.ready == 2
+    assert [one for sandbox in taken for one in leftovers(sandbox.info.id)] == []
+    with pytest.raises(SandboxClosed):
+        pool.take()
+    with SandboxPool(1, lambda: Sandbox.create("vm")) as broken, pytest.raises(SubstrateUnavailable):
+        broken.take()

@@ -81,6 +81,20 @@ def run(  # noqa: PLR0913  # one parameter an option
 
 
 @app.command()
+def stop() -> None:
+    """End every container of this user, and the process that keeps them.
+
+    Example: nautile sandbox stop
+    """
+    from nautile.sandbox.container import KeeperClient  # noqa: PLC0415
+
+    keeper = KeeperClient()
+    was = keeper.running
+    keeper.stop()
+    typer.echo("stopped" if was else "nothing was running")
+
+
+@app.command()
 def mcp(
     *,
     kind: Annotated[str, typer.Option(help="function or container.")] = "container",

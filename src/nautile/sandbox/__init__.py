@@ -32,6 +32,7 @@ from nautile.sandbox.errors import (
 from nautile.sandbox.image import Image
 from nautile.sandbox.limits import MIB, Limits
 from nautile.sandbox.policy import NetworkPolicy, Rule
+from nautile.sandbox.pool import SandboxPool
 from nautile.sandbox.result import Capabilities, Entry, Info, RunResult
 from nautile.sandbox.sandbox import Sandbox
 
@@ -59,6 +60,7 @@ __all__ = [
     "SandboxClosed",
     "SandboxError",
     "SandboxLost",
+    "SandboxPool",
     "SubstrateUnavailable",
     "ToolSandbox",
     "TrajectoryDiverged",

@@ -25,6 +25,7 @@ from nautile.sandbox.limits import Limits
 from nautile.sandbox.policy import NetworkPolicy
 from nautile.sandbox.result import Capabilities, Entry, Info, RunResult
 from nautile.sandbox.session import Session
+from nautile.sandbox.state import version
 
 __all__ = ["ContainerDriver", "KeeperClient"]
 
@@ -37,6 +38,7 @@ class KeeperClient:
 
     def __init__(self, place: Path | None = None) -> None:
         self.place = place or _runtime_directory()
+        self.version = version()
 
     @property
     def running(self) -> bool:
@@ -157,6 +159,7 @@ class ContainerDriver:
         self._keeper, self._id, self._limits, self._image, self.info = keeper, identity, limits, image, info
         self._lease: socket.socket | None = None
         self._paused = False
+        self._policy = NetworkPolicy()
         self._filter = seccomp.program(system_v=True)
 
     @classmethod
@@ -174,8 +177,6 @@ class ContainerDriver:
 
         Raises SubstrateUnavailable, LimitUnavailable.
         """
-        if policy.rules:
-            raise InvalidRequest("network: containers have none in this version")
         client = keeper or KeeperClient()
         info = Info(identity, "container", "crun", "native", ())
         driver = cls(client, identity, limits, image, info)
@@ -187,6 +188,7 @@ class ContainerDriver:
                 "limits": dataclasses.asdict(limits),
                 "layers": [str(layer) for layer in image.layers],
                 "host_usr": image.host_usr,
+                "rules": policy.texts or None,
                 "workspace": None if workspace is None else str(workspace),
             }
             made, _ = client.ask(request)
@@ -194,6 +196,8 @@ class ContainerDriver:
             driver.close()
             raise
         driver.info = dataclasses.replace(info, limits_enforced=tuple(made["enforced"]))
+        driver.capabilities = dataclasses.replace(cls.capabilities, network=bool(policy.rules))
+        driver._policy = policy
         return driver
 
     @classmethod
@@ -207,6 +211,7 @@ class ContainerDriver:
         driver = cls(
             client, identity, limits, image, Info(identity, "container", "crun", "native", tuple(described["enforced"]))
         )
+        driver.capabilities = dataclasses.replace(cls.capabilities, network=described["network"])
         driver._hold(keep)
         return driver
 
@@ -215,7 +220,10 @@ class ContainerDriver:
         channel = self._keeper.connect()
         try:
             channel.settimeout(_MARGIN)
-            send(channel, {"op": "lease" if keep is None else "keep", "id": self._id, "seconds": keep})
+            send(
+                channel,
+                {"op": "lease" if keep is None else "keep", "id": self._id, "seconds": keep, "version": self._keeper.version},
+            )
             answer(channel)
         except BaseException:
             channel.close()
@@ -349,13 +357,13 @@ class ContainerDriver:
 
     def fork(self) -> ContainerDriver:
         """See ``Sandbox.fork``."""
-        return ContainerDriver.create(
-            f"c-{os.urandom(8).hex()}", self.snapshot(), self._limits, NetworkPolicy(), None, self._keeper
-        )
+        identity = f"c-{os.urandom(8).hex()}"
+        return ContainerDriver.create(identity, self.snapshot(), self._limits, self._policy, None, self._keeper)
 
     def set_policy(self, policy: NetworkPolicy) -> None:
         """See ``Sandbox.set_policy``."""
-        raise AssertionError("a container without a network is not asked for this")
+        self._keeper.ask(self._request("policy", rules=policy.texts))
+        self._policy = policy
 
     def close(self) -> None:
         """See ``Driver.close``."""

@@ -25,6 +25,7 @@ from nautile.sandbox import cgroup, kernel
 from nautile.sandbox.function import ENVIRONMENT
 from nautile.sandbox.inside import frames
 from nautile.sandbox.inside.supervise import Capture, Job, Outcome, execute, supervise
+from nautile.sandbox.proxy import ENVIRONMENT as PROXIED
 from nautile.sandbox.state import State
 
 __all__ = ["outcome", "run", "session"]
@@ -97,7 +98,8 @@ def _exec(state: State, request: dict[str, Any], program: bytes) -> NoReturn:
     os.umask(0o022)
     os.chdir(request.get("cwd") or "/workspace")
     kernel.load_seccomp(program)
-    execute(request["argv"], {**ENVIRONMENT, **request.get("environment", {})})
+    proxied = PROXIED if state.network else {}
+    execute(request["argv"], {**ENVIRONMENT, **proxied, **request.get("environment", {})})
 
 
 def run(state: State, request: dict[str, Any], channel: socket.socket, body: bytes) -> None:

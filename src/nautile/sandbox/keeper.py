@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nautile.sandbox import bundle, cgroup, kernel
-from nautile.sandbox.errors import SandboxError, SandboxLost
+from nautile.sandbox.errors import SandboxError, SandboxLost, SubstrateUnavailable
 from nautile.sandbox.inside import frames
 from nautile.sandbox.operations import MOUNTS, carry_out
-from nautile.sandbox.state import SHARE, Settings
+from nautile.sandbox.state import SHARE, Settings, version
 
 __all__ = ["Keeper", "main"]
 
@@ -66,6 +66,7 @@ class Keeper:
         self.live: dict[str, tuple[float, float] | None] = {}  # without a lease: (seconds, the time until which it may live)
         self.children: set[int] = set()
         self.poll = select.poll()
+        self.version = version()
         self._sweep()
         self.root = os.geteuid() == 0
         self.base = _FIRST_BASE + SHARE * (int.from_bytes(os.urandom(4), "little") % _BASES) if self.root else 0
@@ -160,6 +161,10 @@ class Keeper:
         if message is None:
             return channel.close()
         request, body = message
+        if request["op"] in ("lease", "keep") and request["version"] != self.version:
+            text = "the keeper was started by another version of this package: close its sandboxes, or nautile sandbox stop"
+            _refuse(channel, SubstrateUnavailable("container", text, "try again after that"))
+            return channel.close()
         match request["op"]:
             case "lease":
                 self.live[request["id"]] = None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mcp.server import MCPServer
+from mcp.server.mcpserver.exceptions import ToolError
 
 from nautile.sandbox.errors import SandboxError, Unsupported
 from nautile.sandbox.sandbox import Sandbox
@@ -49,10 +51,10 @@ def build(sandbox: Sandbox) -> MCPServer[object]:
         """List a directory: kind, size, name."""
         return "\n".join(f"{entry.kind:9} {entry.size:10} {entry.name}" for entry in sandbox.list(path)) or "(empty)"
 
-    server.add_tool(run, name="run")
+    server.add_tool(_told(run), name="run")
     if sandbox.capabilities.files:
         for tool, name in ((read, "read"), (write, "write"), (list_directory, "list")):
-            server.add_tool(tool, name=name)
+            server.add_tool(_told(tool), name=name)
     return server
 
 
@@ -64,6 +66,19 @@ def serve(kind: str, workspace: Path | None, allow: Sequence[str] | None) -> Non
         )
     with Sandbox.create(kind, workspace=workspace, network=allow) as sandbox:
         build(sandbox).run("stdio")
+
+
+def _told(tool: Callable[..., str]) -> Callable[..., str]:
+    """The same tool, whose sandbox errors reach the client's model with their text."""
+
+    @functools.wraps(tool)
+    def call(*arguments: object, **named: object) -> str:
+        try:
+            return tool(*arguments, **named)
+        except SandboxError as error:
+            raise ToolError(str(error)) from None
+
+    return call
 
 
 def _short(text: str) -> str:

@@ -10,11 +10,12 @@ import select
 import shutil
 import signal
 import socket
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nautile.sandbox import bundle, cgroup, enter, filing, kernel, layers
+from nautile.sandbox import bundle, cgroup, enter, filing, kernel, layers, proxy
 from nautile.sandbox.errors import SandboxLost, SubstrateUnavailable
 from nautile.sandbox.inside import frames
 from nautile.sandbox.limits import Limits
@@ -52,8 +53,16 @@ def carry_out(keeper: Path, settings: Settings, request: dict[str, Any], channel
         case "read" | "write" | "list" | "upload" | "download":
             filing.serve(state, request, answer, body)
         case "describe":
-            found = {"layers": state.layers, "host_usr": state.host_usr, "enforced": state.group.enforced}
+            found = {
+                "layers": state.layers,
+                "host_usr": state.host_usr,
+                "enforced": state.group.enforced,
+                "network": state.network,
+            }
             frames.send(answer, {"ok": True, **found})
+        case "policy":
+            cut = proxy.ask(state.place / "proxy.sock", request["rules"])
+            frames.send(answer, {"ok": True, "cut": cut})
         case "freeze":
             state.group.freeze(bool(request["frozen"]))
             frames.send(answer, {"ok": True})
@@ -93,7 +102,10 @@ def _create(keeper: Path, settings: Settings, request: dict[str, Any]) -> dict[s
             "limits": request["limits"],
             "layers": request["layers"],
             "host_usr": request["host_usr"],
+            "network": request["rules"] is not None,
         }
+        if request["rules"] is not None:
+            _start_proxy(place, process, request["rules"], settings.base)
         (place / "state.new").write_text(json.dumps(state))
         os.rename(place / "state.new", place / "state.json")
     except BaseException:
@@ -241,6 +253,25 @@ def _become_crun(argv: list[str], group: cgroup.Group, log: int) -> None:
         os.write(2, str(error).encode())
     finally:
         os._exit(125)
+
+
+def _start_proxy(place: Path, process: int, rules: list[str], base: int | None) -> None:
+    """Fork the proxy of a container; it listens when this returns, and ends with the container."""
+    control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    control.bind(str(place / "proxy.sock"))
+    control.listen(8)
+    if os.fork() == 0:
+        try:
+            os.closerange(3, control.fileno())
+            os.closerange(control.fileno() + 1, 2**20)
+            pidfd, network = os.pidfd_open(process), os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            proxy.serve(pidfd, network, control, rules, None if base is None else base + SHARE - 1)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    control.close()
+    proxy.ask(place / "proxy.sock", rules)
 
 
 def _wait(child: int, seconds: float) -> int:

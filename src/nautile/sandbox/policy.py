@@ -54,6 +54,11 @@ class NetworkPolicy:
             raise InvalidRequest(f"network {network!r}: give None or a list of HOST:PORT; there is no open network")
         return cls(tuple(map(Rule.parse, network)))
 
+    @property
+    def texts(self) -> list[str]:
+        """The rules as ``parse`` takes them."""
+        return [f"[{rule.host}]:{rule.port}" if ":" in rule.host else f"{rule.host}:{rule.port}" for rule in self.rules]
+
     def allows(self, host: str, port: int) -> bool:
         """Whether some rule allows a host, as a client wrote it, and a port."""
         normal = normal_host(host)

@@ -160,8 +160,7 @@ class Recorded:
 
     def set_policy(self, policy: NetworkPolicy) -> None:
         """See ``Sandbox.set_policy``."""
-        rules = [f"{rule.host}:{rule.port}" for rule in policy.rules]
-        self._do("set_policy", {"rules": rules}, lambda: self._environment.set_policy(policy))
+        self._do("set_policy", {"rules": policy.texts}, lambda: self._environment.set_policy(policy))
 
     def close(self) -> None:
         """End the sandbox and note it in the log."""

@@ -289,24 +289,27 @@ def _recorded(order: _Order, place: Path, identity: str, replay: str, keep: floa
     log = TrajectoryLog.open(place, head)
     found = log.contents.head
     capabilities = (FunctionDriver if order.kind == "function" else ContainerDriver).capabilities
+    capabilities = dataclasses.replace(capabilities, network=bool(order.policy.rules))
+    driver: Driver | None = None
     try:
         if found["kind"] != order.kind:
             raise InvalidRequest(f"{place} is the log of a {found['kind']} sandbox: open it with kind={found['kind']!r}")
-        driver: Driver | None = None
-        if order.kind == "function" or not log.contents.operations:
-            driver = order.make(identity, keep)
-        else:
+        if order.kind == "container" and found["sandbox"] != identity:
             with contextlib.suppress(SandboxLost):
                 driver = ContainerDriver.attach(found["sandbox"], order.limits, keep)
-            if driver is None and replay == "reexecute":
-                driver = order.make(identity, keep)
-                reexecute(driver, place, log.contents)
+        if driver is None and (order.kind == "function" or not log.contents.operations):
+            driver = order.make(identity, keep)
+        elif driver is None and replay == "reexecute":
+            driver = order.make(identity, keep)
+            reexecute(driver, place, log.contents)
         if driver is not None and driver.info.id != found["sandbox"]:
             log.moved(driver.info.id)
         info = driver.info if driver is not None else Info(found["sandbox"], order.kind, "lost", "native", ())
         return Recorded(driver, log, info, capabilities)
     except BaseException:
         log.close()
+        if driver is not None and driver.info.id == identity:  # made for nothing; one that was attached to stays
+            driver.close()
         raise
 
 

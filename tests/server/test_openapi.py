@@ -18,6 +18,7 @@ SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", LOCAL.http.app, config=
 @SCHEMA.include(path_regex="^/(v1|health|metrics)").parametrize()
 @settings(max_examples=40, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 def test_nothing_makes_a_500(case: schemathesis.Case) -> None:
+    LOCAL.engine.closed = False  # every call here starts the application and shuts it down
     answer = case.call(headers={"host": "localhost"})
     assert answer.status_code < 500, answer.text
     if answer.status_code >= 400:

@@ -92,6 +92,20 @@ def test_blocks_sent_back_give_the_prompt_of_the_encoder(live):
     assert live.engine.prompt(1).startswith(live.engine.prompt(0) + "look first</think>I look.\n\n<")
 
 
+def test_a_conversation_from_elsewhere_is_read_whole(live):
+    """Thinking and pieces of an answer that this server never wrote, so that its memory cannot help."""
+    blocks = [
+        {"type": "thinking", "thinking": "ELSEWHERE", "signature": "x"},
+        {"type": "redacted_thinking", "data": "x"},
+        {"type": "text", "text": "first"},
+        {"type": "text", "text": "second"},
+        {"type": "tool_use", "id": "c", "name": "read", "input": {}},
+    ]
+    result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c"}]}
+    ask(live, **THINK, messages=[USER, {"role": "assistant", "content": blocks}, result], tools=[READ])
+    assert "<think>ELSEWHERE</think>first\n\nsecond\n\n<｜DSML｜tool_calls>" in live.engine.prompt()
+
+
 def test_system_blocks_are_joined_and_the_billing_note_left_out(live):
     blocks = ["x-anthropic-billing-header: cc_version=1;", "You code.", "Be careful."]
     ask(live, system=[{"type": "text", "text": text, "cache_control": {"type": "ephemeral"}} for text in blocks])

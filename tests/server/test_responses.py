@@ -99,6 +99,25 @@ def test_each_request_extends_the_prompt_before_it(live):
     assert live.engine.requests[1].prompt_ids[: len(before.prompt_ids)] == before.prompt_ids
 
 
+def test_a_conversation_from_elsewhere_is_read_whole(live):
+    """Reasoning and pieces of an answer that this server never wrote, so that its memory cannot help."""
+    items = [
+        {"role": "user", "content": "one"},
+        {
+            "type": "reasoning",
+            "id": "r1",
+            "summary": [{"type": "summary_text", "text": "short"}],
+            "content": [{"type": "reasoning_text", "text": "ELSEWHERE"}],
+        },
+        {"role": "assistant", "content": [{"type": "output_text", "text": "first"}]},
+        {"role": "assistant", "content": "second"},
+        {"type": "function_call", "call_id": "c", "name": "read", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "x"},
+    ]
+    ask(live, input=items, tools=[READ])
+    assert "<think>ELSEWHERE</think>first\n\nsecond\n\n<｜DSML｜tool_calls>" in live.engine.prompt()
+
+
 def test_instructions_inside_a_conversation_stay_where_they_are(live):
     items = [
         {"role": "user", "content": "one"},

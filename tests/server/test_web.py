@@ -156,6 +156,21 @@ def test_errors_are_said(page, live):
     expect(page.get_by_role("status")).to_have_text("the card fell off")
 
 
+def test_a_server_with_keys_is_used_with_one(page):
+    with serving(ServerOptions(api_keys=("key-of-eight",))) as guarded:
+        page.goto(guarded.url)
+        expect(page.locator("#model")).to_have_text("needs a key")
+        say(page, "hi")
+        expect(page.get_by_role("status")).to_contain_text("Instructions, tools and key")
+        page.get_by_label("API key of this server").fill("key-of-eight")
+        guarded.engine.say("</think>come in")
+        page.get_by_role("button", name="Send", exact=True).click()
+        expect(page.locator("article.model .text")).to_have_text("come in")
+        expect(page.locator("#model")).to_contain_text("scripted")
+        assert all("401" in fault for fault in page.faults) and page.faults
+        page.faults.clear()
+
+
 def test_live_figures(page, live):
     expect(page.locator("#model")).to_contain_text("scripted-v4")
     live.engine.say("</think>" + "word " * 50)

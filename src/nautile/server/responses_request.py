@@ -58,9 +58,9 @@ class ResponsesRequest(BaseModel):
     prompt: Any = Field(None, description="Refused: there are no stored prompts.")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Wanted:
-    """A request that has been understood: the turn, and what its answer's form depends on. Written by ``to_wanted``."""
+    """A request that has been understood: the turn, and what its answer's form depends on."""
 
     turn: Turn
     names: ToolNames

@@ -42,10 +42,11 @@ function headers() {
   return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
 }
 
-/** The sentence of an error answer. */
+/** The sentence of an error answer; a missing key opens the field for it. */
 async function faultOf(response) {
   const fallback = `The server answered ${response.status}.`;
   const text = await response.text();
+  if (response.status === 401) $("settings").open = true;
   try {
     const message = JSON.parse(text).error.message;
     return response.status === 401 ? `${message} (see "Instructions, tools and key")` : message;

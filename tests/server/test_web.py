@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 
 import httpx
 import pytest
@@ -14,6 +15,7 @@ from nautile.server import ServerOptions
 from server.live import Live, serving
 from server.scripted import Script, calls
 
+expect.set_options(timeout=20_000)
 CHROMIUM = shutil.which("chromium")
 INSTALL = "Chromium is missing; install it with: apt-get install -y --no-install-recommends chromium"
 SIZE = {"width": 1100, "height": 760}
@@ -50,7 +52,7 @@ def page(browser, live):
     """The page, opened; no test may leave an error in its console."""
     faults: list[str] = []
     page = browser.new_page()
-    page.set_default_timeout(5000)
+    page.set_default_timeout(20_000)  # a busy machine
     page.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.goto(live.url)
@@ -127,7 +129,7 @@ def test_calls_are_shown_and_answered_by_keyboard_alone(page, live):
 
 
 def test_stop_button_and_escape(page, live):
-    slow = Script("</think>" + "word " * 400, delay=0.01)
+    slow = Script("</think>" + "word " * 8000, delay=0.01)
     live.engine.say(slow, slow)
     say(page, "go")
     stop = page.get_by_role("button", name="Stop")
@@ -141,6 +143,9 @@ def test_stop_button_and_escape(page, live):
     expect(page.locator("article.model .text").nth(1)).to_contain_text("word word")
     page.keyboard.press("Escape")
     done(page, 2)
+    end = time.monotonic() + 10
+    while len(live.engine.cancelled) < 2 and time.monotonic() < end:
+        page.wait_for_timeout(20)
     assert len(live.engine.cancelled) == 2
 
 

@@ -62,6 +62,7 @@ def serve(  # noqa: PLR0913  # one parameter an option
     rows: Annotated[Rows, typer.Option(help="Format of the state.")] = Rows.float32,
     speculate: Annotated[bool, typer.Option(help="Draft with the checkpoint's MTP block; outputs stay the same.")] = False,
     cache_dir: Annotated[Path | None, typer.Option(help="Keep prefixes here between runs.")] = None,
+    sessions: Annotated[Path | None, typer.Option(help="Keep named sessions here and serve /v1/sessions.")] = None,
     log_format: Annotated[LogFormat, typer.Option(help="console or json.")] = LogFormat.console,
     log_prompts: Annotated[bool, typer.Option(help="Log the text of prompts and answers.")] = False,
 ) -> None:
@@ -99,6 +100,8 @@ def serve(  # noqa: PLR0913  # one parameter an option
     )
     listener = listen(host, port)  # before the model is loaded: a port in use is known at once
     service = _open(model, name, dialect, options, engine)
+    if sessions is not None:
+        _keep_sessions(service, sessions)
     address, number = listener.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
     typer.echo(f"{service.name} at http://{shown}:{number}/ (APIs: http://{shown}:{number}/v1); Ctrl-C ends", err=True)
@@ -112,6 +115,15 @@ def _open(model: str, name: str, dialect: str, options: ServerOptions, config: E
 
     engine = open_engine(model, config)
     return Service(engine, name or (Path(model).name if model else "nano"), options, dialect)
+
+
+def _keep_sessions(service: Service, directory: Path) -> None:
+    """Raises StoreUnavailable when the directory cannot be used."""
+    from nautile.engine import Engine  # noqa: PLC0415
+    from nautile.engine.sessions import EngineSessions  # noqa: PLC0415
+
+    assert isinstance(service.engine, Engine)
+    service.sessions = EngineSessions(service.engine, directory)
 
 
 def read_keys(path: Path) -> tuple[str, ...]:

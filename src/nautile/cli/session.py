@@ -11,15 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from nautile.engine import Engine
+    from nautile.state import SessionInfo, SessionStore
 
-    from torch import Tensor
-
-    from nautile.engine import Engine, SamplingParams
-    from nautile.state import Resumed, SessionInfo, SessionStore
-    from nautile.state import Sequence as LiveSequence
-
-__all__ = ["Live", "app", "default_sessions"]
+__all__ = ["app", "default_sessions"]
 
 app = typer.Typer(
     help="Named timelines that fork, rewind and survive a restart. Example: nautile session save story --text 'def add(a, b):'",
@@ -79,6 +74,8 @@ def save(  # noqa: PLR0913  # one parameter an option
 
     Example: nautile session save story --text "def add(a, b):"
     """
+    from nautile.engine.sessions import Live  # noqa: PLC0415
+
     engine, store = _engine(model), _store(place)
     live = Live.begin(engine, _ids(engine, text, file, message))
     _show(store.save(name, engine.pool, live.sequence, live.logits, note=note), json_)
@@ -103,6 +100,7 @@ def resume(  # noqa: PLR0913  # one parameter an option
     Example: nautile session resume story --max-tokens 32
     """
     from nautile.engine import SamplingParams  # noqa: PLC0415
+    from nautile.engine.sessions import Live  # noqa: PLC0415
 
     engine, store = _engine(model), _store(place)
     resumed = store.resume(name, engine.pool)
@@ -182,61 +180,6 @@ def delete(name: Name, place: Place = None) -> None:
     typer.echo(f"{name} is deleted")
 
 
-class Live:
-    """A session while it runs. ``logits`` [V] are of its next token; ``recomputed`` tokens had to be computed again."""
-
-    def __init__(self, engine: Engine, sequence: LiveSequence, logits: Tensor | None = None) -> None:
-        self.engine, self.pool, self.sequence, self.logits, self.recomputed = engine, engine.pool, sequence, logits, 0
-
-    @classmethod
-    def begin(cls, engine: Engine, ids: Sequence[int]) -> Live:
-        """A new timeline that has taken in ``ids``."""
-        live = cls(engine, engine.pool.open(ids))
-        live.feed(ids[live.sequence.length :])
-        return live
-
-    @classmethod
-    def resume(cls, engine: Engine, resumed: Resumed) -> Live:
-        """Where a session is: what is pending is computed."""
-        live = cls(engine, resumed.sequence, resumed.logits)
-        live.recomputed = len(resumed.pending)
-        live.feed(resumed.pending)
-        return live
-
-    def feed(self, ids: Sequence[int]) -> None:
-        """Take in tokens, in chunks that end at snapshot boundaries. Raises PoolFull, ValueError past the model's positions."""
-        from nautile.engine.plan import Piece, Plan  # noqa: PLC0415
-
-        limit, k = self.engine.config.max_position_embeddings, self.pool.options.snapshot_every
-        if self.sequence.length + len(ids) > limit:
-            raise typer.BadParameter(f"{self.sequence.length + len(ids)} tokens; this model takes {limit}")
-        while ids:
-            size = min(len(ids), k - self.sequence.length % k)
-            step, ids = tuple(ids[:size]), ids[size:]
-            self.pool.ensure(self.sequence, size)
-            self.logits = self.engine.runner.step(Plan((Piece(self.sequence, step),)))[0]
-            self.pool.append(self.sequence, step)
-
-    def generate(self, params: SamplingParams) -> Iterator[int]:
-        """Sample tokens until the end of sentence, which stays out of the timeline, or ``max_tokens``."""
-        from nautile.engine.sampling import sample  # noqa: PLC0415
-
-        if self.logits is None:  # it was rewound to a snapshot, or saved without: the last tokens give them again
-            self._recompute_logits()
-        for _ in range(params.max_tokens):
-            assert self.logits is not None
-            token = sample(self.logits, params, self.sequence.length)
-            if token == self.engine.config.eos_token_id:
-                return
-            yield token
-            self.feed([token])
-
-    def _recompute_logits(self) -> None:
-        ids = list(self.sequence.ids)
-        self.recomputed += len(ids) - self.pool.rewind(self.sequence, len(ids) - 1)
-        self.feed(ids[self.sequence.length :])
-
-
 class _Printer:
     """Text as it comes, whole characters only."""
 
@@ -266,11 +209,10 @@ def _store(place: Path | None) -> SessionStore:
 
 def _engine(model: str) -> Engine:
     from nautile.cli.agent import open_engine  # noqa: PLC0415
-    from nautile.state import fingerprint  # noqa: PLC0415
+    from nautile.engine.sessions import know_model  # noqa: PLC0415
 
     engine = open_engine(model)
-    if not engine.pool.fingerprint:
-        engine.pool.fingerprint = fingerprint(engine.config, engine.model.state_dict())
+    know_model(engine)
     return engine
 
 

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from nautile import __version__
-from nautile.server import chat, completions
+from nautile.server import chat, completions, sessions
 from nautile.server.errors import ApiError, body_for
 from nautile.server.guard import Guard
 from nautile.server.intake import service_of
@@ -38,6 +38,8 @@ def create_app(service: Service) -> FastAPI:
     for name in ("responses", "messages", "web"):
         if importlib.util.find_spec(f"nautile.server.{name}"):
             app.include_router(importlib.import_module(f"nautile.server.{name}").router)
+    if service.sessions is not None:
+        app.include_router(sessions.router)
     _add_basics(app)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from nautile.server.errors import ApiError, invalid
 from nautile.server.service import Service
 
-__all__ = ["caller", "read_json", "service_of"]
+__all__ = ["caller", "read_body", "read_json", "service_of"]
 
 _DISCARD_SECONDS = 5.0
 _DISCARD_BYTES = 2**28
@@ -38,6 +38,11 @@ async def read_json(request: Request) -> dict[str, Any]:
     """The JSON object of a request. Raises ApiError 413 for a body over the limit, 400 for anything but an object."""
     raw = await _read(request, service_of(request).options.body_limit)
     return parse_json(raw) if len(raw) < _LARGE else await asyncio.to_thread(parse_json, raw)
+
+
+async def read_body(request: Request) -> bytes:
+    """The bytes of a request that is no JSON. Raises ApiError 413 for a body over the limit."""
+    return await _read(request, service_of(request).options.body_limit)
 
 
 async def _read(request: Request, limit: int) -> bytes:

@@ -20,6 +20,7 @@ from nautile.server.replay import CallReplay
 
 if TYPE_CHECKING:
     from nautile.engine.request import AsyncEngine
+    from nautile.engine.sessions import EngineSessions
 
 __all__ = ["ServerOptions", "Service", "ServiceError"]
 
@@ -70,6 +71,7 @@ class Service:
     log: structlog.typing.FilteringBoundLogger = field(init=False)
     running: Counter[str] = field(default_factory=Counter)
     draining: bool = False
+    sessions: EngineSessions | None = None  # where sessions are kept, if they are
     failure: str | None = None  # why the engine has ended; written by ``generation``
 
     def __post_init__(self) -> None:

@@ -187,7 +187,7 @@ class Pages:
         return torch.equal(self.read_blocks(one), self.read_blocks(other))
 
     def changed(self, blocks: Iterable[int]) -> None:
-        """Rows of these blocks were written: what somebody derived from them (the native kernels' 8-bit keys) is out of date."""
+        """Rows of these blocks were written: what somebody derived from them (the native kernels' 8-bit keys) is stale."""
         for block in blocks:
             self.version[block] += 1
 

@@ -122,6 +122,10 @@ class SessionStore:
         except FileNotFoundError:
             raise SessionError(self._missing(name)) from None
 
+    def check_name(self, name: str) -> None:
+        """Raises SessionError when no session can be called that."""
+        self._path(name)
+
     # Live sequences -----------------------------------------------------------------------------------------------
 
     def save(

@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import secrets
+import signal
 import socket
 import struct
 import termios
@@ -51,11 +52,20 @@ class Run:
         """End everything that the command has started."""
         if self.place is not None:
             cgroup.kill_group(self.place)
+            return
+        # Nobody can keep track without cgroups, which the caller allowed: whatever runs in the container ends, sessions too.
+        child = os.fork()  # into the container's process namespace, which was set before the command
+        if child == 0:
+            if os.getppid() == 0:  # our parent cannot be seen: this is the container's namespace and never our own
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(-1, signal.SIGKILL)
+            os._exit(0)
+        os.waitpid(child, 0)
 
     def remove(self) -> None:
         """Kill and forget."""
+        self.kill()
         if self.place is not None:
-            self.kill()
             cgroup.remove_group(self.place)
 
 
@@ -119,8 +129,8 @@ def run(state: State, request: dict[str, Any], channel: socket.socket, body: byt
             if name is None:  # a named operation ends even if nobody listens
                 raise
 
+    kernel.set_namespaces(pidfd, kernel.CLONE_NEWPID)  # for the children of this process
     with _tracked(state) as tracked:
-        kernel.set_namespaces(pidfd, kernel.CLONE_NEWPID)  # for the child
         ended = supervise(
             Job(stdin, request["timeout"]),
             lambda: _start(state, pidfd, tracked, request, program),
@@ -195,8 +205,8 @@ def session(state: State, request: dict[str, Any], channel: socket.socket, body:
     """Start a program and hand its terminal (or its pipes) to the client; kill it when the client hangs up."""
     pidfd = state.open()
     captures = (Capture(2), Capture(2))
+    kernel.set_namespaces(pidfd, kernel.CLONE_NEWPID)
     with _tracked(state) as tracked:
-        kernel.set_namespaces(pidfd, kernel.CLONE_NEWPID)
 
         def start() -> NoReturn:
             os.setsid()

@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 from nautile.sandbox import bundle, cgroup, kernel
 from nautile.sandbox.errors import SandboxError, SandboxLost, SubstrateUnavailable
 from nautile.sandbox.inside import frames
-from nautile.sandbox.operations import MOUNTS, carry_out
+from nautile.sandbox.operations import MOUNTS, carry_out, end_first_process
 from nautile.sandbox.state import SHARE, Settings, version
 
 __all__ = ["Keeper", "main"]
@@ -42,7 +42,6 @@ _FIRST_BASE, _BASES = 524_288, 20_000  # each keeper's share of user ids that no
 def main() -> None:
     """``keeper.main DIRECTORY``: take over as a daemon. Prints ``ready`` on stdout when requests are served."""
     place = Path(sys.argv[1])
-    kernel.forget_dump()
     os.umask(0o077)
     with open(place / "keeper.lock", "w") as lock:  # held for life: there is one keeper
         try:
@@ -72,6 +71,7 @@ class Keeper:
         self.base = _FIRST_BASE + SHARE * (int.from_bytes(os.urandom(4), "little") % _BASES) if self.root else 0
         if not self.root:
             _enter_user_namespace()
+        kernel.forget_dump()
         kernel.unshare(kernel.CLONE_NEWNS)
         kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_SLAVE)
         self.owner = cgroup.owner_name()
@@ -86,6 +86,8 @@ class Keeper:
     def _sweep(self) -> None:
         """What a killed keeper left: processes, cgroups, directories. Its mounts have vanished with it."""
         cgroup.sweep()
+        for entry in self.place.glob("*/pid"):
+            end_first_process(entry.parent)
         for entry in self.place.iterdir():
             if entry.is_dir() and not _in_use(entry):
                 _remove(entry)
@@ -238,6 +240,8 @@ class Keeper:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.place / "keeper.sock")
         cgroup.end(self.owner)
+        for entry in self.place.glob("*/pid"):
+            end_first_process(entry.parent)
         for entry in [
             *self.place.glob("*/root"),
             *self.place.glob("*/fs"),

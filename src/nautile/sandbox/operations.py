@@ -21,7 +21,7 @@ from nautile.sandbox.inside import frames
 from nautile.sandbox.limits import Limits
 from nautile.sandbox.state import SHARE, Settings, State
 
-__all__ = ["MOUNTS", "carry_out", "locked"]
+__all__ = ["MOUNTS", "carry_out", "end_first_process", "locked"]
 
 MOUNTS = "mounts"  # the directory of mount points of callers' directories; only empty ones are removed from it
 
@@ -110,6 +110,7 @@ def _create(keeper: Path, settings: Settings, request: dict[str, Any]) -> dict[s
         os.rename(place / "state.new", place / "state.json")
     except BaseException:
         group.remove()
+        end_first_process(place)
         _dismantle(place)
         raise
     return {"enforced": group.enforced, "tenant": state["tenant"]}
@@ -247,7 +248,8 @@ def _become_crun(argv: list[str], group: cgroup.Group, log: int) -> None:
         if os.path.ismount(hybrid):  # crun refuses a hybrid system; it needs no cgroups, they are ours
             kernel.unshare(kernel.CLONE_NEWNS)
             kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_SLAVE)
-            kernel.unmount(str(hybrid))
+            # Covered, not unmounted: in an ordinary user's namespace what was there before cannot be taken away.
+            kernel.mount("none", str(hybrid), "tmpfs", kernel.MS_RDONLY)
         os.execve(argv[0], argv, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})
     except BaseException as error:
         os.write(2, str(error).encode())
@@ -292,18 +294,23 @@ def _close(place: Path, settings: Settings, identity: str) -> None:
         return
     with locked(place):
         cgroup.Group({one.base / "nautile" / settings.owner / identity: one for one in settings.hierarchies}).remove()
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            _await_end(int((place / "pid").read_text()))
+        end_first_process(place)
         _dismantle(place)
     (place.parent / f".{place.name}.lock").unlink(missing_ok=True)
 
 
-def _await_end(process: int) -> None:
-    """When process 1 of a namespace has ended, every other one has."""
-    with contextlib.suppress(ProcessLookupError):
+def end_first_process(place: Path) -> None:
+    """Kill a container's process 1, where no cgroup has done so, and wait: when it has ended, every other one has."""
+    with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
+        process = int((place / "pid").read_text())
         descriptor = os.pidfd_open(process)
-        select.select([descriptor], [], [], 5.0)
-        os.close(descriptor)
+        try:
+            # Only what still runs the program that we gave it: the number may be another process's by now.
+            if os.path.basename(os.readlink(f"/proc/{process}/exe")) == "init":
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                select.select([descriptor], [], [], 5.0)
+        finally:
+            os.close(descriptor)
 
 
 def _dismantle(place: Path) -> None:

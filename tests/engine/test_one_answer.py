@@ -147,7 +147,7 @@ def test_several_choices_share_the_prompt(model, answers, case):
     engine.close()
 
 
-@runners("torch")
+@runners("native", "torch")
 @pytest.mark.parametrize("name", ["greedy", "seeded"])
 def test_speculated(model, answers, case, name):
     config, lengths = case
@@ -158,7 +158,7 @@ def test_speculated(model, answers, case, name):
     engine.close()
 
 
-@runners("torch")
+@runners("native", "torch")
 @pytest.mark.parametrize("name", ["greedy", "seeded"])
 def test_speculated_with_drafts_that_are_often_right(model, answers, case, name, monkeypatch):
     """A random MTP block guesses wrongly; here two of three guesses are the answer itself, so that both outcomes are met."""
@@ -250,6 +250,26 @@ def test_the_shipped_model_at_every_residue():
             logits = model(torch.tensor([prompt + completion.ids[:-1]]))[0, len(prompt) - 1 :]
             assert logits.argmax(-1).tolist() == completion.ids
     engine.close()
+
+
+def test_native_drafts_are_those_of_the_modules(model):
+    """Both draft from the same streams: prompts longer and shorter than the MTP block's window, then decodes."""
+    prompts = [random_ids(model.config, length, seed=length).tolist() for length in (3, 15, 16, 17, 40, 300)]
+    guesses = {}
+    for name in ("native", "torch"):
+        engine, seen = Engine(model, replace(BASE, runner=name, speculate=True)), []
+        draft = engine.runner.draft
+
+        def noting(plan, following, draft=draft, seen=seen):
+            found = draft(plan, following)
+            seen += [(tuple(piece.sequence.ids), piece.ids, guess) for piece, guess in zip(plan.pieces, found, strict=True)]
+            return found
+
+        engine.runner.draft = noting
+        engine.generate(prompts, GREEDY)
+        engine.close()
+        guesses[name] = sorted(seen)
+    assert guesses["native"] == guesses["torch"] and len(guesses["native"]) > 40
 
 
 WORDS = st.lists(st.integers(2, 5), min_size=1, max_size=4).map(tuple)

@@ -62,13 +62,18 @@ class NativeRunner:
             raise RuntimeError("this runner's threads stayed behind in the parent process: make a new runner after a fork")
         if not plan.pieces:
             return torch.empty(0, self.config.vocab_size)
+        pieces = [self._numbers(piece) for piece in plan.pieces]
         ids = [token for piece in plan.pieces for token in piece.ids]
         if min(ids) < 0 or max(ids) >= self.config.vocab_size:
             raise ValueError(f"token ids must lie in 0..{self.config.vocab_size - 1}, got {min(ids)}..{max(ids)}")
         if len({id(piece.sequence) for piece in plan.pieces}) < len(plan.pieces):
             raise ValueError("a sequence may be in a plan once")
-        pieces = [self._numbers(piece) for piece in plan.pieces]
-        return self._step.run(pieces, ids, [piece.sequence.blocks for piece in plan.pieces], plan.rows)
+        blocks = [piece.sequence.blocks for piece in plan.pieces]
+        return self._step.run(pieces, ids, blocks, plan.rows, (None, self._keep_streams(plan)))
+
+    def _keep_streams(self, plan: Plan) -> Tensor | None:
+        """Where the residual streams of this step's tokens shall go; None: nowhere."""
+        return None
 
     def _numbers(self, piece: Piece) -> tuple[int, int, int, int]:
         """(slot, start, count, wanted) of a piece, every one of them checked."""

@@ -48,8 +48,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.runner not in ("auto", "native", "numpy", "torch"):
             raise ValueError(f'runner is "auto", "native", "numpy" or "torch", got {self.runner!r}')
-        if self.speculate and self.runner not in ("auto", "torch"):
-            raise ValueError(f'speculation runs with runner="torch" (or "auto"), not with {self.runner!r}')
+        if self.speculate and self.runner == "numpy":
+            raise ValueError('the NumPy runner cannot draft: speculate with runner="auto", "native" or "torch"')
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f'precision is "float32" or "bfloat16", got {self.precision!r}')
         if self.threads is not None and self.threads < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nautile.engine.native import NativeRunner, NativeUnavailable
+from nautile.engine.native_drafts import NativeDraftingRunner
 from nautile.engine.numpy_runner import NumpyRunner
 from nautile.engine.options import EngineConfig
 from nautile.engine.plan import Runner
@@ -24,9 +25,6 @@ def make_runner(model: Transformer, pool: StatePool, options: EngineConfig) -> t
         return NumpyRunner(model, pool), ()
     if options.runner == "torch" or model.embed.weight.device.type != "cpu":
         return TorchRunner(model, pool, options.speculate), ()
-    if options.speculate:
-        note = "speculation runs through the PyTorch modules: the native kernels cannot draft"
-        return TorchRunner(model, pool, drafting=True), (note,)
     return _fastest(model, pool, options)
 
 
@@ -36,9 +34,11 @@ def _fastest(model: Transformer, pool: StatePool, options: EngineConfig) -> tupl
         return _native(model, pool, options), ()
     except NativeUnavailable as error:
         note = f"no native kernels: {error}"
-    runner = NumpyRunner(model, pool) if NumpyRunner.applies(model, pool) else TorchRunner(model, pool)
-    return runner, (note,)
+    if NumpyRunner.applies(model, pool) and not options.speculate:
+        return NumpyRunner(model, pool), (note,)
+    return TorchRunner(model, pool, options.speculate), (note,)
 
 
 def _native(model: Transformer, pool: StatePool, options: EngineConfig) -> NativeRunner:
-    return NativeRunner(model, pool.pages, dtype=options.precision, threads=options.threads)
+    kind = NativeDraftingRunner if options.speculate else NativeRunner
+    return kind(model, pool.pages, dtype=options.precision, threads=options.threads)

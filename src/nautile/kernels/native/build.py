@@ -81,7 +81,9 @@ def _compile(compiler: str, target: Path) -> None:
         handle, name = tempfile.mkstemp(dir=target.parent, suffix=".so.part")
         os.close(handle)
     except OSError as error:
-        raise NativeUnavailable(f"{target.parent} cannot be written ({error.strerror}); the native kernels are kept there") from error
+        raise NativeUnavailable(
+            f"{target.parent} cannot be written ({error.strerror}); the native kernels are kept there"
+        ) from error
     part = Path(name)
     try:
         result = subprocess.run(

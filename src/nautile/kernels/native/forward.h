@@ -80,12 +80,14 @@ class Runner {
         }
     }
 
-    // Takes the pieces in, writes the state, and returns the wanted rows of logits in order.
-    void step(const Piece* pieces, int count, const int64_t* ids, const int64_t* blocks, float* logits) {
+    // Takes the pieces in, writes the state, and returns the wanted rows of logits in order. With `streams_in` [tokens, n d] the
+    // residual streams begin there instead of at the embedding; `streams_out`, the same shape, gets them after the last layer.
+    void step(const Piece* pieces, int count, const int64_t* ids, const int64_t* blocks, float* logits, const float* streams_in,
+              float* streams_out) {
         int64_t longest = 0;
         for (int i = 0; i < count; i++) longest = std::max(longest, pieces[i].start + pieces[i].count);
         grow(longest);
-        out_ = logits;
+        out_ = logits, streams_in_ = streams_in, streams_out_ = streams_out;
         const int64_t* next = ids;
         std::vector<Segment> segments;
         int filled = 0;
@@ -162,6 +164,8 @@ class Runner {
         const std::function<void(int)> job = [this](int member) { work(member); };
         team_.run(job);
         out_ += wanted_count_ * s_.vocabulary;
+        if (streams_in_) streams_in_ += tokens * s_.streams * s_.hidden;
+        if (streams_out_) streams_out_ += tokens * s_.streams * s_.hidden;
     }
 
     void work(int member) {
@@ -180,6 +184,7 @@ class Runner {
                          (int)s_.expert_kind);
             experts(s, layer);
         }
+        keep_streams(s);
         finish(s);
     }
 
@@ -204,8 +209,17 @@ class Runner {
                     angles(positions_[m], kind, (float*)cosine(m, kind), (float*)sine(m, kind));
             if (!s.writes_tokens()) continue;
             float* streams = streams_.get() + m * nd_;
-            for (int j = 0; j < s_.streams; j++) std::memcpy(streams + j * s_.hidden, model_.t.embed + ids_[m] * s_.hidden, s_.hidden * 4);
+            const int64_t size = s_.streams * s_.hidden;
+            if (streams_in_) std::memcpy(streams, streams_in_ + m * size, (size_t)size * 4);
+            else for (int j = 0; j < s_.streams; j++) std::memcpy(streams + j * s_.hidden, model_.t.embed + ids_[m] * s_.hidden, s_.hidden * 4);
         }
+    }
+
+    void keep_streams(const Share& s) {
+        if (!streams_out_ || !s.writes_tokens()) return;
+        const int64_t size = s_.streams * s_.hidden;
+        for (int m = s.tokens.begin; m < s.tokens.end; m++)
+            std::memcpy(streams_out_ + m * size, streams_.get() + m * nd_, (size_t)size * 4);
     }
 
     // The mappings of a site, and what its sublayer reads: the collapsed streams, normalised, as floats and as operand rows.
@@ -302,6 +316,8 @@ class Runner {
     int64_t ids_[SLICE], positions_[SLICE];
     int segment_of_[SLICE];
     float* out_ = nullptr;
+    const float* streams_in_ = nullptr;
+    float* streams_out_ = nullptr;
 };
 
 }  // namespace nautile

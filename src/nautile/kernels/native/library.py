@@ -77,7 +77,11 @@ class _Pool(ctypes.Structure):
 
 
 class _Pools(ctypes.Structure):
-    _fields_: ClassVar = [*((name, _Pool) for name in _POOLS), *((name, _int) for name in ("row_type", "index_type", "block_tokens", "blocks")), ("version", _pointer)]
+    _fields_: ClassVar = [
+        *((name, _Pool) for name in _POOLS),
+        *((name, _int) for name in ("row_type", "index_type", "block_tokens", "blocks")),
+        ("version", _pointer),
+    ]
 
 
 class _Piece(ctypes.Structure):
@@ -116,7 +120,7 @@ class _Library:
         self.free_model = self._function("nautile_free_model", None, [_pointer])
         self.runner = self._function("nautile_runner", _pointer, [_pointer, _int, _pointer])
         self.free_runner = self._function("nautile_free_runner", None, [_pointer])
-        self.step = self._function("nautile_step", _int, [_pointer, _pointer, _int, _pointer, _pointer, _pointer])
+        self.step = self._function("nautile_step", _int, [_pointer, _pointer, _int, *[_pointer] * 5])
         self.features = self._function("nautile_features", ctypes.c_char_p, [])
 
     def _function(self, name: str, result: type | None, arguments: list[type]) -> ctypes._NamedFuncPointer:
@@ -202,9 +206,23 @@ class NativeStep:
             raise MemoryError("not enough memory for the native kernels' buffers")
         weakref.finalize(self, model.library.free_runner, self.handle)
 
-    def run(self, pieces: Sequence[tuple[int, int, int, int]], ids: Sequence[int], blocks: Sequence[Sequence[int]], rows: int) -> Tensor:
+    def run(
+        self,
+        pieces: Sequence[tuple[int, int, int, int]],
+        ids: Sequence[int],
+        blocks: Sequence[Sequence[int]],
+        rows: int,
+        streams: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> Tensor:
         """pieces (slot, start, count, logits wanted: 0 none, 1 last, 2 all), their ids one after another, their block numbers
-        -> float32 [rows, V]. The caller has checked every number: they become addresses."""
+        -> float32 [rows, V]. The caller has checked every number: they become addresses.
+
+        ``streams``: where the residual streams begin, instead of at the embedding, and where they go after the last layer;
+        each float32 [tokens, n, d], contiguous, or None."""
+        size = (len(ids), self.model.config.hc_mult, self.model.config.hidden_size)
+        for tensor in streams:
+            if tensor is not None and (tensor.shape != size or tensor.dtype != torch.float32 or not tensor.is_contiguous()):
+                raise ValueError(f"streams are float32 {size}, contiguous; got {tensor.dtype} {tuple(tensor.shape)}")
         table = (_Piece * len(pieces))()
         flat: list[int] = []
         for record, piece, numbers in zip(table, pieces, blocks, strict=True):
@@ -214,7 +232,7 @@ class NativeStep:
         logits = torch.empty(rows, self.model.config.vocab_size)
         failed = self.model.library.step(
             self.handle, table, len(pieces), (_int * len(ids))(*ids), (_int * max(1, len(flat)))(*flat),
-            logits.data_ptr(),
+            logits.data_ptr(), *(None if tensor is None else tensor.data_ptr() for tensor in streams),
         )  # fmt: skip
         if failed:
             raise MemoryError("not enough memory for the native kernels' buffers")
@@ -239,7 +257,8 @@ def _check(config: ModelConfig) -> None:
     slices = config.num_attention_heads * config.head_dim // config.o_groups
     rules = {
         "hc_mult at most 8": config.hc_mult <= 8,
-        "head_dim, index_head_dim and q_lora_rank at most 4096": max(config.head_dim, config.index_head_dim, config.q_lora_rank) <= 4096,
+        "head_dim, index_head_dim and q_lora_rank at most 4096": max(config.head_dim, config.index_head_dim, config.q_lora_rank)
+        <= 4096,
         "qk_rope_head_dim at most 1024": config.qk_rope_head_dim <= 1024,
         "even head_dim and index_head_dim": config.head_dim % 2 == 0 and config.index_head_dim % 2 == 0 and slices % 2 == 0,
     }

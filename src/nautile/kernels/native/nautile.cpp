@@ -26,9 +26,9 @@ Runner* nautile_runner(const Model* model, int64_t threads, const Pools* pools) 
 void nautile_free_runner(Runner* runner) { delete runner; }
 
 int64_t nautile_step(Runner* runner, const Piece* pieces, int64_t count, const int64_t* ids, const int64_t* blocks,
-                     float* logits) {
+                     float* logits, const float* streams_in, float* streams_out) {
     try {
-        runner->step(pieces, (int)count, ids, blocks, logits);
+        runner->step(pieces, (int)count, ids, blocks, logits, streams_in, streams_out);
         return 0;
     } catch (const std::bad_alloc&) {
         return 1;

@@ -1,4 +1,5 @@
-"""Writes fixtures/session_v1.*: a session of the tiny test network in file format 1. Run once; the files are kept.
+"""Writes fixtures/session_v1*: a session of the tiny test network in file format 1, exported and as a directory. The files
+are kept as they are; a new format gets files of its own.
 
 python tests/state/make_fixture.py
 """
@@ -6,6 +7,7 @@ python tests/state/make_fixture.py
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -29,6 +31,7 @@ def main() -> None:
         store = SessionStore(Path(directory))
         store.save("fixture", pool, sequence, logits, note="format version 1")
         store.export("fixture", out / "session_v1.nautile")
+        shutil.copytree(directory, out / "sessions_v1", ignore=shutil.ignore_patterns(".lock"))
     following = feed(pool, sequence, row(1)[:20])[-1]
     expected = {
         "model": pool.fingerprint,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from nautile.state import PoolError, PoolFull, PoolOptions, Sequence, StatePool
+from nautile.state.costs import RecomputeCost
 from state.pools import LONGEST, check_index_keys, close, feed, logits_of, model, new_pool, poison, row
 
 K = 128
@@ -312,22 +313,62 @@ def test_a_step_across_a_boundary_is_counted() -> None:
     assert pool.open(row(0)).cached == 300
 
 
-def test_eviction_keeps_what_is_dear() -> None:
-    """Equal sizes: the prefix whose tokens took longest to compute stays."""
+def take_in(pool: StatePool, ids: tuple[int, ...], seconds: float | None = None) -> None:
+    """Book tokens without computing them, and release."""
+    sequence = pool.open(ids)
+    while sequence.length < len(ids):
+        step = ids[sequence.length :][: 128 - sequence.length % 128]
+        pool.ensure(sequence, len(step))
+        pool.append(sequence, step, seconds)
+    pool.release(sequence)
+
+
+@pytest.mark.parametrize(("early", "late", "kept"), [(0.1, 10.0, "late"), (10.0, 0.1, "early")])
+def test_eviction_keeps_what_takes_long_to_compute(early: float, late: float, kept: str) -> None:
+    """Same size, same use: the measured seconds per token at its position decide which of two leaves goes."""
+    pool = new_pool(blocks=24)
+    short, long = row(0)[:128], (*row(1), *row(2))[:1280]
+    take_in(pool, short)
+    take_in(pool, long)
+    pool.cache.costs.record(0, 128, early)
+    pool.cache.costs.record(1152, 128, late)
+    assert pool.cache.make_room(pool.free_blocks + 1)
+    cached = {"early": pool.open((*short, 1)).cached == 128, "late": pool.open((*long, 1)).cached == 1280}
+    assert cached == {"early": kept == "early", "late": kept == "late"}
+
+
+def test_eviction_keeps_what_is_used_and_forgets_what_was() -> None:
     pool = new_pool(blocks=6)
-    for seed, seconds in ((0, 5.0), (1, 0.1), (2, 5.0)):
-        sequence = pool.open(row(seed))
-        ids = row(seed)[:128]
-        pool.ensure(sequence, 128)
-        with torch.no_grad():
-            model()(torch.tensor([ids]), state=pool.batch([sequence]), logits="none")
-        pool.append(sequence, ids)
-        node = next(iter(pool.cache.tree.root("").steps[ids].path()))
-        node.hits = int(seconds * 10)
-        pool.release(sequence)
+    for seed in (0, 1, 2):
+        take_in(pool, row(seed)[:128])
+    for _ in range(3):
+        for seed in (0, 2):
+            pool.release(pool.open(row(seed)), keep=False)
     pool.cache.make_room(4)
-    kept = [pool.open(row(seed)).cached for seed in (0, 1, 2)]
-    assert kept == [128, 0, 128]
+    assert [pool.open(row(seed)).cached for seed in (0, 1, 2)] == [128, 0, 128]
+    pool = new_pool(blocks=6)
+    take_in(pool, row(0)[:128])
+    for _ in range(5):
+        pool.release(pool.open(row(0)), keep=False)
+    for seed in range(1, 40):  # its use was long ago: others come and go, and in the end it goes too
+        take_in(pool, (seed, *row(1)[: 128 * 3 - 1]))
+    assert pool.open(row(0)).cached == 0
+
+
+def test_measured_costs_follow_the_machine() -> None:
+    costs = RecomputeCost()
+    before = costs.per_token(5)
+    assert before > 0
+    costs.record(0, 100, 1.0)
+    assert costs.per_token(0) == costs.per_token(900_000) == pytest.approx(0.01)
+    costs.record(100_000, 100, 5.0)
+    assert costs.per_token(99_000) == pytest.approx(0.05) and costs.per_token(3) == pytest.approx(0.01)
+    for _ in range(100):
+        costs.record(0, 100, 3.0)
+    assert costs.per_token(0) == pytest.approx(0.03, rel=0.01)
+    costs.record(0, 0, 3.0)
+    costs.record(0, 3, 0.0)  # nothing was measured
+    assert costs.per_token(0) == pytest.approx(0.03, rel=0.01)
 
 
 def test_a_pool_that_is_full_says_so_and_loses_nothing() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from nautile.state import (
     PoolFull,
+    PoolOptions,
     Sequence,
     SessionConflict,
     SessionError,
@@ -289,6 +291,22 @@ def test_files_of_format_version_1_load(tmp_path: Path) -> None:
     close(ours[-1], torch.tensor(expected["next_logits"]), 1e-4)
     with StateFile(FIXTURES / "session_v1.nautile") as file:
         assert file.header["kind"] == "session-export"
+
+
+def test_a_directory_of_format_version_1_loads(tmp_path: Path) -> None:
+    """The session with its steps, and the same steps as a prefix cache."""
+    expected = json.loads((FIXTURES / "session_v1.json").read_text())
+    shutil.copytree(FIXTURES / "sessions_v1", tmp_path / "sessions")
+    store, pool = SessionStore(tmp_path / "sessions"), new_pool()
+    pool.fingerprint = expected["model"]
+    resumed = store.resume("fixture", pool)
+    assert resumed.pending == () and resumed.sequence.length == 300
+    close(feed(pool, resumed.sequence, tuple(expected["next_ids"]))[-1], torch.tensor(expected["next_logits"]), 1e-4)
+    assert store.rewind("fixture", 200).state_length == 128
+    shutil.copytree(FIXTURES / "sessions_v1" / "nodes", tmp_path / "nodes")
+    options = PoolOptions(blocks=24, block_tokens=128, snapshot_every=128, disk=tmp_path / "nodes")
+    cache = StatePool(pool.config, options, fingerprint=expected["model"])
+    assert cache.open(row(0)).cached == 256 and not list(tmp_path.rglob("*.bad"))
 
 
 def test_a_file_of_a_later_version_says_so(tmp_path: Path) -> None:

@@ -112,6 +112,13 @@ def test_a_limit_that_cannot_be_set_is_an_error_unless_allowed(tmp_path):
 def test_an_owner_is_alive_only_as_itself():
     mine = cgroups.owner_name()
     assert cgroups.alive(mine)
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    while (stat_line := Path(f"/proc/{child}/stat").read_bytes().rpartition(b")")[2].split())[0] != b"Z":
+        pass
+    assert not cgroups.alive(f"{child}.{stat_line[19].decode()}")  # dead, though nobody has collected it
+    os.waitpid(child, 0)
     assert not cgroups.alive(mine + "0") and not cgroups.alive("999999999.1") and not cgroups.alive("x.1")
 
 

@@ -292,10 +292,11 @@ def sweep(found: Iterable[Hierarchy] | None = None) -> int:
 
 
 def alive(owner: str) -> bool:
-    """Whether the process of an ``owner_name`` still runs."""
+    """Whether the process of an ``owner_name`` still runs; one that waits to be collected does not."""
     number = owner.partition(".")[0]
     try:
-        return number.isdigit() and owner_name(int(number)) == owner
+        state = Path(f"/proc/{number}/stat").read_bytes().rpartition(b")")[2].split()[0] if number.isdigit() else b"X"
+        return state not in (b"Z", b"X") and owner_name(int(number)) == owner
     except OSError:
         return False
 

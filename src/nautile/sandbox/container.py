@@ -74,6 +74,8 @@ class KeeperClient:
             raise SubstrateUnavailable("container", f"{self.place} is not ours alone", f"remove {self.place}")
         with open(self.place / "start.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            if self.running:  # somebody else has been faster
+                return
             code = "from nautile.sandbox.keeper import main; main()"
             done = subprocess.run(
                 [sys.executable, "-I", "-c", code, str(self.place)],

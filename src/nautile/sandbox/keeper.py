@@ -44,11 +44,9 @@ def main() -> None:
     place = Path(sys.argv[1])
     os.umask(0o077)
     with open(place / "keeper.lock", "w") as lock:  # held for life: there is one keeper
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("ready", flush=True)
-            return
+        signal.alarm(10)  # an earlier one may be tidying up
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        signal.alarm(0)
         if os.fork():
             os._exit(0)
         os.setsid()
@@ -91,6 +89,8 @@ class Keeper:
         for entry in self.place.iterdir():
             if entry.is_dir() and not _in_use(entry):
                 _remove(entry)
+            elif entry.name.endswith(".lock") and entry.name.startswith("."):
+                entry.unlink(missing_ok=True)
 
     def _furnish(self) -> None:
         init = self.place / "init"

@@ -1,8 +1,10 @@
 """Training throughput of nano on one GPU: eager, compiled, compiled with every expert on every token; with and without QAT.
 
     python bench/train_throughput.py [--rows 32] [--length 2048] [--steps 8] [--out bench/results/train_throughput.json]
+    python bench/train_throughput.py --log RUN/log.jsonl --device "NVIDIA H100" --date 2026-11-24 [--commit C] --out FILE
 
-Rows are random packed documents; the figure is tokens per second over ``steps`` optimizer steps after warm-up, median.
+Rows are random packed documents; the figure is tokens per second over ``steps`` optimizer steps after warm-up, median. With
+``--log`` nothing is run: the throughput and MFU of a real run are read from its log (medians over its intervals).
 """
 
 import argparse
@@ -15,11 +17,15 @@ from pathlib import Path
 import torch
 
 from nautile.config import ModelConfig
+from nautile.engine.costs import train_flops_per_token
 from nautile.kernels.sinkhorn import sinkhorn, sinkhorn_reference
 from nautile.model import Transformer
 from nautile.model.initialise import initialise
 from nautile.train.data import synthetic_batch
 from nautile.train.loop import StageConfig, Trainer
+
+LENGTH = 2048
+PEAK_FLOPS = 766e12  # of an H100 in bfloat16, measured with a large product of random matrices
 
 VARIANTS = {
     "eager, grouped experts": {"compile": False, "dense_experts": False},
@@ -68,6 +74,33 @@ def measure(options: dict, rows: int, length: int, steps: int) -> dict:
     }
 
 
+def summary(log: Path) -> dict:
+    """Throughput and MFU of a run from its log: the first row ends the compilation, the last fifth has no builders beside it.
+
+    MFU counts useful FLOPs only (``engine.costs.train_flops_per_token``); logs from before that formula hold zeros.
+    """
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    first, steady = rows[0], rows[1:]
+    last = steady[-len(steady) // 5 :]
+    flops = train_flops_per_token(ModelConfig.preset("nano"), LENGTH)
+
+    def rate(part: list[dict]) -> dict:
+        tokens = statistics.median(row["tokens_per_second"] for row in part)
+        return {"tokens_per_second": round(tokens), "mfu": round(tokens * flops / PEAK_FLOPS, 4)}
+
+    return {
+        "tokens": rows[-1]["tokens"],
+        "steps": rows[-1]["step"],
+        "seconds": rows[-1]["seconds"],
+        "first_step_seconds": first["seconds"],
+        "flops_per_token": flops,
+        "peak_flops": PEAK_FLOPS,
+        "whole_run": rate(steady),
+        "last_fifth": rate(last),
+        "final_loss": statistics.mean(row["loss"] for row in last),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=32)
@@ -75,7 +108,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--only", default="")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--log", type=Path)
+    parser.add_argument("--device", default="")
+    parser.add_argument("--date", default="")
+    parser.add_argument("--commit", default="")
     arguments = parser.parse_args()
+    if arguments.log:
+        made = {"device": arguments.device, "date": arguments.date, "commit": arguments.commit, "log": arguments.log.name}
+        text = json.dumps(made | summary(arguments.log), indent=1) + "\n"
+        print(text, end="")
+        if arguments.out:
+            arguments.out.write_text(text)
+        return
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     results = {"device": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"), "commit": commit}
     results |= {"rows": arguments.rows, "length": arguments.length, "sinkhorn_error": check_sinkhorn(), "variants": {}}

@@ -1,7 +1,9 @@
 """``nautile eval tools`` with experts in the place of the model: what is run, how it is graded and reported."""
 
 import functools
+import itertools
 import json
+from queue import Queue
 
 import pytest
 
@@ -93,6 +95,16 @@ def test_processes_measure_what_one_does():
 def test_a_process_that_fails_ends_the_measurement():
     with pytest.raises(RuntimeError, match="no weights here"):
         evaluate_in_processes(open_nothing, EvalConfig(kinds=("count_lines",), seeds=2), 2, lambda outcome: None)
+
+
+def test_workers_end_when_the_measurement_was_killed(monkeypatch):
+    """Killed outright, a measurement once left its workers to finish hours of tasks for nobody."""
+    parents = itertools.chain([7, 7], itertools.repeat(1))
+    monkeypatch.setattr(tools.os, "getppid", lambda: next(parents))
+    config = EvalConfig(kinds=("count_lines",), seeds=6, confined=False)
+    queue = Queue()
+    tools._work(functools.partial(open_experts, config.cases()), config, config.cases(), queue)
+    assert queue.qsize() == 2
 
 
 def test_the_commit_is_the_one_at_the_start(monkeypatch):

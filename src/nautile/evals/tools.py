@@ -149,7 +149,7 @@ def evaluate(client: ChatClient, config: EvalConfig, report_progress: Callable[[
 def evaluate_in_processes(
     open_client: Callable[[], ChatClient], config: EvalConfig, processes: int, report_progress: Callable[[Outcome], None]
 ) -> Report:
-    """``evaluate`` by several processes with a client and one thread each; every task's outcome is the same.
+    """``evaluate`` by several processes with a client and one thread each; outcomes in the order of the cases.
 
     ``open_client`` must survive pickling. Raises RuntimeError with the traceback of a process that fails.
     """
@@ -193,6 +193,7 @@ def _next_item(queue: Any, workers: Sequence[Any]) -> Any:
 
 def _work(open_client: Callable[[], ChatClient], config: EvalConfig, cases: Sequence[tuple[str, int]], queue: Any) -> None:
     """The tasks of one process; each outcome goes into the queue, and so does the traceback of a failure."""
+    parent = os.getppid()
     try:
         import torch  # noqa: PLC0415  # only here: a scripted client needs none
 
@@ -200,6 +201,8 @@ def _work(open_client: Callable[[], ChatClient], config: EvalConfig, cases: Sequ
         client = open_client()
         for outcome in _outcomes(client, config, cases):
             queue.put((client.name, outcome))
+            if os.getppid() != parent:
+                return  # the measurement was killed: nobody wants the rest
     except Exception:
         queue.put(traceback.format_exc())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import struct
 import subprocess
 import sys
@@ -104,6 +105,19 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
 def test_a_really_full_device() -> None:
     with pytest.raises(StoreUnavailable, match="cannot write /dev/full/a"):
         write_file(Path("/dev/full/a"), "test", {}, {})
+
+
+def test_a_write_that_the_system_stops_half_way(tmp_path: Path) -> None:
+    """A real refusal (the limit on file sizes) in the middle of a file: nothing is left, and afterwards it works."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(StoreUnavailable, match="cannot write"):
+            write_file(tmp_path / "a", "test", {}, {"x": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+    write_file(tmp_path / "a", "test", {}, {"x": torch.zeros(10_000)})
 
 
 # the disk tier ------------------------------------------------------------------------------------------------------

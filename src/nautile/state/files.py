@@ -128,10 +128,10 @@ class StateFile:
         if name not in self._sections:
             raise StoreError(f"{self.path} has no section {name!r}")
         part = self._sections[name]
-        data = self._map[part["offset"] : part["offset"] + part["bytes"]]
-        if len(data) != part["bytes"] or hashlib.blake2b(data, digest_size=16).hexdigest() != part["blake2b"]:
-            raise StoreError(f"{self.path} is damaged: section {name!r} does not match its checksum")
-        return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        with memoryview(self._map) as whole, whole[part["offset"] : part["offset"] + part["bytes"]] as data:
+            if len(data) != part["bytes"] or hashlib.blake2b(data, digest_size=16).hexdigest() != part["blake2b"]:
+                raise StoreError(f"{self.path} is damaged: section {name!r} does not match its checksum")
+            return torch.frombuffer(bytearray(data), dtype=dtype) if len(data) else torch.empty(0, dtype=dtype)
 
     def names(self) -> list[str]:
         """The sections, in order."""

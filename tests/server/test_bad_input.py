@@ -20,6 +20,13 @@ CALL = {"id": "call_1", "type": "function", "function": {"name": "read", "argume
 RESULT = {"role": "tool", "tool_call_id": "call_1", "content": "x"}
 ASKED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 
+
+def strict(**fields: Any) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": {"a": {"type": "string"}}, "additionalProperties": False, **fields}
+    function = {"name": "f", "strict": True, "parameters": parameters}
+    return {"messages": user(), "tools": [{"type": "function", "function": function}]}
+
+
 RAW: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "no body"),
     "malformed JSON": (b'{"messages": [', "not JSON"),
@@ -35,6 +42,8 @@ RAW: dict[str, tuple[bytes, str]] = {
     "too deep for Python": (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
     "too deep": (b'{"a":' + b"[" * 500 + b"]" * 500 + b"}", "nested too deeply"),
     "a very long number": (b'{"seed": ' + b"9" * 5000 + b"}", "cannot be read"),
+    "an infinite float in what is given back": (b'{"input": "a", "metadata": {"a": 1e999}, "messages": []}', "finite"),
+    "a negative one in a schema": (b'{"messages": [], "tools": [{"parameters": {"default": -1e999}}]}', "finite"),
     "an infinite float": (b'{"temperature": 1e999, "messages": [{"role": "user", "content": "a"}]}', "finite"),
 }
 
@@ -92,6 +101,9 @@ BODIES: dict[str, tuple[dict[str, Any], str]] = {
         },
         "Required properties must match all properties in the object",
     ),
+    "a strict tool that requires no names": (strict(required=5), "required must be a list of names"),
+    "a strict tool that requires a list": (strict(required=[["a"]]), "required must be a list of names"),
+    "a strict tool that requires an object": (strict(required=[{}]), "required must be a list of names"),
     "a choice without tools": ({"messages": user(), "tool_choice": "required"}, "tools"),
     "a choice of no tool": (
         {"messages": user(), "tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}},

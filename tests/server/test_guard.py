@@ -36,7 +36,10 @@ def test_a_name_that_somebody_else_controls_is_refused(host: str) -> None:
     assert local.engine.requests == []
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:3000", "http://localhost.evil:8000", ""])
+@pytest.mark.parametrize(
+    "origin",
+    ["https://evil.example", "null", "http://localhost:3000", "http://localhost.evil:8000", "", "http://[", "http://[x]:1"],
+)
 def test_pages_of_other_sites_are_refused(origin: str) -> None:
     local = Local()
     answer = post(local, origin=origin)

@@ -270,7 +270,10 @@ def _check_strict(schema: Any, where: str, depth: int = 0) -> None:
         return
     properties = schema.get("properties")
     if isinstance(properties, Mapping) and schema.get("type") in ("object", None):
-        if set(properties) != set(schema.get("required") or ()):
+        required = schema.get("required") or ()
+        if not isinstance(required, list | tuple) or not all(isinstance(name, str) for name in required):
+            raise ProtocolError(f"{where}: required must be a list of names, got {required!r}")
+        if set(properties) != set(required):
             raise ProtocolError(f"Required properties must match all properties in the object: {where}, {list(properties)}")
         if schema.get("additionalProperties") is not False:
             raise ProtocolError(f"{where}: an object of a strict schema needs additionalProperties: false")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import time
 from typing import Any, NoReturn
@@ -83,7 +84,7 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     if not raw.strip():
         raise invalid("the request has no body: send a JSON object")
     try:
-        body = json.loads(raw.decode("utf-8"), parse_constant=_not_a_number)
+        body = json.loads(raw.decode("utf-8"), parse_constant=_not_a_number, parse_float=_finite)
     except UnicodeDecodeError as error:
         raise invalid(f"the body is not UTF-8 (byte {error.start}); send JSON in UTF-8") from None
     except json.JSONDecodeError as error:
@@ -102,7 +103,13 @@ def parse_json(raw: bytes) -> dict[str, Any]:
 
 
 def _not_a_number(name: str) -> NoReturn:
-    raise invalid(f"{name} is not a JSON number; send a finite number")
+    raise invalid(f"{name} is no number that can be used; send a finite number")
+
+
+def _finite(digits: str) -> float:
+    """1e999 is JSON, but no answer could give the infinity back that Python makes of it."""
+    number = float(digits)
+    return number if math.isfinite(number) else _not_a_number(digits if len(digits) <= 40 else f"{digits[:40]}...")
 
 
 def _check_depth(body: dict[str, Any]) -> None:

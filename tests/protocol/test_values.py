@@ -1,6 +1,7 @@
 """Values of parameters: typed by the tag, repaired by the schema, always JSON."""
 
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,16 @@ from nautile.protocol.values import allowed_types, typed_value
 from protocol.completions import block, function, invoke, parameter
 
 INTEGER, TEXT, FLAG, LIST = {"type": "integer"}, {"type": "string"}, {"type": "boolean"}, {"type": "array"}
+
+
+def test_schemas_that_lead_back_to_themselves_cost_no_more_than_their_size() -> None:
+    root: dict[str, object] = {"properties": {"a": {"anyOf": [{"$ref": "#/properties/a"}] * 300}}}
+    begun = time.process_time()
+    assert allowed_types({"$ref": "#/properties/a"}, root) is None
+    root["$defs"] = {f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 40} for n in range(5)} | {"d5": INTEGER}
+    assert allowed_types({"$ref": "#/$defs/d3"}, root) == {"integer"}
+    assert allowed_types({"$ref": "#/$defs/d0"}, root) is None  # deeper than is followed
+    assert time.process_time() - begun < 1
 
 
 @pytest.mark.parametrize(

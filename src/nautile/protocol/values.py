@@ -19,6 +19,7 @@ Types = frozenset[str] | None  # JSON types a schema allows; None: any
 
 _SPACE = " \t\r\n"
 _MAX_DEPTH = 200  # deeper JSON is kept as text: readers with a recursion limit must be able to take it
+_MAX_REFERENCES = 8  # steps of a schema that are followed to find its types
 _LITERALS = {"true": "true", "false": "false", "none": "null", "null": "null"}
 _QUOTED_OR_LITERAL = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\Z)|\b(?:True|False|None)\b', re.DOTALL)
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89abABcdefCDEF]")
@@ -42,21 +43,24 @@ def typed_value(raw: str, marked: str | None, allowed: Types) -> tuple[str, Faul
     return attempts[0][0], "mismatch"
 
 
-def allowed_types(schema: Any, root: Any = None, depth: int = 0) -> Types:
+def allowed_types(schema: Any, root: Any = None) -> Types:
     """JSON types that a parameter's schema allows, None for any. ``root`` resolves local references."""
-    if not isinstance(schema, Mapping) or depth > 8:
-        return None
-    found: list[frozenset[str]] = []
-    for constraint in _constraints(schema, root, depth):
-        if constraint is not None:
-            found.append(constraint)
-    if not found:
-        return None
-    types = frozenset.intersection(*found)
-    return types | {"null"} if schema.get("nullable") is True else types
+    return _allowed(schema, root, 0, {})
 
 
-def _constraints(schema: Mapping[str, Any], root: Any, depth: int) -> Iterator[Types]:
+def _allowed(schema: Any, root: Any, depth: int, known: dict[tuple[int, int], Types]) -> Types:
+    """``known`` has what was found before, by the schema's identity and depth: references may lead to one place many times."""
+    if not isinstance(schema, Mapping) or depth > _MAX_REFERENCES:
+        return None
+    place = (id(schema), depth)
+    if place not in known:
+        found = [types for types in _constraints(schema, root, depth + 1, known) if types is not None]
+        types = frozenset.intersection(*found) if found else None
+        known[place] = types | {"null"} if types is not None and schema.get("nullable") is True else types
+    return known[place]
+
+
+def _constraints(schema: Mapping[str, Any], root: Any, depth: int, known: dict[tuple[int, int], Types]) -> Iterator[Types]:
     kind = schema.get("type")
     if isinstance(kind, str):
         yield frozenset([kind])
@@ -67,13 +71,13 @@ def _constraints(schema: Mapping[str, Any], root: Any, depth: int) -> Iterator[T
     if "const" in schema:
         yield frozenset([_type_of(schema["const"])])
     if isinstance(schema.get("$ref"), str):
-        yield allowed_types(_resolved(schema["$ref"], root), root, depth + 1)
+        yield _allowed(_resolved(schema["$ref"], root), root, depth, known)
     for key in ("anyOf", "oneOf"):
         if isinstance(schema.get(key), list):
-            members = [allowed_types(member, root, depth + 1) for member in schema[key]]
+            members = [_allowed(member, root, depth, known) for member in schema[key]]
             yield None if any(member is None for member in members) else frozenset[str]().union(*(m for m in members if m))
     for member in schema["allOf"] if isinstance(schema.get("allOf"), list) else ():
-        yield allowed_types(member, root, depth + 1)
+        yield _allowed(member, root, depth, known)
 
 
 def _resolved(reference: str, root: Any) -> Any:

@@ -96,7 +96,7 @@ RAW = """
 import socket, sys
 with socket.create_connection(('127.0.0.1', 3128), 10) as client:
     client.sendall(eval(sys.argv[1]))
-    client.settimeout(5)
+    client.settimeout(1.5)
     data = b''
     try:
         while len(data) < 4096 and (piece := client.recv(4096)):

@@ -271,7 +271,10 @@ def test_environment_and_arguments_of_ours_are_not_there(sandbox, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "script"),
     [
-        ("threads", "import threading, time\nfor _ in range(500):\n    threading.Thread(target=time.sleep, args=(9,)).start()"),
+        (
+            "threads",
+            "import threading, time\nfor _ in range(500):\n    threading.Thread(target=time.sleep, args=(9,), daemon=True).start()",
+        ),
         ("descriptors", "import os\nkept = []\nwhile True: kept.append(os.dup(0))"),
         ("file size", "with open('/tmp/f', 'wb') as f: f.truncate(2**40)"),
         ("inodes", "import os\nfor i in range(10**6): os.close(os.open(f'/tmp/{i}', os.O_CREAT))"),

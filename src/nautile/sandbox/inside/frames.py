@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import socket
 import struct
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 __all__ = ["BODY_LIMIT", "HEADER_LIMIT", "BrokenFrameError", "receive", "send"]
 

@@ -12,9 +12,11 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NoReturn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import NoReturn
 
 __all__ = ["Capture", "Job", "Outcome", "execute", "supervise"]
 
@@ -22,24 +24,20 @@ _GRACE = 5.0  # seconds that killed processes may take to be gone before this is
 _CHUNK = 2**16
 
 
-@dataclass(frozen=True)
+# Plain classes: every module that is loaded here is copied by every fork, and dataclasses and typing are among the largest.
 class Job:
-    """What to feed, and for how many seconds."""
+    """What to feed (None: the child sees to it), and for how many seconds."""
 
-    stdin: bytes | None  # None: the child sees to it
-    timeout: float
+    def __init__(self, stdin: bytes | None, timeout: float) -> None:
+        self.stdin, self.timeout = stdin, timeout
 
 
-@dataclass(frozen=True)
 class Outcome:
-    """How it ended. ``stuck``: killed, and still there after the grace period."""
+    """How it ended. ``stuck``: killed, and still there after the grace period; ``abandoned``: its owner hung up."""
 
-    exit_code: int
-    truncated: bool
-    timed_out: bool
-    stuck: bool
-    abandoned: bool
-    seconds: float
+    exit_code = -1
+    truncated = timed_out = stuck = abandoned = False
+    seconds = 0.0
 
 
 class Capture:
@@ -163,14 +161,13 @@ class _Pump:
         kill_tree()
         self._drain(time.monotonic() + _GRACE)
         code = os.waitstatus_to_exitcode(status)
-        return Outcome(
-            exit_code=code if code >= 0 else 128 - code,
-            truncated=any(capture.truncated for _, capture in self.captures.values()),
-            timed_out=not ended and not abandoned,
-            stuck=stuck or bool(self.open),
-            abandoned=abandoned,
-            seconds=time.monotonic() - began,
-        )
+        outcome = Outcome()
+        outcome.exit_code = code if code >= 0 else 128 - code
+        outcome.truncated = any(capture.truncated for _, capture in self.captures.values())
+        outcome.timed_out, outcome.abandoned = not ended and not abandoned, abandoned
+        outcome.stuck = stuck or bool(self.open)
+        outcome.seconds = time.monotonic() - began
+        return outcome
 
     def close(self) -> None:
         for descriptor in [*self.captures, self.pidfd, self.stdin]:

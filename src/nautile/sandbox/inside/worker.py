@@ -17,11 +17,13 @@ import select
 import signal
 import socket
 import sys
-import traceback
-from typing import Any, NoReturn
 
 from nautile.sandbox.inside import frames
 from nautile.sandbox.inside.supervise import Capture, Job, execute, supervise
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
 
 __all__ = ["main"]
 
@@ -116,6 +118,8 @@ def _python(source: str, arguments: list[str]) -> NoReturn:
         if leave.code is not None and not isinstance(leave.code, int):
             print(leave.code, file=sys.stderr)
     except BaseException:
+        import traceback  # noqa: PLC0415  # only those that fail need it
+
         traceback.print_exc()
     with contextlib.suppress(Exception):
         sys.stdout.flush()

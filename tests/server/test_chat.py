@@ -358,3 +358,14 @@ def test_an_engine_that_has_ended_is_not_the_client_s_fault(streamed: bool) -> N
     health = local.http.get("/health/ready")
     assert health.status_code == 503 and health.json()["status"] == "failed"
     assert local.http.get("/health/live").status_code == 200
+
+
+def test_without_tools_markup_is_content_and_scored() -> None:
+    local = Local()
+    said = "one" + calls(("read", {"path": "x"})) + " two"
+    local.engine.say("why</think>" + said, "why</think>" + said)
+    for more in ({}, {"tools": TOOLS, "tool_choice": "none"}):
+        choice = local.chat(logprobs=True, **more)["choices"][0]
+        assert choice["message"]["content"] == said and choice["finish_reason"] == "stop"
+        assert "tool_calls" not in choice["message"]
+        assert "".join(token["token"] for token in choice["logprobs"]["content"]) == said

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from server.local import Local
-from server.scripted import Script, ids_of
+from server.scripted import Script, calls, ids_of
 
 PATH = "/v1/completions"
 
@@ -99,6 +99,13 @@ def test_logprobs_in_the_older_form() -> None:
     parts = [chunk["choices"][0]["logprobs"] for chunk in local.chunks(PATH, prompt="Once", logprobs=0)]
     offsets = [offset for part in parts if part for offset in part["text_offset"]]
     assert offsets == [0, 5]
+
+
+def test_markup_is_text_here_and_is_scored() -> None:
+    local = Local()
+    local.engine.say(" a" + calls(("read", {"path": "x"})) + "</think> b")
+    choice = complete(local, logprobs=0)["choices"][0]
+    assert "".join(choice["logprobs"]["tokens"]) == choice["text"] and "</think> b" in choice["text"]
 
 
 @pytest.mark.parametrize("path", ["/completions", "/beta/completions", "/beta/v1/completions"])

@@ -60,6 +60,12 @@ def test_one_call_of_two() -> None:
     assert scored(outputs) == "look"
 
 
+def test_content_after_calls_is_scored() -> None:
+    for before in ("look", "", "look\n\n\n\n\n\n\n\n\n\n"):
+        outputs, _ = written(before + calls(("read", {"path": "x"})) + " and so on")
+        assert content(outputs) == scored(outputs) == before.rstrip("\n") + " and so on"
+
+
 PLAIN = st.text(alphabet="ab \n<é🙂|", max_size=12)
 
 

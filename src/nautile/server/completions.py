@@ -132,7 +132,7 @@ class _Order:
         seed = None if sampling.seed is None else (sampling.seed + choice) % 2**64  # a text of its own for every choice
         sampling = replace(sampling, max_tokens=limit, logprobs=wanted.logprobs, seed=seed)
         request = EngineRequest(tuple(ids), sampling, id=f"{self.request_id}-{index}", partition=self.partition)
-        return Job(request, Writer(tokenizer, PlainReader(tokenizer), start="content", stop=stops_of(wanted.stop)))
+        return Job(request, Writer(tokenizer, PlainReader(tokenizer), start="content", stop=stops_of(wanted.stop), markup=()))
 
 
 def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -94,7 +94,8 @@ class Reader(Protocol):
 class Writer:
     """Turns sampled tokens into what a client sees. ``done`` is set when nothing more should be generated.
 
-    Stop strings look at content only; reasoning and arguments of calls are not cut.
+    Stop strings look at content only; reasoning and arguments of calls are not cut. ``markup`` are the special tokens that the
+    reader takes for markup: any other is text, and scored as such.
     """
 
     def __init__(
@@ -105,11 +106,14 @@ class Writer:
         start: Section,
         stop: Sequence[str] = (),
         parallel_calls: bool = True,
+        markup: Collection[str] = (texts.THINK_CLOSE, texts.DSML),
     ) -> None:
         self._tokenizer, self._reader, self._section = tokenizer, reader, start
         self._stop, self._parallel = StopFilter(stop), parallel_calls
         self._eos = tokenizer.special(texts.EOS)
-        self._close, self._dsml = _special(tokenizer, texts.THINK_CLOSE), _special(tokenizer, texts.DSML)
+        self._close, self._dsml = (
+            _special(tokenizer, name) if name in markup else -1 for name in (texts.THINK_CLOSE, texts.DSML)
+        )
         self._scores = Scores()
         self._finish: tuple[FinishReason, tuple[str, ...]] | None = None
         self.completion_tokens = self.reasoning_tokens = 0
@@ -129,9 +133,12 @@ class Writer:
         self.reasoning_tokens += self._section == "reasoning"
         if token == self._eos:
             return
-        if token not in (self._dsml, self._close) and sampled.logprob is not None and self._section != "calls":
-            self._scores.sampled(self._logprobs(sampled, self._section))
-        yield from self._passed(self._reader.feed(token))
+        events, section = self._reader.feed(token), self._section
+        if section == "calls" and any(isinstance(event, ContentDelta) for event in events):
+            section = "content"  # the calls are over
+        if token not in (self._dsml, self._close) and sampled.logprob is not None and section != "calls":
+            self._scores.sampled(self._logprobs(sampled, section))
+        yield from self._passed(events)
         if token == self._dsml:
             self._scores.markup()
             self._section = "calls"
@@ -160,7 +167,7 @@ class Writer:
             if self.done:
                 break
             if isinstance(event, ContentDelta):
-                self._section = "content" if self._section == "reasoning" else self._section
+                self._section = "content"
                 self._scores.said(event.text)
                 yield from self._content(self._stop.feed(event.text))
                 continue

@@ -55,6 +55,7 @@ class Scores:
     def markup(self) -> None:
         """A tag begins: tokens whose text was not said are part of it, or were trimmed before it."""
         self._waiting = [(logprobs, begins) for logprobs, begins in self._waiting if begins < self._said]
+        self._sampled = self._said
 
     def released(self) -> Iterator[TokenLogprobs]:
         """Those whose text has been shown since the last time."""

@@ -22,6 +22,7 @@ from nautile.protocol import (
     ToolCallArguments,
     ToolCallEnd,
     ToolCallStart,
+    texts,
 )
 from nautile.server.errors import ApiError, invalid
 from nautile.server.generation import Answer, Job, TokenLogprobs, TurnFinished, TurnStarted, TurnUsage, Writer, generate
@@ -123,5 +124,6 @@ def prepare(turn: Turn, service: Service) -> Job:
     parser = StreamParser(
         start=prompt.start, tokenizer=tokenizer, tools=asked.tools, call_seed=turn.id, continued=prompt.continued
     )
-    writer = Writer(tokenizer, parser, start=prompt.start, stop=turn.stop, parallel_calls=turn.parallel_calls)
+    markup = (texts.THINK_CLOSE, texts.DSML) if asked.tools else (texts.THINK_CLOSE,)
+    writer = Writer(tokenizer, parser, start=prompt.start, stop=turn.stop, parallel_calls=turn.parallel_calls, markup=markup)
     return Job(request, writer, lambda answer: remember(turn, asked, answer, service))

@@ -57,6 +57,18 @@ def test_a_turn_with_reasoning_and_calls(live: Live) -> None:
     assert chat.tokens == len(live.engine.requests[1].prompt_ids) + live.engine.given[live.engine.requests[1].id]
 
 
+def test_line_separators_of_unicode_end_no_event(live: Live) -> None:
+    said = "a\u2028b\u2029c\x85d\x0be\x1cf"
+    live.engine.say("</think>" + said)
+    assert client(live).open([{"role": "user", "content": "hi"}], ()).reply(99, print).content == said
+
+
+def test_a_key_that_no_header_can_carry() -> None:
+    for key in ("\u043a\u043b\u044e\u0447", "a\nb"):
+        with pytest.raises(ServerError, match="key"):
+            connect("http://127.0.0.1:9", key=key)
+
+
 def test_options_reach_the_engine(live: Live) -> None:
     live.engine.say("ok")
     client(live, thinking=False, temperature=0.25, seed=3).open([{"role": "user", "content": "hi"}], ()).reply(9, print)
@@ -102,7 +114,7 @@ def test_addresses() -> None:
     for given in ("localhost:1", "http://localhost:1", "http://localhost:1/v1", "http://localhost:1/v1/"):
         assert connect(given, "m").url == "http://localhost:1/v1"
     assert connect("https://host.example/api/v3", "m").url == "https://host.example/api/v3"
-    for wrong in ("", "ftp://x", "http://"):
+    for wrong in ("", "ftp://x", "http://", "http://[::1", "http://127.0.0.1:abc", "http://127.0.0.1:1/\x00", "http://h:99999"):
         with pytest.raises(ServerError, match="not an address"):
             connect(wrong, "m")
     with pytest.raises(ServerError, match="nautile serve"):
@@ -170,6 +182,14 @@ def test_other_names_for_reasoning_and_calls_in_pieces() -> None:
     ]
     assert chat.tokens > 0  # guessed, since this server counts nothing
     assert set(seen[0]) == {"model", "messages", "max_tokens", "stream", "stream_options", "tools"}  # nothing it may not know
+
+
+def test_line_separators_of_unicode_in_another_server_s_stream() -> None:
+    chunks = [delta(content="a\u2028b\x85c"), delta("stop")]
+    raw = ": hello\r\n" + "".join(f"data: {json.dumps(chunk, ensure_ascii=False)}\r\n\r\n" for chunk in chunks)
+    with stub((200, raw.encode())) as (url, _):
+        reply = connect(url, "m").open([{"role": "user", "content": "hi"}], ()).reply(9, lambda event: None)
+    assert reply.content == "a\u2028b\x85c"
 
 
 def test_a_busy_server_is_asked_again() -> None:

@@ -57,10 +57,9 @@ def connect(url: str, model: str = "", key: str | None = None, **options: Any) -
 
     ``options`` are fields of ``HttpClient``. Raises ServerError.
     """
-    parts = urlsplit(url if "//" in url else f"http://{url}")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ServerError(f"{url!r} is not an address: write it as http://127.0.0.1:8000")
-    base = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise ServerError("the API key has characters that a header cannot carry: look at what was given as the key")
+    base = _base(url)
     client = HttpClient(base, model, key, **options)
     if model:
         return client
@@ -76,6 +75,18 @@ def connect(url: str, model: str = "", key: str | None = None, **options: Any) -
     if not names:
         raise ServerError(f"{base} lists no model: pass --model NAME")
     return HttpClient(base, str(names[0]), key, **options)
+
+
+def _base(url: str) -> str:
+    """The address that ends in /v1. Raises ServerError for what is none."""
+    try:
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+        base = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}"
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and httpx.URL(base).host:
+            return base
+    except (ValueError, httpx.InvalidURL):
+        pass
+    raise ServerError(f"{url!r} is not an address: write it as http://127.0.0.1:8000")
 
 
 class _HttpChat:
@@ -212,7 +223,7 @@ def _chunks(http: httpx.Client, url: str, body: Mapping[str, Any]) -> Iterator[M
 
 
 def _events(answer: httpx.Response) -> Iterator[Mapping[str, Any]]:
-    for line in answer.iter_lines():
+    for line in _lines(answer):
         name, _, data = line.partition(":")
         if name != "data" or not data.strip():
             continue  # comments, and fields that this API does not use
@@ -226,9 +237,19 @@ def _events(answer: httpx.Response) -> Iterator[Mapping[str, Any]]:
             yield chunk
 
 
+def _lines(answer: httpx.Response) -> Iterator[str]:
+    """Lines that end in line feeds. httpx's own end at every separator of Unicode too, which texts inside of JSON may hold."""
+    rest = b""
+    for piece in answer.iter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line.decode("utf-8", "replace").rstrip("\r")
+    yield rest.decode("utf-8", "replace")
+
+
 def _pause(answer: httpx.Response, number: int) -> float:
     asked = answer.headers.get("retry-after", "")
-    return min(float(asked) if asked.isdigit() else 2.0**number, _LONGEST_WAIT)
+    return min(float(asked) if asked.isdecimal() and asked.isascii() else 2.0**number, _LONGEST_WAIT)
 
 
 def _check(answer: httpx.Response) -> None:

@@ -18,12 +18,16 @@ from starlette.types import Receive, Scope, Send
 __all__ = ["EventStream", "event", "stream_events", "while_connected"]
 
 _COMMENT = b": keep-alive\n\n"
+_SEPARATORS = {ord(separator): f"\\u{ord(separator):04x}" for separator in "\x85\u2028\u2029"}
 _T = TypeVar("_T")
 
 
 def event(data: Any, name: str | None = None) -> bytes:
-    """One server-sent event; ``data`` is written as JSON unless it is text."""
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    """One server-sent event; ``data`` is written as JSON unless it is text.
+
+    Separators of lines that only Unicode knows are escaped: clients that split lines as Python does would cut the JSON there.
+    """
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":")).translate(_SEPARATORS)
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {text}\n\n".encode()
 

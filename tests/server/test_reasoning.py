@@ -82,3 +82,15 @@ def test_an_answer_that_its_limit_cut_is_remembered_as_far_as_it_went() -> None:
     assert message["content"] == "" and message["reasoning_content"] == "one two"
     local.chat(messages=[*user(), dropped(message), *user("go on")], tools=TOOLS)
     assert "<think>one two</think>" in local.engine.prompt()
+
+
+def test_what_was_put_back_and_what_could_not_be_is_counted() -> None:
+    local = Local()
+    local.engine.say("REASON</think>Hi.", "</think>Bye.")
+    local.chat(tools=TOOLS)
+    unknown = [*user("another"), {"role": "assistant", "content": "Never said."}, *user("more")]
+    for history in ([*user(), {"role": "assistant", "content": "Hi."}, *user("more")], unknown):
+        local.chat(messages=history, tools=TOOLS)
+    lines = local.http.get("/metrics").text.splitlines()
+    for figure in ("restored_total 1.0", "missing_total 1.0", "evicted_total 0.0", "answers 1.0"):
+        assert f"nautile_reasoning_{figure}" in lines

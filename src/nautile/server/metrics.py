@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from nautile.engine.request import EngineStats
+from nautile.server.memory import MemoryStats
 
 __all__ = ["Metrics"]
 
@@ -19,7 +20,7 @@ _EACH = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28)
 class Metrics:
     """The figures of one server, in a registry of their own."""
 
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+    def __init__(self, stats: Callable[[], EngineStats], memory: Callable[[], MemoryStats]) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter("nautile_requests", "HTTP requests", ["path", "status"], registry=self.registry)
         self.finished = Counter("nautile_finished", "Turns by how they ended", ["reason"], registry=self.registry)
@@ -31,6 +32,7 @@ class Metrics:
             "nautile_time_per_output_token_seconds", "Mean between tokens of a turn", buckets=_EACH, registry=self.registry
         )
         self.registry.register(_EngineFigures(stats))
+        self.registry.register(_MemoryFigures(memory))
 
     def render(self) -> bytes:
         """The text format."""
@@ -71,3 +73,23 @@ class _EngineFigures(Collector):
         for kind, size in stats.bytes_by_kind.items():
             kinds.add_metric([kind], size)
         yield kinds
+
+
+class _MemoryFigures(Collector):
+    """What the memory of reasoning gave back, and what it could not: a prompt without it is another prompt."""
+
+    def __init__(self, stats: Callable[[], MemoryStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        """Every figure of ``MemoryStats``."""
+        stats = self._stats()
+        yield GaugeMetricFamily("nautile_reasoning_bytes", "Bytes of remembered reasoning", value=stats.nbytes)
+        yield GaugeMetricFamily("nautile_reasoning_answers", "Answers whose reasoning is remembered", value=stats.answers)
+        counters = {
+            "restored": ("Assistant turns whose reasoning was put back", stats.restored),
+            "missing": ("Assistant turns that came without reasoning that is not remembered", stats.missing),
+            "evicted": ("Answers whose reasoning had to give way", stats.evicted),
+        }
+        for name, (text, count) in counters.items():
+            yield CounterMetricFamily(f"nautile_reasoning_{name}", text, value=count)

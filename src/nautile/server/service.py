@@ -81,7 +81,7 @@ class Service:
         self.dialect = self.dialect or self.engine.config.dialect or ""
         if not self.dialect:
             raise ServiceError("the checkpoint does not say its prompt dialect: pass --dialect 0731 or --dialect preview")
-        self.metrics = Metrics(self.engine.stats)
+        self.metrics = Metrics(self.engine.stats, self.memory.stats)
         self.log = make_logger(self.options.log_format, sys.stderr)
 
     @property

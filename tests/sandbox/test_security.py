@@ -60,6 +60,11 @@ CALLS = {
     "ioctl_tiocsti_high_bit": (16, (0, 0x5412 | 1 << 40, 0)),
     "ioctl_tioclinux": (16, (0, 0x541C, 0)),
 }
+THREADS = """
+import threading, time
+for _ in range(500):
+    threading.Thread(target=time.sleep, args=(9,), daemon=True).start()
+"""
 PROBE = """
 import ctypes, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -273,7 +278,7 @@ def test_environment_and_arguments_of_ours_are_not_there(sandbox, monkeypatch):
     [
         (
             "threads",
-            "import threading, time\nfor _ in range(500):\n    threading.Thread(target=time.sleep, args=(9,), daemon=True).start()",
+            THREADS,
         ),
         ("descriptors", "import os\nkept = []\nwhile True: kept.append(os.dup(0))"),
         ("file size", "with open('/tmp/f', 'wb') as f: f.truncate(2**40)"),

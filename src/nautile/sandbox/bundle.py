@@ -80,6 +80,12 @@ def skeleton(place: Path) -> None:
     (place / "root").chmod(0o700)
 
 
+def _masked() -> list[str]:
+    """What of /proc to hide: what others than its owner may read. Its owner is the host's root, whom no container maps."""
+    paths = [f"/proc/{name}" for name in (*MASKED, *MASKED_DIRECTORIES)]
+    return [path for path in paths if os.path.exists(path) and os.stat(path).st_mode & 0o004]
+
+
 def configuration(
     root: Path, init: Path, host_usr: bool, users: list[dict[str, int]], shm: int, workspace: str | None
 ) -> dict[str, Any]:
@@ -136,7 +142,7 @@ def configuration(
             "namespaces": [{"type": name} for name in ("pid", "network", "ipc", "uts", "mount", "user", "cgroup")],
             "uidMappings": users,
             "gidMappings": users,
-            "maskedPaths": [f"/proc/{name}" for name in (*MASKED, *MASKED_DIRECTORIES)],
+            "maskedPaths": _masked(),
             "readonlyPaths": ["/proc/sys"],
         },
     }

@@ -60,6 +60,8 @@ def check(engine, answers, name, lengths):
     prompts = [prompt for prompt in answers[name] if len(prompt) in lengths]
     found = engine.generate(prompts, by_name(name))
     assert [completion.ids for completion in found] == [answers[name][prompt] for prompt in prompts]
+    pool = engine.with_pool(lambda pool: pool.stats())
+    assert pool.missed_snapshots == 0 and pool.sequences == 0
     return found
 
 

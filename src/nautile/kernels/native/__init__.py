@@ -1,4 +1,4 @@
-"""The whole forward pass on a CPU as one small C++ library, built on first use. The modules of ``nautile.model`` stay the meaning."""
+"""The whole forward pass on a CPU as one small C++ library, built on first use; ``nautile.model`` stays the meaning."""
 
 from nautile.kernels.native.build import NativeUnavailable, library_path
 from nautile.kernels.native.library import Kinds, NativeModel, NativeStep, StatePools, features

@@ -47,16 +47,21 @@ def _cache_directory() -> Path:
     return Path(base) / "nautile" / "native"
 
 
-def _sources() -> list[Path]:
-    return sorted(file for file in _SOURCE.iterdir() if file.suffix in (".cpp", ".h"))
+def _sources() -> bytes:
+    """A digest of the C++ and of the Python that knows its structures."""
+    digest = hashlib.sha256()
+    for file in sorted(file for file in _SOURCE.iterdir() if file.suffix in (".cpp", ".h", ".py")):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.digest()
+
+
+_IMPORTED = _sources()
 
 
 def _fingerprint(compiler: str) -> str:
-    digest = hashlib.sha256()
-    for file in _sources():
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    digest.update(" ".join(_FLAGS).encode() + _version(compiler) + _instruction_sets())
-    return digest.hexdigest()[:24]
+    if _sources() != _IMPORTED:  # new C++ behind old Python would read past the ends of structures
+        raise NativeUnavailable("the package was changed while this process runs: start it again to use the native kernels")
+    return hashlib.sha256(_IMPORTED + " ".join(_FLAGS).encode() + _version(compiler) + _instruction_sets()).hexdigest()[:24]
 
 
 def _version(compiler: str) -> bytes:

@@ -24,9 +24,10 @@ __all__ = ["Kinds", "NativeModel", "NativeStep", "StatePools", "features"]
 _int, _double, _pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 _SHAPE = (
-    "vocabulary hidden layers heads head_dim rotated q_rank groups o_rank window index_heads index_dim index_topk experts chosen "
-    "inner streams iterations main_kind expert_kind head_kind attention_kind index_kind quantise_kv quantise_index"
-).split()
+    "vocabulary", "hidden", "layers", "heads", "head_dim", "rotated", "q_rank", "groups", "o_rank", "window", "index_heads",
+    "index_dim", "index_topk", "experts", "chosen", "inner", "streams", "iterations", "main_kind", "expert_kind", "head_kind",
+    "attention_kind", "index_kind", "quantise_kv", "quantise_index",
+)  # fmt: skip
 _POOLS = ("csa", "index", "hca", "window", "csa_kv", "csa_gate", "index_kv", "index_gate", "hca_kv", "hca_gate")
 
 # Field of LayerTensors in model.h -> name of the tensor in a layer.
@@ -91,7 +92,7 @@ class _Piece(ctypes.Structure):
 @dataclass(frozen=True)
 class Kinds:
     """How each kind of product reads its numbers: "float32"; "bfloat16" (weights and rows); or "split" (weights in bfloat16,
-    rows as a high and a low bfloat16 part, 16 bits together). The indexer's keys may also be "int8": bytes with a scale a key."""
+    rows as a high and a low bfloat16 part, 16 bits together). Indexer keys may also be "int8": bytes with a scale a key."""
 
     main: str = "float32"
     experts: str = "float32"

@@ -1,0 +1,126 @@
+"""One answer, bit for bit: however tokens are cut into chunks, whatever runs beside them, with any number of threads."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nautile.engine.native import NativeRunner, pack
+from nautile.engine.plan import Piece, Plan
+from nautile.kernels.native import NativeModel
+from nautile.state.pages import Pages, PoolOptions, Sequence
+from oracles.random_models import random_ids, tiny_network
+
+LENGTH = 530
+ROWS = {"float32": "float32", "bfloat16": "bfloat16"}
+
+
+@functools.cache
+def packed(dtype: str) -> NativeModel:
+    return pack(tiny_network((0, 4, 128, 4), seed=7, index_topk=8, index_n_heads=3), dtype)
+
+
+@functools.cache
+def expected(dtype: str, seed: int) -> torch.Tensor:
+    """Logits of LENGTH tokens in one chunk on one thread."""
+    return run(dtype, [(seed, [LENGTH])], threads=1)[seed]
+
+
+def run(dtype: str, sequences: list[tuple[int, list[int]]], threads: int, block_tokens: int = 256) -> dict[int, torch.Tensor]:
+    """Sequences (seed of the ids, sizes of the chunks, repeated) side by side, one chunk of each a step: logits by seed."""
+    model = packed(dtype)
+    pages = Pages(
+        model.config, PoolOptions(blocks=32, slots=6, rows=ROWS[dtype], block_tokens=block_tokens, snapshot_every=block_tokens)
+    )
+    runner = NativeRunner(model, pages, threads=threads)
+    live = []
+    for seed, sizes in sequences:
+        state = Sequence(blocks=pages.allocate(-(-LENGTH // block_tokens)), slot=pages.allocate_slot())
+        live.append((state, seed, random_ids(model.config, LENGTH, seed).tolist(), sizes))
+    out: dict[int, list[torch.Tensor]] = {seed: [] for seed, _ in sequences}
+    turn = 0
+    while any(state.length < LENGTH for state, *_ in live):
+        pieces = [
+            Piece(state, tuple(ids[state.length : state.length + sizes[turn % len(sizes)]]), "all")
+            for state, _, ids, sizes in live
+            if state.length < LENGTH
+        ]
+        rows = runner.step(Plan(tuple(pieces))).split([piece.rows for piece in pieces])
+        seeds = {id(state): seed for state, seed, *_ in live}
+        for piece, logits in zip(pieces, rows, strict=True):
+            out[seeds[id(piece.sequence)]].append(logits)
+            piece.sequence.ids += piece.ids
+        turn += 1
+    return {seed: torch.cat(parts) for seed, parts in out.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_one_token_at_a_time(dtype, threads):
+    assert torch.equal(run(dtype, [(1, [1])], threads)[1], expected(dtype, 1))
+
+
+@settings(max_examples=12)
+@given(
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    sizes=st.lists(
+        st.lists(st.sampled_from([1, 2, 3, 4, 5, 47, 48, 49, 127, 128, 129, 255, 256, 257, 500]), min_size=1, max_size=5),
+        min_size=1, max_size=4,
+    ),
+    threads=st.integers(1, 3),
+    block_tokens=st.sampled_from([128, 256, 384]),
+)  # fmt: skip
+def test_any_chunks_of_several_sequences(dtype, sizes, threads, block_tokens):
+    sequences = list(enumerate(sizes, start=1))
+    for seed, logits in run(dtype, sequences, threads, block_tokens).items():
+        assert torch.equal(logits, expected(dtype, seed))
+
+
+def test_rows_that_somebody_else_wrote():
+    """Blocks restored from a tier or written by the modules: the 8-bit keys of this runner are made anew from their rows."""
+    model = packed("bfloat16")
+    ids = random_ids(model.config, LENGTH, 1).tolist()
+    options = PoolOptions(blocks=8, slots=2, rows="bfloat16")
+    pages = Pages(model.config, options)
+    first, second = NativeRunner(model, pages, threads=1), NativeRunner(model, pages, threads=1)
+    a, b = (Sequence(blocks=pages.allocate(3), slot=pages.allocate_slot()) for _ in range(2))
+    first.step(Plan((Piece(a, tuple(ids[:400]), "none"),)))
+    second.step(Plan((Piece(b, tuple(ids[100:500]), "none"),)))  # other keys in b's blocks, known to the second runner only
+    for source, target in zip(a.blocks, b.blocks, strict=True):
+        pages.copy_block(source, target)
+    pages.copy_slot(a.slot, b.slot)
+    a.ids, b.ids = ids[:400], ids[:400]
+    for runner, sequence in ((first, b), (second, a)):
+        rows = runner.step(Plan((Piece(sequence, tuple(ids[400:]), "all"),)))
+        assert torch.equal(rows, expected("bfloat16", 1)[400:])
+
+
+def test_a_rejected_draft_leaves_no_trace(bench):
+    """Two tokens in, one kept: the next step writes over the other and computes what it would have without it."""
+    model = packed("float32")
+    ids = random_ids(model.config, 300, seed=4).tolist()
+    plain, drafted = bench(model), bench(model)
+    one, other = plain.open(300), drafted.open(300)
+    whole = plain.feed(one, ids, [300])
+    for at, token in enumerate(ids):
+        wrong = (token + 1) % model.config.vocab_size
+        rows = drafted.runner.step(Plan((Piece(other, (token, wrong), "all"),)))
+        other.ids.append(token)
+        assert torch.equal(rows[0], whole[at])
+
+
+def test_wanted_rows(bench):
+    model = packed("float32")
+    ids = random_ids(model.config, 40, seed=1).tolist()
+    run_ = bench(model)
+    every = run_.feed(run_.open(40), ids, [40])
+    a, b, c = (run_.open(40) for _ in range(3))
+    plan = Plan((Piece(a, tuple(ids), "last"), Piece(b, tuple(ids), "none"), Piece(c, tuple(ids[:3]), "all")))
+    rows = run_.runner.step(plan)
+    assert rows.shape == (4, model.config.vocab_size)
+    assert torch.equal(rows[0], every[39]) and torch.equal(rows[1:], every[:3])
+    assert run_.runner.step(Plan(())).shape == (0, model.config.vocab_size)

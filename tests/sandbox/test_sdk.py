@@ -98,6 +98,14 @@ def test_arguments_arrive_as_they_were_given(sandbox, words):
     assert result.stdout == ascii(texts)
 
 
+@pytest.mark.parametrize("kind", ["function", "container"])
+def test_the_largest_output_that_is_allowed_comes_through(kind, crun):
+    with Sandbox.create(kind, limits=Limits(memory=256 * MIB, output=31 * MIB)) as sandbox:
+        result = sandbox.python("import os\nfor fd in (1, 2):\n    for _ in range(40): os.write(fd, b'x' * 2**20)", timeout=30)
+        assert result.truncated and result.ok and result.infrastructure_error is None
+        assert len(result.stdout_bytes) > 31 * MIB and len(result.stderr_bytes) > 31 * MIB
+
+
 def test_python_runs_a_program_inside(sandbox):
     assert sandbox.python("import sys; print(sys.argv[1], sys.stdin.read())", ["a"], stdin="b").stdout == "a b\n"
     failed = sandbox.python("raise ValueError('no')")
@@ -161,6 +169,7 @@ def test_requests_without_meaning_are_refused(sandbox, action, reason):
     [
         *({"memory": one} for one in (0, -1, 2**55, 1.5, True)),
         *({"pids": one} for one in (0, 1, "9")),
+        {"output": 32 * MIB},
         *({"cpus": one} for one in (0, 9999.0)),
         *({name: 0} for name in ("disk", "inodes", "open_files", "output", "seconds")),
     ],

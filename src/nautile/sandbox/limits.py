@@ -11,6 +11,7 @@ from nautile.sandbox.errors import InvalidRequest
 __all__ = ["MIB", "Limits"]
 
 MIB = 2**20
+_MOST_OUTPUT = 31 * MIB  # of each stream: both, and the notes of what is missing, go in one frame
 
 
 @dataclass(frozen=True)
@@ -47,5 +48,7 @@ class Limits:
             raise InvalidRequest(f"limits: memory is {self.memory:,} bytes; a sandbox needs at least {16 * MIB:,}")
         if self.cpus is not None and self.cpus > processors:
             raise InvalidRequest(f"limits: cpus is {self.cpus:g}, and this machine has {processors}: give less, or None")
+        if self.output > _MOST_OUTPUT:
+            raise InvalidRequest(f"limits: output is {self.output:,} bytes; at most {_MOST_OUTPUT:,} fit into one result")
         if self.pids < 8:
             raise InvalidRequest(f"limits: pids is {self.pids}; a sandbox needs at least 8")

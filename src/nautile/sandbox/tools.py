@@ -52,6 +52,6 @@ def open_tools(directory: Path, kind: str) -> ToolSandbox:
     if not directory.is_dir():
         raise InvalidRequest(f"{directory} is not a directory: give --dir the directory to work on")
     root = directory.resolve()
-    # An answer holds at most 64 MiB on the narrow seam too; the head and tail of each stream are kept.
-    limits = Limits(memory=1024 * MIB, output=32 * MIB, pids=512)
+    # The most that a result holds: a cut answer is an error, since half of it cannot be parsed.
+    limits = Limits(memory=1024 * MIB, output=31 * MIB, pids=512)
     return SandboxTools(Sandbox.create(kind, limits=limits, workspace=root), root)

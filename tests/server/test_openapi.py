@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import schemathesis
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, given, settings
 
 from nautile.server import ServerOptions
 from server.local import Local
@@ -25,6 +26,26 @@ def test_nothing_makes_a_500(case: schemathesis.Case) -> None:
         error = json.loads(answer.content)["error"]
         assert error["message"] and error["type"] and "Traceback" not in error["message"]
     assert LOCAL.engine.running == set() and LOCAL.service.in_flight == 0
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"])
+def test_what_the_document_describes_is_served(path: str) -> None:
+    """A document that is too loose makes a fuzzer that never gets past the first check. Some of what a schema cannot say
+    (a result needs its call, a choice needs tools) is still refused."""
+    config = schemathesis.Config.from_dict({"headers": {"host": "localhost"}, "generation": {"mode": "positive"}})
+    schema = schemathesis.openapi.from_asgi("/openapi.json", LOCAL.http.app, config=config, headers={"host": "localhost"})
+    statuses = []
+
+    @given(case=schema[path]["POST"].as_strategy())
+    @settings(
+        max_examples=20, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    )
+    def ask(case: schemathesis.Case) -> None:
+        LOCAL.engine.closed = False
+        statuses.append(case.call(headers={"host": "localhost"}).status_code)
+
+    ask()
+    assert statuses.count(200) >= 4, statuses
 
 
 def test_the_document_is_whole() -> None:

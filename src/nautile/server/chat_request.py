@@ -18,6 +18,8 @@ from nautile.server.service import Service
 from nautile.server.turn import Turn
 
 __all__ = [
+    "LONGEST_STOP",
+    "MOST_STOPS",
     "ChatRequest",
     "checked",
     "logit_bias_of",
@@ -28,8 +30,8 @@ __all__ = [
     "tool_choice_of",
 ]
 
-_MOST_STOPS = 16
-_LONGEST_STOP = 1000
+MOST_STOPS = 16
+LONGEST_STOP = 1000
 _MOST_TOKENS = 393_216
 _RANGES = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number", "too_long", "literal_error")
 Model = TypeVar("Model", bound=BaseModel)
@@ -207,10 +209,10 @@ def logit_bias_of(bias: Mapping[str, float] | None, service: Service) -> dict[in
 def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:
     """Stop strings. Raises ApiError for too many, for empty ones and for very long ones."""
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if len(stops) > _MOST_STOPS:
-        raise unprocessable(f"stop has {len(stops)} strings; at most {_MOST_STOPS} are allowed", "stop")
-    if any(not 0 < len(text) <= _LONGEST_STOP for text in stops):
-        raise unprocessable(f"a stop string must have 1 to {_LONGEST_STOP} characters", "stop")
+    if len(stops) > MOST_STOPS:
+        raise unprocessable(f"stop has {len(stops)} strings; at most {MOST_STOPS} are allowed", "stop")
+    if any(not 0 < len(text) <= LONGEST_STOP for text in stops):
+        raise unprocessable(f"a stop string must have 1 to {LONGEST_STOP} characters", "stop")
     return stops
 
 

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic.config import JsonDict
 
 from nautile.engine.sampling import SamplingParams
-from nautile.server.chat_request import response_format_of, stops_of, tool_choice_of
+from nautile.server.chat_request import LONGEST_STOP, MOST_STOPS, response_format_of, stops_of, tool_choice_of
 from nautile.server.errors import invalid
 from nautile.server.history import History
-from nautile.server.modes import effort_of, thinking_of
+from nautile.server.modes import EFFORTS, effort_of, thinking_of
 from nautile.server.reading import Fields
 from nautile.server.service import Service
 from nautile.server.toolnames import ToolNames
@@ -26,6 +27,51 @@ __all__ = ["CountRequest", "MessagesRequest", "Wanted", "to_wanted"]
 _BILLING = "x-anthropic-billing-header:"  # Claude Code's note to the hosted API; it changes, and would spoil the cache
 _LEFT_OUT = ("web_search", "web_fetch", "tool_search")  # tools that the hosted API runs itself
 
+# For the OpenAPI document; what is checked is checked by the readers below and by nautile.protocol.conversation.
+_TEXT: JsonDict = {"type": "string"}
+_NAME: JsonDict = {"type": "string", "minLength": 1}
+
+
+def _object(required: dict[str, JsonValue], **others: JsonValue) -> JsonDict:
+    return {"type": "object", "required": list(required), "properties": {**required, **others}}
+
+
+def _block(kind: str, required: dict[str, JsonValue], **others: JsonValue) -> JsonDict:
+    return _object({"type": {"enum": [kind]}, **required}, **others)
+
+
+def _list(*kinds: JsonValue) -> JsonDict:
+    return {"type": "array", "items": {"anyOf": list(kinds)} if len(kinds) > 1 else kinds[0]}
+
+
+_TEXT_BLOCK = _block("text", {"text": _TEXT})
+_THOUGHT = _block("thinking", {"thinking": _TEXT}, signature=_TEXT)
+_CALL = _block("tool_use", {"id": _NAME, "name": _NAME, "input": {"type": "object"}})
+_RESULT = _block(
+    "tool_result",
+    {"tool_use_id": _NAME},
+    content={"anyOf": [_TEXT, _list(_TEXT_BLOCK)]},
+    is_error={"type": "boolean"},
+)
+_MESSAGE: JsonDict = {
+    "anyOf": [
+        _object({"role": {"enum": ["user"]}, "content": {"anyOf": [_TEXT, _list(_TEXT_BLOCK, _RESULT)]}}),
+        _object({"role": {"enum": ["assistant"]}, "content": {"anyOf": [_TEXT, _list(_TEXT_BLOCK, _THOUGHT, _CALL)]}}),
+    ]
+}
+_TOOL = _object({"name": _NAME, "input_schema": {"type": "object"}}, description=_TEXT, strict={"type": "boolean"})
+_CHOICE = _object(
+    {"type": {"enum": ["auto", "any", "tool", "none"]}}, name=_NAME, disable_parallel_tool_use={"type": "boolean"}
+)
+_THINKING = _object({"type": {"enum": ["enabled", "disabled", "adaptive"]}}, budget_tokens={"type": "integer"})
+_FORMAT = _object({"type": {"enum": ["json_schema"]}, "schema": {"type": "object"}})
+_CONFIG = _object({}, effort={"enum": list(EFFORTS)}, format=_FORMAT)
+
+
+def _told(shape: JsonDict) -> JsonDict:
+    """The fields of an object, beside the type that pydantic writes."""
+    return {key: value for key, value in shape.items() if key != "type"}
+
 
 class CountRequest(BaseModel):
     """A request to /v1/messages/count_tokens: what makes up the prompt."""
@@ -33,13 +79,17 @@ class CountRequest(BaseModel):
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     model: str | None = Field(None, description="Any name; the one model of this server answers.")
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    system: str | list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: dict[str, Any] | None = None
-    thinking: dict[str, Any] | None = Field(None, description="Without it the model does not think. A budget is ignored.")
-    output_config: dict[str, Any] | None = None
-    mcp_servers: list[Any] | None = Field(None, description="Refused: run them in the client.")
+    messages: list[dict[str, Any]] = Field(min_length=1, json_schema_extra={"items": _MESSAGE})
+    system: str | list[dict[str, Any]] | None = Field(None, json_schema_extra={"items": _TEXT_BLOCK})
+    tools: list[dict[str, Any]] | None = Field(None, json_schema_extra={"items": _TOOL})
+    tool_choice: dict[str, Any] | None = Field(None, json_schema_extra=_told(_CHOICE))
+    thinking: dict[str, Any] | None = Field(
+        None, description="Without it the model does not think. A budget is ignored.", json_schema_extra=_told(_THINKING)
+    )
+    output_config: dict[str, Any] | None = Field(None, json_schema_extra=_told(_CONFIG))
+    mcp_servers: list[Any] | None = Field(
+        None, description="Refused: run them in the client.", json_schema_extra={"maxItems": 0}
+    )
     context_management: dict[str, Any] | None = Field(None, description="Accepted; the conversation is used as it is sent.")
 
 
@@ -47,7 +97,9 @@ class MessagesRequest(CountRequest):
     """A request to /v1/messages."""
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: list[str] | None = Field(
+        None, json_schema_extra={"maxItems": MOST_STOPS, "items": {"type": "string", "minLength": 1, "maxLength": LONGEST_STOP}}
+    )
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31)] | None = None

@@ -7,9 +7,9 @@ from typing import Any
 
 from nautile.server.errors import invalid, unprocessable
 
-__all__ = ["effort_of", "template_options", "thinking_of"]
+__all__ = ["EFFORTS", "effort_of", "template_options", "thinking_of"]
 
-_EFFORTS = {
+EFFORTS = {
     **dict.fromkeys(("none", "minimal", "low"), "low"),
     **dict.fromkeys(("medium", "high", "xhigh"), "high"),
     **dict.fromkeys(("ultra", "max"), "max"),
@@ -20,9 +20,9 @@ def effort_of(value: Any, param: str = "reasoning_effort") -> str | None:
     """V4's effort for a name that any of the APIs uses; None for None. Raises ApiError."""
     if value is None:
         return None
-    if not isinstance(value, str) or value not in _EFFORTS:
-        raise unprocessable(f"{param} must be one of {', '.join(_EFFORTS)}, got {value!r}", param)
-    return _EFFORTS[value]
+    if not isinstance(value, str) or value not in EFFORTS:
+        raise unprocessable(f"{param} must be one of {', '.join(EFFORTS)}, got {value!r}", param)
+    return EFFORTS[value]
 
 
 def thinking_of(value: Any) -> bool | None:

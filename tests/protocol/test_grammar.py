@@ -1,7 +1,9 @@
 """Grammar-true output: what is drawn from the masks parses without a repair and fits its schema; what fits is allowed."""
 
+import contextlib
 import json
 import random
+import time
 
 import jsonschema
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nautile.protocol import ProtocolError, Tokenizer, constraint, conversation, encode, parse, texts
+from nautile.protocol.schemas import halves
 from protocol.completions import byte_tokenizer, ids_of
 
 BYTES = byte_tokenizer()
@@ -525,3 +528,19 @@ def test_schemas_that_nest_for_ever():
     for request in ({"tools": [tool("f", {"p": deep})]}, {"response_format": {"type": "json_schema", "schema": deep}}):
         with pytest.raises(ProtocolError, match="deep"):
             constraint(BYTES, start="content", **request)
+
+
+@pytest.mark.parametrize("leaf", ["string", "integer"])
+def test_references_that_branch_cost_no_more_than_they_say(leaf: str) -> None:
+    definitions = {f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"} for _ in range(12)]} for n in range(8)}
+    parameters = {
+        "type": "object",
+        "properties": {"a": {"$ref": "#/$defs/d0"}},
+        "required": ["a"],
+        "additionalProperties": False,
+        "$defs": {**definitions, "d8": {"type": leaf}},
+    }
+    begun = time.process_time()
+    with contextlib.suppress(ProtocolError):  # refused or followed, but soon
+        halves(parameters["properties"]["a"], parameters)
+    assert time.process_time() - begun < 5

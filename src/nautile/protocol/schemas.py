@@ -23,6 +23,7 @@ Schema = Mapping[str, Any]
 ANY_TEXT = "/(?s:.*)/"
 _NOT_STRINGS = ("object", "array", "number", "boolean", "null")
 _TYPES = ("string", "integer", *_NOT_STRINGS)
+_LONGEST_TEXT = 2**18  # characters of an expression; references may unfold to any size
 _LONGEST = 10**6  # characters that a length can be counted to
 _STRING_KEYWORDS = ("minLength", "maxLength", "pattern", "format")
 _APPLICATORS = ("anyOf", "oneOf", "allOf", "$ref")
@@ -103,8 +104,20 @@ class Halves:
     json: Schema | None
 
 
-def halves(schema: Any, root: Schema, depth: int = 0) -> Halves:
+def halves(schema: Any, root: Schema) -> Halves:
     """Divide a parameter's schema; ``root`` resolves references. Raises ProtocolError that names the keyword in the way."""
+    return _halves(schema, root, 0, {})
+
+
+def _halves(schema: Any, root: Schema, depth: int, known: dict[tuple[int, int], Halves]) -> Halves:
+    """``known`` has what was found before, by the schema's identity and depth: references may lead to one place many times."""
+    place = (id(schema), depth)
+    if place not in known:
+        known[place] = _divided(schema, root, depth, known)
+    return known[place]
+
+
+def _divided(schema: Any, root: Schema, depth: int, known: dict[tuple[int, int], Halves]) -> Halves:
     if schema is True:
         schema = {}
     if schema is False:
@@ -117,19 +130,21 @@ def halves(schema: Any, root: Schema, depth: int = 0) -> Halves:
     rest = {key: value for key, value in schema.items() if key not in _APPLICATORS}
     if not applied:
         return _plain(rest)
-    parts = [_applied(key, schema[key], root, depth) for key in applied]
+    parts = [_applied(key, schema[key], root, depth, known) for key in applied]
     if rest.keys() - _NOTES:
         parts.append(_plain(rest))
     return parts[0] if len(parts) == 1 else _both(parts)
 
 
-def _applied(key: str, value: Any, root: Schema, depth: int) -> Halves:
+def _applied(key: str, value: Any, root: Schema, depth: int, known: dict[tuple[int, int], Halves]) -> Halves:
     if key == "$ref":
-        found = halves(_resolved(value, root), root, depth + 1)
+        found = _halves(_resolved(value, root), root, depth + 1, known)
         return found if found.text is not None else Halves(None, {"$ref": value})
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise ProtocolError(f"{key} needs a list of schemas")
-    members = [halves(member, root, depth + 1) for member in value]
+    members = [_halves(member, root, depth + 1, known) for member in value]
+    if sum(len(member.text or "") for member in members) > _LONGEST_TEXT:
+        raise ProtocolError(f"{key}: what its members allow unfolds to too much to follow; repeat references less often")
     if key == "allOf":
         return _both(members)
     texts = [member.text for member in members if member.text is not None]

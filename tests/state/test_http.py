@@ -79,3 +79,13 @@ def test_mistakes(tmp_path: Path) -> None:
         ):
             assert answer.status_code == status and text in answer.json()["error"]["message"], answer.text
         assert http.get("/v1/sessions").json()["data"] == []
+
+
+def test_an_engine_that_is_closed_is_no_fault_of_the_request(tmp_path: Path) -> None:
+    with serve(tmp_path) as http:
+        http.put("/v1/sessions/a", json={"prompt": [0, 5, 6]})
+        http.app.state.service.engine.close()  # type: ignore[attr-defined]
+        for method, path in (("PUT", "/v1/sessions/b"), ("POST", "/v1/sessions/a/resume")):
+            answer = http.request(method, path, json={"prompt": [5]})
+            assert answer.status_code == 503 and "started again" in answer.json()["error"]["message"], answer.text
+        assert [one["name"] for one in http.get("/v1/sessions").json()["data"]] == ["a"]  # they are on the disk

@@ -31,7 +31,18 @@ from nautile.server.stop import StopFilter
 if TYPE_CHECKING:
     from nautile.server.service import Service
 
-__all__ = ["Answer", "Job", "TokenLogprobs", "TurnFinished", "TurnStarted", "TurnUsage", "Writer", "generate"]
+__all__ = [
+    "Answer",
+    "Job",
+    "TokenLogprobs",
+    "TurnFinished",
+    "TurnStarted",
+    "TurnUsage",
+    "Writer",
+    "ended",
+    "generate",
+    "refused",
+]
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 Section = Literal["reasoning", "content", "calls"]
@@ -250,7 +261,7 @@ async def generate(job: Job, service: Service) -> AsyncGenerator[Output, None]:
                     break
             elif isinstance(event, Finished):
                 cached = event.usage.cached_tokens
-                for output in writer.finish(_ended(event)):
+                for output in writer.finish(ended(event)):
                     yield output
                 break
         else:
@@ -261,7 +272,7 @@ async def generate(job: Job, service: Service) -> AsyncGenerator[Output, None]:
         yield finished
     except RequestError as error:
         reason = "refused"
-        raise _refused(error, service) from None
+        raise refused(error, service) from None
     except ApiError:
         reason = "error"
         raise
@@ -273,7 +284,7 @@ async def generate(job: Job, service: Service) -> AsyncGenerator[Output, None]:
         _account(service, job, clock, reason, cached)
 
 
-def _refused(error: RequestError, service: Service) -> ApiError:
+def refused(error: RequestError, service: Service) -> ApiError:
     """What the client is told when the engine takes no request, or not this one."""
     if isinstance(error, EngineStoppedError):
         service.failure = str(error)
@@ -281,7 +292,7 @@ def _refused(error: RequestError, service: Service) -> ApiError:
     return invalid(str(error))
 
 
-def _ended(event: Finished) -> Literal["stop", "length"]:
+def ended(event: Finished) -> Literal["stop", "length"]:
     """How the engine ended a request. Raises ApiError when it failed or was told to stop."""
     if event.reason == "cancelled":
         raise ApiError(503, "the request was cancelled because the server is shutting down; send it again", retry_after=5)

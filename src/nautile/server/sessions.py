@@ -18,28 +18,36 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from starlette.background import BackgroundTask
 
-from nautile.engine.request import Finished, RequestError, TokenSampled
+from nautile.engine.request import EngineStoppedError, Finished, RequestError, TokenSampled
 from nautile.engine.request import Request as EngineRequest
 from nautile.engine.sessions import EngineSessions
-from nautile.server.chat_request import Sampled, checked, sampling_of
+from nautile.server.chat_request import Model, Sampled, checked, sampling_of
 from nautile.server.errors import ApiError, invalid
+from nautile.server.generation import ended, refused
 from nautile.server.intake import caller, read_body, read_json, service_of
 from nautile.server.prompt import fits
+from nautile.server.service import Service
 from nautile.server.sse import while_connected
 from nautile.state import PoolFull, SessionConflict, SessionError, StoreError, StoreUnavailable
 
 __all__ = ["router"]
 
 _DEFAULT_TOKENS = 256
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {  # options of completions that are not had here, and when they ask for nothing
+    "stop": (None, []),
+    "n": (None, 1),
+    "stream": (None, False),
+    "stream_options": (None,),
+}
 _Result = TypeVar("_Result")
 _Prompt = str | list[Annotated[int, Field(ge=0, lt=2**31)]]
 router = APIRouter(prefix="/v1/sessions")
@@ -48,7 +56,6 @@ router = APIRouter(prefix="/v1/sessions")
 class Begin(BaseModel):
     """What a session begins with. Text begins with the beginning of sentence; ids are taken as they are."""
 
-    model_config = ConfigDict(extra="ignore")
     prompt: _Prompt
     note: Annotated[str, Field(max_length=1000)] | None = None
 
@@ -77,7 +84,7 @@ class Rewind(BaseModel):
 async def everything(request: Request) -> JSONResponse:
     """The caller's sessions."""
     store = _sessions(request).store(caller(request)[0])
-    infos = await _done(store.list)
+    infos = await _done(store.list, service_of(request))
     return JSONResponse({"object": "list", "data": [dataclasses.asdict(info) for info in infos]})
 
 
@@ -85,64 +92,72 @@ async def everything(request: Request) -> JSONResponse:
 async def one(name: str, request: Request) -> JSONResponse:
     """One session."""
     store = _sessions(request).store(caller(request)[0])
-    return JSONResponse(dataclasses.asdict(await _done(lambda: store.info(name))))
+    return JSONResponse(dataclasses.asdict(await _done(lambda: store.info(name), service_of(request))))
 
 
 @router.put("/{name}")
 async def save(name: str, request: Request) -> JSONResponse:
     """Take in a prompt and save."""
-    wanted = checked(Begin, await read_json(request))
+    wanted, service = _wanted(Begin, await read_json(request)), service_of(request)
     ids = _ids(request, wanted.prompt, first=True)
-    fits(len(ids), service_of(request))
+    fits(len(ids), service)
     sessions, partition = _sessions(request), caller(request)[0]
-    return JSONResponse(dataclasses.asdict(await _done(lambda: sessions.save(name, ids, partition, wanted.note))))
+    with service.admitted(partition):
+        info = await _done(lambda: sessions.save(name, ids, partition, wanted.note), service)
+    return JSONResponse(dataclasses.asdict(info))
 
 
 @router.post("/{name}/resume")
 async def resume(name: str, request: Request) -> JSONResponse:
     """Go on: more text, then the model's continuation."""
-    wanted, service = checked(Resume, await read_json(request)), service_of(request)
-    sessions, (partition, request_id) = _sessions(request), caller(request)
-    info, before = await _done(lambda: sessions.load(name, partition))
+    wanted = _wanted(Resume, await read_json(request))
+    with service_of(request).admitted(caller(request)[0]):  # until the new end is saved: a server that is leaving waits for it
+        return JSONResponse(await _resumed(name, wanted, request))
+
+
+async def _resumed(name: str, wanted: Resume, request: Request) -> dict[str, Any]:
+    sessions, service, (partition, request_id) = _sessions(request), service_of(request), caller(request)
+    info, before = await _done(lambda: sessions.load(name, partition), service)
     prompt = (*before, *_ids(request, wanted.prompt, first=False))
     most = min(wanted.max_tokens or _DEFAULT_TOKENS, fits(len(prompt), service))
     sampling = dataclasses.replace(sampling_of(wanted, service), max_tokens=most)
     order = EngineRequest(prompt, sampling, id=request_id, partition=partition)
-    new, finished = await while_connected(request, _generate(request, order))
+    new, finished = await while_connected(request, _generate(service, order))
     kept = new[:-1] if new and new[-1] == service.engine.config.eos_token_id else new  # the end stays out of the timeline
     if wanted.save:
-        info = await _done(lambda: sessions.save(name, (*prompt, *kept), partition))
+        info = await _done(lambda: sessions.save(name, (*prompt, *kept), partition), service)
     usage = {
         "prompt_tokens": finished.usage.prompt_tokens,
         "cached_tokens": finished.usage.cached_tokens,
         "completion_tokens": finished.usage.completion_tokens,
     }
-    text = service.tokenizer.decode(kept)
-    body = {"text": text, "ids": kept, "finish_reason": finished.reason, "usage": usage, "session": dataclasses.asdict(info)}
-    return JSONResponse(body)
+    text, session = service.tokenizer.decode(kept), dataclasses.asdict(info)
+    return {"text": text, "ids": kept, "finish_reason": finished.reason, "usage": usage, "session": session}
 
 
 @router.post("/{name}/fork")
 async def fork(name: str, request: Request) -> JSONResponse:
     """A second session that is where this one is."""
-    wanted = checked(Fork, await read_json(request))
+    wanted = _wanted(Fork, await read_json(request))
     store = _sessions(request).store(caller(request)[0])
-    return JSONResponse(dataclasses.asdict(await _done(lambda: store.fork(name, wanted.name))))
+    return JSONResponse(dataclasses.asdict(await _done(lambda: store.fork(name, wanted.name), service_of(request))))
 
 
 @router.post("/{name}/rewind")
 async def rewind(name: str, request: Request) -> JSONResponse:
     """Back to fewer tokens."""
-    wanted = checked(Rewind, await read_json(request))
+    wanted = _wanted(Rewind, await read_json(request))
     store = _sessions(request).store(caller(request)[0])
-    return JSONResponse(dataclasses.asdict(await _done(lambda: store.rewind(name, wanted.length, wanted.name))))
+    return JSONResponse(
+        dataclasses.asdict(await _done(lambda: store.rewind(name, wanted.length, wanted.name), service_of(request)))
+    )
 
 
 @router.delete("/{name}")
 async def delete(name: str, request: Request) -> JSONResponse:
     """Remove a session."""
     store = _sessions(request).store(caller(request)[0])
-    await _done(lambda: store.delete(name))
+    await _done(lambda: store.delete(name), service_of(request))
     return JSONResponse({"name": name, "deleted": True})
 
 
@@ -151,7 +166,7 @@ async def export(name: str, request: Request) -> Response:
     """One file with all of a session."""
     store, path = _sessions(request).store(caller(request)[0]), _temporary()
     try:
-        await _done(lambda: store.export(name, path))
+        await _done(lambda: store.export(name, path), service_of(request))
     except ApiError:
         path.unlink(missing_ok=True)
         raise
@@ -165,24 +180,33 @@ async def import_(request: Request, name: str | None = None) -> JSONResponse:
     try:
         body = await read_body(request)
         await asyncio.to_thread(path.write_bytes, body)
-        return JSONResponse(dataclasses.asdict(await _done(lambda: store.import_(path, name))))
+        return JSONResponse(dataclasses.asdict(await _done(lambda: store.import_(path, name), service_of(request))))
     finally:
         path.unlink(missing_ok=True)
 
 
-async def _generate(request: Request, order: EngineRequest) -> tuple[list[int], Finished]:
-    engine, tokens = service_of(request).engine, list[int]()
+async def _generate(service: Service, order: EngineRequest) -> tuple[list[int], Finished]:
+    """The tokens of a turn that ended by itself. Raises ApiError for any other, so that half a turn is never saved."""
+    tokens = list[int]()
     try:
-        async for event in engine.submit(order):
+        async for event in service.engine.submit(order):
             if isinstance(event, TokenSampled):
                 tokens.append(event.token)
             elif isinstance(event, Finished):
-                if event.reason == "error":
-                    raise ApiError(500, event.error or "the engine failed")
+                ended(event)
                 return tokens, event
     except RequestError as error:
-        raise invalid(str(error), "prompt") from None
-    raise ApiError(500, "the engine ended without an answer")
+        raise refused(error, service) from None
+    raise ApiError(500, "the engine ended the request without a result; send it again")
+
+
+def _wanted(kind: type[Model], body: Mapping[str, Any]) -> Model:
+    """The body as a request of one kind, with nothing in it that would be passed over in silence. Raises ApiError."""
+    taken = [name for name in kind.model_fields if name not in _WITHOUT_EFFECT]
+    for name, value in body.items():
+        if name not in taken and not any(value is none or value == none for none in _WITHOUT_EFFECT.get(name, ())):
+            raise invalid(f"{name[:100]} cannot be asked for here; this endpoint takes {', '.join(taken)}", name[:100])
+    return checked(kind, body)
 
 
 def _sessions(request: Request) -> EngineSessions:
@@ -203,7 +227,7 @@ def _ids(request: Request, prompt: str | list[int], first: bool) -> tuple[int, .
     return (service.engine.config.bos_token_id, *ids) if first else ids
 
 
-async def _done(action: Callable[[], _Result]) -> _Result:
+async def _done(action: Callable[[], _Result], service: Service) -> _Result:
     """The result of something that blocks, with its errors as the API's. Raises ApiError."""
     try:
         return await asyncio.to_thread(action)
@@ -212,6 +236,8 @@ async def _done(action: Callable[[], _Result]) -> _Result:
     except SessionError as error:
         missing = "there is no session" in str(error)
         raise ApiError(404 if missing else 400, str(error)) from None
+    except EngineStoppedError as error:
+        raise refused(error, service) from None
     except (StoreError, RequestError) as error:
         raise ApiError(400, str(error)) from None
     except PoolFull as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import NoReturn
 
 import pytest
 
@@ -63,3 +64,26 @@ def test_a_path_cannot_write_lines_of_its_own(style: str, capsys: pytest.Capture
     assert local.http.get("/v1/%0A%1b[31mfake" + "x" * 3000).status_code == 404
     logged = capsys.readouterr().err
     assert logged.count("\n") == 1 and "\x1b[31mfake" not in logged and len(logged) < 600
+
+
+@pytest.mark.parametrize("text", ["\x1b[31mred", "a\x1b]0;title\x07 b", "\x9b31m", "tab\rover", "\x7f\u202eback", "line\u2028"])
+def test_text_of_the_model_cannot_drive_the_terminal(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    local = Local(ServerOptions(log_prompts=True))
+    local.engine.say(f"{text}</think>{text}")
+    local.http.post("/v1/chat/completions", json={"messages": user(text)})
+    logged = capsys.readouterr().err
+    assert logged.count("\n") == 2 and all(letter.isprintable() for letter in logged.replace("\n", ""))
+    for letter in text:
+        assert letter in logged or repr(letter)[1:-1] in logged
+
+
+def test_errors_that_quote_the_model_cannot_either(capsys: pytest.CaptureFixture[str]) -> None:
+    local = Local()
+
+    def fails(request: object) -> NoReturn:
+        raise RuntimeError("it said \x1b[31mred\x9b")
+
+    local.engine.answer = fails
+    assert local.http.post("/v1/chat/completions", json={"messages": user()}).status_code == 500
+    logged = capsys.readouterr().err
+    assert "RuntimeError" in logged and "\\x1b[31mred\\x9b" in logged and "\x1b" not in logged and "\x9b" not in logged

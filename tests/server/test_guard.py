@@ -126,7 +126,41 @@ def test_keys_that_cannot_be_sent_are_refused(key: str) -> None:
         ServerOptions(api_keys=(key,))
 
 
+@pytest.mark.parametrize("path", ["/v1/messages/count_tokens", "/v1/responses/input_tokens"])
+def test_counting_tokens_takes_a_place_of_the_key(path: str) -> None:
+    local = Local(ServerOptions(concurrency=1))
+    body = {"messages": user(), "input": "hello"}
+    assert local.http.post(path, json=body).status_code == 200 and local.service.in_flight == 0
+    local.service.running[""] = 1
+    answer = local.http.post(path, json=body)
+    assert answer.status_code == 429 and "retry-after" in answer.headers
+    local.service.running.clear()
+    local.service.draining = True
+    assert local.http.post(path, json=body).status_code == 503
+
+
+@pytest.mark.parametrize("origin", ["https://app.example", "https://APP.example", "HTTPS://app.example"])
+def test_an_allowed_page_can_read_why_it_was_refused(origin: str) -> None:
+    local = Local(ServerOptions(allowed_origins=("https://App.Example", "HTTP://other:81"), api_keys=("key-of-anna",)))
+    refused = post(local, origin=origin), post(local, origin=origin, host="evil.example")
+    served = post(local, origin=origin, **{"x-api-key": "key-of-anna"})
+    assert [answer.status_code for answer in (*refused, served)] == [401, 403, 200]
+    for answer in (*refused, served):
+        assert answer.headers.get_list("access-control-allow-origin") == [origin]
+        assert "origin" in answer.headers["vary"].lower()
+
+
+def test_other_pages_and_programs_get_no_headers_for_pages() -> None:
+    local = Local(ServerOptions(allowed_origins=("https://app.example",), api_keys=("key-of-anna",)))
+    for origin in ("https://evil.example", "https://app.example.evil", "https://appxexample", "https://app.example/x"):
+        answer = post(local, origin=origin, **{"x-api-key": "key-of-anna"})
+        assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
+    assert "access-control-allow-origin" not in post(local).headers
+
+
 def test_ids_of_requests_are_the_server_s_own() -> None:
     local = Local()
+    for answer in (post(local), post(local, host="evil.example"), local.http.get("/health"), local.http.get("/nothing")):
+        assert answer.headers["request-id"] == answer.headers["x-request-id"]
     ids = {post(local, **{"x-request-id": "mine"}).headers["x-request-id"] for _ in range(2)}
     assert len(ids) == 2 and "mine" not in ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -44,8 +45,8 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     if service.options.allowed_origins:
-        origins = list(service.options.allowed_origins)
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+        origins = "(?i)" + "|".join(map(re.escape, service.options.allowed_origins))  # in any case, as the guard has it
+        app.add_middleware(CORSMiddleware, allow_origin_regex=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     app.add_middleware(Guard, service=service)  # the outermost: what it refuses reaches nothing
     return app
 

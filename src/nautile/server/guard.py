@@ -27,6 +27,7 @@ __all__ = ["Guard", "KeyRing", "check_host", "check_origin"]
 _OPEN = ("/", "/health", "/health/live", "/health/ready", "/favicon.ico")  # need no key
 _OPEN_FOLDER = "/web/"
 _LOGGED_PATH = 200  # characters
+_ID_HEADERS = (b"x-request-id", b"request-id")  # the names that clients of OpenAI and of Anthropic look for
 
 
 class KeyRing:
@@ -63,15 +64,17 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+                known = [(name, request_id.encode()) for name in _ID_HEADERS]
+                message = {**message, "headers": [*message["headers"], *known]}
             await send(message)
 
+        readable = _readable(headers.get("origin"), self.service.options.allowed_origins)
         try:
             partition = self._admit(scope["method"], path, headers)
             scope.setdefault("state", {}).update(partition=partition, request_id=request_id)
             await self.app(scope, receive, watched)
         except ApiError as error:
-            await _answer(path, error, request_id, watched)
+            await _answer(path, error, request_id, readable, watched)
         except ClientDisconnect:
             status = 499  # as web servers log it: the client closed the request
         except Exception as error:
@@ -79,7 +82,7 @@ class Guard:
             if status:
                 raise  # the answer has begun: only breaking it off tells the client
             text = f"an unexpected error in the server; its log has it under request {request_id}"
-            await _answer(path, ApiError(500, text), request_id, watched)
+            await _answer(path, ApiError(500, text), request_id, readable, watched)
         finally:
             self._account(scope, request_id, status, time.monotonic() - begun)
 
@@ -130,12 +133,24 @@ def check_host(host: str, allowed: Iterable[str]) -> None:
 
 def check_origin(origin: str | None, host: str, allowed: Iterable[str]) -> None:
     """Raises ApiError 403 for a request made by a page of another site."""
-    if origin is None or origin in set(allowed):
+    if origin is None or _is_allowed(origin, allowed):
         return
     with contextlib.suppress(ValueError):  # what is no address is nobody's page
         if urlsplit(origin).netloc.lower() == host.lower() and host:
             return
     raise ApiError(403, f"pages of {origin!r} may not call this server: start it with --allow-origin {origin}")
+
+
+def _is_allowed(origin: str, allowed: Iterable[str]) -> bool:
+    """Whether an origin is one of those given. Scheme and host, which are all of it but the port, have no case."""
+    return origin.lower() in {other.lower() for other in allowed}
+
+
+def _readable(origin: str | None, allowed: Iterable[str]) -> dict[str, str]:
+    """The headers without which a page of another site, an allowed one, is not shown what it was answered."""
+    if origin is None or not _is_allowed(origin, allowed):
+        return {}
+    return {"access-control-allow-origin": origin, "vary": "Origin"}
 
 
 def _name(host: str) -> str:
@@ -150,9 +165,9 @@ def _quoted(path: str) -> str:
     return quote(path[:_LOGGED_PATH], safe="/-._~:@", errors="replace")
 
 
-async def _answer(path: str, error: ApiError, request_id: str, send: Send) -> None:
+async def _answer(path: str, error: ApiError, request_id: str, more: dict[str, str], send: Send) -> None:
     body = json.dumps(body_for(path, error, request_id), ensure_ascii=False).encode("utf-8", "replace")
-    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers, **more}
     pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": pairs})
     await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -46,7 +46,8 @@ async def count_tokens(request: Request) -> dict[str, int]:
     """How many tokens the prompt of such a request has. Nothing is generated."""
     service = service_of(request)
     wanted = to_wanted(checked(CountRequest, await read_json(request)), service, *caller(request))
-    job = await asyncio.to_thread(prepare, wanted.turn, service)
+    with service.admitted(wanted.turn.partition):
+        job = await asyncio.to_thread(prepare, wanted.turn, service)
     return {"input_tokens": len(job.request.prompt_ids)}
 
 

@@ -44,7 +44,8 @@ async def input_tokens(request: Request) -> dict[str, Any]:
     """How many tokens the prompt of such a request has. Nothing is generated."""
     service = service_of(request)
     wanted = to_wanted(checked(ResponsesRequest, await read_json(request)), service, *caller(request))
-    job = await asyncio.to_thread(prepare, wanted.turn, service)
+    with service.admitted(wanted.turn.partition):
+        job = await asyncio.to_thread(prepare, wanted.turn, service)
     return {"object": "response.input_tokens", "input_tokens": len(job.request.prompt_ids)}
 
 

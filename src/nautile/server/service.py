@@ -50,10 +50,11 @@ class ServerOptions:
     log_format: str = "console"  # or "json"
 
     def __post_init__(self) -> None:
+        """Raises ServiceError for keys and origins that no request could have."""
         if any(len(key) < _SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key for key in self.api_keys):
             raise ServiceError(f"an API key needs at least {_SHORTEST_KEY} letters, digits or signs of ASCII, and no spaces")
         for origin in self.allowed_origins:
-            if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
+            if not origin.lower().startswith(("http://", "https://")) or origin.count("/") != 2:
                 raise ServiceError(f"an origin is written https://NAME or http://NAME:PORT, not {origin!r}")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from nautile.server import ServerOptions
 from server.local import Local
 from server.scripted import Script, calls, ids_of
 
@@ -58,7 +59,7 @@ def test_prompts_as_ids_and_several_at_once() -> None:
     answer = complete(local, prompt=[[1, 2], [1, 3]], n=2)
     assert [choice["text"] for choice in answer["choices"]] == [" of 2", " of 2", " of 3", " of 3"]
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
-    assert answer["usage"]["prompt_tokens"] == 8
+    assert answer["usage"]["prompt_tokens"] == 4 and answer["usage"]["completion_tokens"] == 16  # a prompt counts once
     assert complete(local, prompt=[5, 6])["choices"][0]["text"] == " of 6"
     assert complete(local, prompt=["a", "b"])["choices"][1]["index"] == 1
     assert len({request.id for request in local.engine.requests}) == len(local.engine.requests)
@@ -72,6 +73,24 @@ def test_choices_of_one_seed_differ_and_repeat() -> None:
     assert seeds[:3] == seeds[3:] and len(set(seeds)) == 3
     complete(local)
     assert local.engine.requests[-1].sampling.seed is None
+
+
+def test_what_was_cached_of_a_prompt_counts_once_too() -> None:
+    local = Local()
+    local.engine.say(*[Script(" x", cached=cached) for cached in (2, 3, 1, 0)])
+    usage = complete(local, prompt=[[1, 2, 3, 4], [5, 6, 7]], n=2)["usage"]
+    assert (usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]) == (7, 3)
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+
+
+@pytest.mark.parametrize("body", [{"n": 3}, {"prompt": ["a", "b", "c"]}, {"prompt": [[1], [2]], "n": 2}])
+def test_more_answers_than_a_key_may_run_are_no_matter_of_waiting(body: dict[str, Any]) -> None:
+    local = Local(ServerOptions(concurrency=2))
+    code, error = local.refused(PATH, **{"prompt": "Once", **body})
+    assert code == 400 and error["param"] == "n" and " 2 " in error["message"] and local.engine.requests == []
+    assert len(complete(local, n=2)["choices"]) == 2
+    local.service.running[""] = 1
+    assert local.refused(PATH, prompt="Once", n=2)[0] == 429  # this can be waited for
 
 
 def test_one_failure_ends_all() -> None:

@@ -86,7 +86,7 @@ async def completions(request: Request) -> Response:
         return await stream_events(request, chunks, service.options.keep_alive)
     answers = await while_connected(request, _all(jobs, service, partition))
     choices = [_choice(index, answer, wanted.logprobs is not None) for index, answer in enumerate(answers)]
-    usage = usage_body(_total([answer.finished.usage for answer in answers]))
+    usage = usage_body(_total([answer.finished.usage for answer in answers], wanted.n or 1))
     return JSONResponse(
         {**head, "object": "text_completion", "choices": choices, "usage": usage, "system_fingerprint": FINGERPRINT}
     )
@@ -118,6 +118,10 @@ class _Order:
         prompts = _prompts(wanted.prompt)
         if not 0 < len(prompts) * count <= _MOST_CHOICES:
             raise unprocessable(f"between 1 and {_MOST_CHOICES} answers can be asked for, not {len(prompts) * count}", "n")
+        most = self.service.options.concurrency
+        if len(prompts) * count > most:
+            text = f"{len(prompts) * count} answers at once, but a key may have {most} running on this server"
+            raise invalid(f"{text}: lower n, or send fewer prompts in a request", "n")
         return [
             self._job(prompt, choice, number * count + choice)
             for number, prompt in enumerate(prompts)
@@ -181,11 +185,11 @@ async def _all(jobs: list[Job], service: Service, partition: str) -> list[Answer
     return [task.result() for task in tasks]
 
 
-def _total(usages: list[TurnUsage]) -> TurnUsage:
-    def total(name: str) -> int:
-        return sum(getattr(usage, name) for usage in usages)
-
-    return TurnUsage(total("prompt_tokens"), total("cached_tokens"), total("completion_tokens"), 0)
+def _total(usages: list[TurnUsage], count: int) -> TurnUsage:
+    """Of all answers. A prompt counts once, as its first of ``count`` answers found it."""
+    prompts = usages[::count]
+    known = sum(usage.prompt_tokens for usage in prompts), sum(usage.cached_tokens for usage in prompts)
+    return TurnUsage(*known, sum(usage.completion_tokens for usage in usages), 0)
 
 
 def _choice(index: int, answer: Answer, scored: bool) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from nautile.server.intake import caller, read_json, service_of
 from nautile.server.sse import event, stream_events, while_connected
 from nautile.server.turn import Answer, TokenLogprobs, Turn, TurnEvent, TurnFinished, TurnUsage, collect, run
 
-__all__ = ["FINGERPRINT", "logprobs_body", "router", "usage_body"]
+__all__ = ["FINGERPRINT", "broken_off", "logprobs_body", "router", "usage_body"]
 
 FINGERPRINT = f"nautile-{__version__}"
 router = APIRouter()
@@ -38,7 +38,7 @@ async def chat_completions(request: Request) -> Response:
     head = {"id": f"chatcmpl-{turn.id}", "created": int(time.time()), "model": service.name}
     if wanted.stream:
         separate = bool((wanted.stream_options or {}).get("include_usage"))
-        return await stream_events(request, _chunks(events, turn, head, separate), service.options.keep_alive)
+        return await stream_events(request, _chunks(events, turn, head, separate), broken_off)
     answer = await while_connected(request, collect(events))
     choice = {
         "index": 0,
@@ -76,26 +76,26 @@ async def _chunks(
         return event({**base, "choices": [choice], "usage": more.get("usage")})
 
     first: dict[str, Any] | None = {"role": "assistant", "content": ""}
-    try:
-        async with aclosing(events) as source:
-            async for item in source:
-                if first is not None:
-                    yield chunk(first)
-                    first = None
-                if isinstance(item, TurnFinished):
-                    usage = usage_body(item.usage)
-                    yield chunk({}, finish_reason=item.reason, usage=None if separate_usage else usage)
-                    if separate_usage:
-                        yield event({**base, "choices": [], "usage": usage})
-                elif isinstance(item, TokenLogprobs):
-                    yield chunk({}, logprobs=logprobs_body((item,)))
-                elif (delta := _delta(item)) is not None:
-                    yield chunk(delta)
-    except ApiError as error:
-        if first is not None:
-            raise  # nothing was sent: it can still be an answer with a status
-        yield event(openai_body(error))
+    async with aclosing(events) as source:
+        async for item in source:
+            if first is not None:
+                yield chunk(first)
+                first = None
+            if isinstance(item, TurnFinished):
+                usage = usage_body(item.usage)
+                yield chunk({}, finish_reason=item.reason, usage=None if separate_usage else usage)
+                if separate_usage:
+                    yield event({**base, "choices": [], "usage": usage})
+            elif isinstance(item, TokenLogprobs):
+                yield chunk({}, logprobs=logprobs_body((item,)))
+            elif (delta := _delta(item)) is not None:
+                yield chunk(delta)
     yield event("[DONE]")
+
+
+def broken_off(error: ApiError) -> bytes:
+    """The last words of a stream that began and cannot go on, in chat and completions."""
+    return event(openai_body(error)) + event("[DONE]")
 
 
 def _delta(item: TurnEvent) -> dict[str, Any] | None:

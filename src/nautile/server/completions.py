@@ -16,9 +16,9 @@ from pydantic import Field
 
 from nautile.engine.request import Request as EngineRequest
 from nautile.protocol import ContentDelta, Event, Finish, Tokenizer, TokenizerError, texts
-from nautile.server.chat import FINGERPRINT, usage_body
+from nautile.server.chat import FINGERPRINT, broken_off, usage_body
 from nautile.server.chat_request import Sampled, checked, sampling_of, stops_of
-from nautile.server.errors import ApiError, invalid, openai_body, unprocessable
+from nautile.server.errors import ApiError, invalid, unprocessable
 from nautile.server.generation import Answer, Job, TokenLogprobs, TurnFinished, TurnUsage, Writer, generate
 from nautile.server.intake import caller, read_json, service_of
 from nautile.server.prompt import fits
@@ -83,7 +83,7 @@ async def completions(request: Request) -> Response:
             raise invalid("one answer at a time can be streamed: send one prompt with n = 1, or stream = false", "stream")
         separate = bool((wanted.stream_options or {}).get("include_usage"))
         chunks = _chunks(_events(jobs[0], service, partition), head, separate)
-        return await stream_events(request, chunks, service.options.keep_alive)
+        return await stream_events(request, chunks, broken_off)
     answers = await while_connected(request, _all(jobs, service, partition))
     choices = [_choice(index, answer, wanted.logprobs is not None) for index, answer in enumerate(answers)]
     usage = usage_body(_total([answer.finished.usage for answer in answers], wanted.n or 1))
@@ -218,23 +218,17 @@ async def _chunks(
         choice = {"index": 0, "text": text, "logprobs": more.get("logprobs"), "finish_reason": more.get("finish_reason")}
         return event({**base, "choices": [choice], "usage": more.get("usage")})
 
-    begun, offset = False, 0
-    try:
-        async with aclosing(events) as source:
-            async for item in source:
-                if isinstance(item, ContentDelta):
-                    yield chunk(item.text)
-                elif isinstance(item, TokenLogprobs):
-                    yield chunk("", logprobs=_logprobs([item], offset))
-                    offset += len(item.data.decode("utf-8", "replace"))
-                elif isinstance(item, TurnFinished):
-                    usage = usage_body(item.usage)
-                    yield chunk("", finish_reason=item.reason, usage=None if separate_usage else usage)
-                    if separate_usage:
-                        yield event({**base, "choices": [], "usage": usage})
-                begun = True
-    except ApiError as error:
-        if not begun:
-            raise
-        yield event(openai_body(error))
+    offset = 0
+    async with aclosing(events) as source:
+        async for item in source:
+            if isinstance(item, ContentDelta):
+                yield chunk(item.text)
+            elif isinstance(item, TokenLogprobs):
+                yield chunk("", logprobs=_logprobs([item], offset))
+                offset += len(item.data.decode("utf-8", "replace"))
+            elif isinstance(item, TurnFinished):
+                usage = usage_body(item.usage)
+                yield chunk("", finish_reason=item.reason, usage=None if separate_usage else usage)
+                if separate_usage:
+                    yield event({**base, "choices": [], "usage": usage})
     yield event("[DONE]")

@@ -273,7 +273,7 @@ async def generate(job: Job, service: Service) -> AsyncGenerator[Output, None]:
     except RequestError as error:
         reason = "refused"
         raise refused(error, service) from None
-    except ApiError:
+    except Exception:
         reason = "error"
         raise
     finally:

@@ -78,11 +78,10 @@ class Guard:
         except ClientDisconnect:
             status = 499  # as web servers log it: the client closed the request
         except Exception as error:
-            self.service.log.error("failure", request=request_id, path=_quoted(path), exc_info=error)
+            told = self.service.unexpected(error, request_id, _quoted(path))
             if status:
                 raise  # the answer has begun: only breaking it off tells the client
-            text = f"an unexpected error in the server; its log has it under request {request_id}"
-            await _answer(path, ApiError(500, text), request_id, readable, watched)
+            await _answer(path, told, request_id, readable, watched)
         finally:
             self._account(scope, request_id, status, time.monotonic() - begun)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -35,7 +36,8 @@ async def messages(request: Request) -> Response:
     # The name that was asked for, since Claude Code sends no thinking back to a model of another name.
     writer = MessageWriter(wanted, body.model or service.name)
     if body.stream:
-        return await stream_events(request, _events(writer, wanted, service), service.options.keep_alive)
+        broken_off = partial(_broken_off, request_id=wanted.turn.id)
+        return await stream_events(request, _events(writer, wanted, service), broken_off)
     await while_connected(request, _all(writer, wanted, service))
     return JSONResponse(writer.message)
 
@@ -52,18 +54,15 @@ async def count_tokens(request: Request) -> dict[str, int]:
 
 
 async def _events(writer: MessageWriter, wanted: Wanted, service: Service) -> AsyncGenerator[bytes, None]:
-    """Server-sent events. A fault before the first of them is raised, a later one is the last event."""
-    begun = False
-    try:
-        async with aclosing(run(wanted.turn, service)) as turn:
-            async for item in turn:
-                for made in writer.events(item):
-                    begun = True
-                    yield event(made, made["type"])
-    except ApiError as error:
-        if not begun:
-            raise
-        yield event(anthropic_body(error, wanted.turn.id), "error")
+    """Server-sent events."""
+    async with aclosing(run(wanted.turn, service)) as turn:
+        async for item in turn:
+            for made in writer.events(item):
+                yield event(made, made["type"])
+
+
+def _broken_off(error: ApiError, request_id: str) -> bytes:
+    return event(anthropic_body(error, request_id), "error")
 
 
 async def _all(writer: MessageWriter, wanted: Wanted, service: Service) -> None:

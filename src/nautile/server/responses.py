@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -34,7 +35,8 @@ async def responses(request: Request) -> Response:
     wanted = to_wanted(body, service, *caller(request))
     writer = ResponseWriter(body, wanted, service.name, service.options.effort)
     if body.stream:
-        return await stream_events(request, _events(writer, wanted, service), service.options.keep_alive)
+        broken_off = partial(_broken_off, writer=writer)
+        return await stream_events(request, _events(writer, wanted, service), broken_off)
     await while_connected(request, _all(writer, wanted, service))
     return JSONResponse(writer.response)
 
@@ -57,19 +59,16 @@ async def stored(name: str) -> Response:
 
 
 async def _events(writer: ResponseWriter, wanted: Wanted, service: Service) -> AsyncGenerator[bytes, None]:
-    """Server-sent events. A fault before the first of them is raised, a later one ends the response as failed."""
-    begun = False
-    try:
-        async with aclosing(run(wanted.turn, service)) as turn:
-            async for item in turn:
-                for made in writer.events(item):
-                    begun = True
-                    yield event(made, made["type"])
-    except ApiError as error:
-        if not begun:
-            raise
-        made = writer.failed(error.message)
-        yield event(made, made["type"])
+    """Server-sent events."""
+    async with aclosing(run(wanted.turn, service)) as turn:
+        async for item in turn:
+            for made in writer.events(item):
+                yield event(made, made["type"])
+
+
+def _broken_off(error: ApiError, writer: ResponseWriter) -> bytes:
+    made = writer.failed(error.message)
+    return event(made, made["type"])
 
 
 async def _all(writer: ResponseWriter, wanted: Wanted, service: Service) -> None:

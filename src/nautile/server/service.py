@@ -101,6 +101,11 @@ class Service:
         """Requests that are being served."""
         return self.running.total()
 
+    def unexpected(self, error: Exception, request_id: str, path: str) -> ApiError:
+        """What a client is told of an error that nobody foresaw; the log has all of it, under the request's id."""
+        self.log.error("failure", request=request_id, path=path, exc_info=error)
+        return ApiError(500, f"an unexpected error in the server; its log has it under request {request_id}")
+
     @contextlib.contextmanager
     def admitted(self, partition: str) -> Iterator[None]:
         """A place for one request of a caller. Raises ApiError: 503 when the server is leaving, 429 when there is none."""

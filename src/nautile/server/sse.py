@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+from nautile.server.errors import ApiError
+from nautile.server.intake import caller, service_of
 
 __all__ = ["EventStream", "event", "stream_events", "while_connected"]
 
@@ -32,12 +35,22 @@ def event(data: Any, name: str | None = None) -> bytes:
     return f"{head}data: {text}\n\n".encode()
 
 
-async def stream_events(request: Request, chunks: AsyncGenerator[bytes, None], keep_alive: float) -> EventStream:
+async def stream_events(
+    request: Request, chunks: AsyncGenerator[bytes, None], failed: Callable[[ApiError], bytes]
+) -> EventStream:
     """A response of server-sent events.
 
-    Waits up to ``keep_alive`` seconds for the first one, so that an error of the request itself (ApiError) is raised here and
-    gets its own status. Later errors must be turned into an event by ``chunks``.
+    Waits for the first one until a comment is due, so that an error of the request itself (ApiError) is raised here and gets
+    its own status. Any later error ends the stream with what ``failed`` makes of it: the API's own event, and its last words.
     """
+
+    def last(error: Exception) -> bytes:
+        if not isinstance(error, ApiError):
+            error = service.unexpected(error, caller(request)[1], request.url.path)
+        return failed(error)
+
+    service = service_of(request)
+    keep_alive = service.options.keep_alive
     first: asyncio.Future[bytes] = asyncio.ensure_future(anext(chunks, b""))
     gone = asyncio.ensure_future(_gone(request))
     waited: set[asyncio.Future[Any]] = {first, gone}
@@ -47,25 +60,30 @@ async def stream_events(request: Request, chunks: AsyncGenerator[bytes, None], k
         await _end(chunks, first, gone)
         raise
     if first.done() and first.exception() is None and not gone.done():
-        return EventStream(chunks, first, gone, keep_alive)
+        return EventStream(chunks, first, gone, keep_alive, last)
     if first.done() or gone.done():
         error = first.exception() if first.done() and not first.cancelled() else None
         await _end(chunks, first, gone)
         raise error or ClientDisconnect
-    return EventStream(chunks, first, gone, keep_alive)
+    return EventStream(chunks, first, gone, keep_alive, last)
 
 
 class EventStream(Response):
     """Sends events as they come, comments while none comes, and stops when the client has gone."""
 
     def __init__(
-        self, chunks: AsyncGenerator[bytes, None], first: asyncio.Future[bytes], gone: asyncio.Future[None], keep_alive: float
+        self,
+        chunks: AsyncGenerator[bytes, None],
+        first: asyncio.Future[bytes],
+        gone: asyncio.Future[None],
+        keep_alive: float,
+        last: Callable[[Exception], bytes],
     ) -> None:
         super().__init__(media_type="text/event-stream")
         self.headers["cache-control"] = "no-cache"
         self.headers["x-accel-buffering"] = "no"  # proxies must not collect events
         del self.headers["content-length"]
-        self._chunks, self._next, self._gone, self._keep_alive = chunks, first, gone, keep_alive
+        self._chunks, self._next, self._gone, self._keep_alive, self._last = chunks, first, gone, keep_alive, last
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI side."""
@@ -79,11 +97,12 @@ class EventStream(Response):
                 if not self._next.done():
                     await send({"type": "http.response.body", "body": _COMMENT, "more_body": True})
                     continue
-                chunk = self._next.result()
+                error = self._next.exception()
+                chunk = self._last(error) if isinstance(error, Exception) else self._next.result()
                 if not chunk:
                     break
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                self._next = asyncio.ensure_future(anext(self._chunks, b""))
+                self._next = asyncio.ensure_future(anext(self._chunks, b""))  # b"" too after an error
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except OSError:
             return  # the client went while something was being sent

@@ -544,3 +544,45 @@ def test_references_that_branch_cost_no_more_than_they_say(leaf: str) -> None:
     with contextlib.suppress(ProtocolError):  # refused or followed, but soon
         halves(parameters["properties"]["a"], parameters)
     assert time.process_time() - begun < 5
+
+
+# A grammar that compiles is one that a first token can be found for; what is found then is not looked for again.
+
+
+class _Failing:
+    """A matcher whose first mask is an error, as llguidance has it for what it finds too late."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.failed = False
+
+    def is_error(self) -> bool:
+        return self.failed
+
+    def get_error(self) -> str:
+        return "ParserTooComplex"
+
+    def compute_bitmask(self) -> bytes:
+        self.failed = True
+        return b""
+
+
+def test_a_grammar_without_a_first_token_is_refused_when_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nautile.protocol.grammar.LLMatcher", _Failing)
+    for start in ("reasoning", "content"):
+        with pytest.raises(ProtocolError, match="ParserTooComplex"):
+            constraint(BYTES, start=start, response_format={"type": "json_object"})
+
+
+def test_the_first_mask_is_computed_once_for_all_choices() -> None:
+    make = constraint(BYTES, start="content", response_format={"type": "json_object"})
+    assert make is not None
+    one, other = make(), make()
+    first = one.mask()
+    assert first is other.mask() is one.fork().mask()
+    (brace,) = BYTES.encode("{")
+    one.accept(brace)
+    after = one.mask()
+    assert after is not None and not torch.equal(after, first) and torch.equal(other.mask(), first)
+    with pytest.raises(ProtocolError):
+        other.accept(BYTES.encode("x")[0])
+    assert torch.equal(other.mask(), first)

@@ -95,3 +95,54 @@ def test_a_format_and_an_open_answer_exclude_each_other() -> None:
     last = {"role": "assistant", "content": "{", "prefix": True}
     code, error = local.refused(messages=[*user(), last], response_format=FORMAT)
     assert code == 400 and "prefix" in error["message"] and local.engine.requests == []
+
+
+CLOSED = {"type": "object", "required": ["a"], "additionalProperties": False}
+CIRCLES: dict[str, dict[str, Any]] = {
+    "itself": {"$ref": "#"},
+    "a definition": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}},
+    "two definitions": {
+        **CLOSED,
+        "properties": {"a": {"$ref": "#/$defs/a"}},
+        "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}},
+    },
+    "in a choice": {
+        **CLOSED,
+        "properties": {"a": {"$ref": "#/$defs/a"}},
+        "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"allOf": [{"$ref": "#/$defs/a"}]}]}},
+    },
+    "in a list": {**CLOSED, "properties": {"a": {"type": "array", "items": {"$ref": "#/properties/a/items"}}}},
+}
+
+
+@pytest.mark.parametrize("schema", CIRCLES.values(), ids=CIRCLES.keys())
+def test_a_schema_that_only_refers_to_itself_is_refused_before_anything_is_generated(schema: dict[str, Any]) -> None:
+    local = Local()
+    code, error = local.refused(
+        messages=user(), response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    )
+    assert code == 400 and "$ref" in error["message"] and "circle" in error["message"]
+    parameters = {"type": "object", "properties": {"value": schema}, "required": ["value"], "additionalProperties": False}
+    strict = {"type": "function", "function": {"name": "f", "strict": True, "parameters": _moved(parameters)}}
+    code, error = local.refused(messages=user(), tools=[strict])
+    assert code == 400 and "$ref" in error["message"] and local.engine.requests == []
+
+
+def _moved(parameters: dict[str, Any]) -> dict[str, Any]:
+    """References of the one parameter's schema, from its new place."""
+    moved: dict[str, Any] = json.loads(json.dumps(parameters).replace('"#', '"#/properties/value'))
+    return moved
+
+
+def test_a_schema_that_refers_to_itself_with_something_between_is_served() -> None:
+    local = Local()
+    tree = {
+        "type": "object",
+        "properties": {"value": {"type": "integer"}, "next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},
+        "required": ["value", "next"],
+        "additionalProperties": False,
+    }
+    local.engine.say('</think>{"value": 1, "next": {"value": 2, "next": null}}')
+    shape = {"type": "json_schema", "json_schema": {"name": "x", "schema": tree}}
+    content = local.chat(response_format=shape)["choices"][0]["message"]["content"]
+    assert json.loads(content)["next"] == {"value": 2, "next": None}

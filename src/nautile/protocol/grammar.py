@@ -20,7 +20,7 @@ from torch import Tensor
 from nautile.protocol import texts
 from nautile.protocol.conversation import choose
 from nautile.protocol.errors import ProtocolError
-from nautile.protocol.schemas import ANY_TEXT, Halves, check_shape, closed, document, halves, literal, refused_keyword
+from nautile.protocol.schemas import ANY_TEXT, Halves, check_shape, circular, closed, document, halves, literal, refused_keyword
 from nautile.protocol.tokenizer import Tokenizer
 from nautile.protocol.values import allowed_types
 
@@ -37,20 +37,17 @@ _LONGEST_NAME = 256
 class GrammarConstraint:
     """Follows one sequence. Made by the function that ``constraint`` returns; the engine's TokenConstraint in structure."""
 
-    def __init__(self, matcher: LLMatcher, tokenizer: Tokenizer, reasoning: Tensor | None) -> None:
-        """``reasoning`` is the mask until ``</think>``, None when the answer does not begin in reasoning."""
-        self._matcher, self._tokenizer, self._reasoning = matcher, tokenizer, reasoning
+    def __init__(self, matcher: LLMatcher, tokenizer: Tokenizer, reasoning: Tensor | None, first: Tensor | None) -> None:
+        """``reasoning`` is the mask until ``</think>``, None when the answer does not begin in reasoning; ``first`` the one
+        at the grammar's beginning, None once the matcher is past it. Neither is ever written to: copies share them."""
+        self._matcher, self._tokenizer, self._reasoning, self._first = matcher, tokenizer, reasoning, first
         self._think_close, self._end = tokenizer.special(texts.THINK_CLOSE), tokenizer.special(texts.EOS)
 
     def mask(self) -> Tensor | None:
         """[V] bool, True where the next token is allowed. Raises ProtocolError when the grammar outgrows its limits."""
         if self._reasoning is not None:
             return self._reasoning
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        if self._matcher.is_error():
-            raise ProtocolError(f"the schema is too complex to follow further: {_first_line(self._matcher.get_error())}")
-        allowed = np.unpackbits(bits, bitorder="little", count=self._tokenizer.vocab_size)
-        return torch.from_numpy(allowed.view(np.bool_))
+        return _mask(self._matcher, self._tokenizer) if self._first is None else self._first
 
     def accept(self, token: int) -> None:
         """The sequence goes on with ``token``. Raises ProtocolError for one that the mask does not allow."""
@@ -65,10 +62,11 @@ class GrammarConstraint:
         known = 0 <= token < self._tokenizer.vocab_size
         if not known or self._matcher.validate_tokens([token]) != 1 or not self._matcher.consume_token(token):
             raise ProtocolError(f"token {token} is not allowed by the grammar here; choose among those of mask()")
+        self._first = None
 
     def fork(self) -> GrammarConstraint:
         """An independent copy at this point."""
-        return GrammarConstraint(self._matcher.deep_copy(), self._tokenizer, self._reasoning)
+        return GrammarConstraint(self._matcher.deep_copy(), self._tokenizer, self._reasoning, self._first)
 
 
 def constraint(
@@ -102,8 +100,9 @@ def constraint(
         raise ProtocolError("a schema nests too deep; write it with fewer levels") from None
     except UnicodeEncodeError as error:
         raise ProtocolError(f"half of a surrogate pair in a schema, {error.object!r}; send valid Unicode") from None
+    first = _mask(matcher, tokenizer)  # what compiles may still fail here: better now than in the middle of the answer
     opening = _reasoning_mask(tokenizer) if start == "reasoning" else None
-    return lambda: GrammarConstraint(matcher.deep_copy(), tokenizer, opening)
+    return lambda: GrammarConstraint(matcher.deep_copy(), tokenizer, opening, first)
 
 
 def _function(tool: Mapping[str, Any]) -> Schema:
@@ -258,6 +257,9 @@ class _Writer:
             raise ProtocolError(
                 f"{where}: {keyword}: this keyword cannot be enforced while decoding; take it out of the schema"
             )
+        circle = circular(schema)
+        if circle:
+            raise ProtocolError(f"{where}: $ref: {circle!r} refers to itself without anything between; end the circle")
         body = _json_rule(schema)
         if body not in self.bodies:  # many parameters have one schema, and each costs time to compile
             self.bodies[body] = rule
@@ -313,6 +315,15 @@ def _content_schema(shape: Mapping[str, Any]) -> Schema:
 
 
 # llguidance
+
+
+def _mask(matcher: LLMatcher, tokenizer: Tokenizer) -> Tensor:
+    """[V] bool, True where the next token is allowed. Raises ProtocolError when the grammar outgrows its limits."""
+    bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+    if matcher.is_error():
+        raise ProtocolError(f"the schema is too complex to follow further: {_first_line(matcher.get_error())}")
+    allowed = np.unpackbits(bits, bitorder="little", count=tokenizer.vocab_size)
+    return torch.from_numpy(allowed.view(np.bool_))
 
 
 def _compiled(tokenizer: Tokenizer, lark: str, writer: _Writer) -> LLMatcher:

@@ -6,6 +6,7 @@ and a schema without strings, which llguidance compiles. A keyword that neither 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ import llguidance
 
 from nautile.protocol.errors import ProtocolError
 
-__all__ = ["ANY_TEXT", "Halves", "check_shape", "closed", "document", "halves", "literal", "refused_keyword"]
+__all__ = ["ANY_TEXT", "Halves", "check_shape", "circular", "closed", "document", "halves", "literal", "refused_keyword"]
 
 Schema = Mapping[str, Any]
 
@@ -347,6 +348,46 @@ def refused_keyword(schema: Any) -> str | None:
         if isinstance(low, int) and low > 1 and part.get("additionalProperties") is not False:
             return "minProperties"  # a name written twice would count twice
     return None
+
+
+def circular(schema: Schema) -> str | None:
+    """A reference that leads back to itself with nothing between, so that no value can ever be written for it; None without.
+
+    A part of the schema is settled when each of its needs has a member that is: the target of its ``$ref``, one member of its
+    ``anyOf`` or ``oneOf``, every member of its ``allOf``. Parts that never are stand in a circle, or wait for one. The time is
+    linear in the schema.
+    """
+    waiting: dict[int, int] = {}
+    users: dict[int, list[tuple[int, int]]] = {}
+    stack = list(_parts(schema))
+    while stack:
+        part = stack.pop()
+        if id(part) not in waiting:
+            needs = _needs(part, schema)
+            waiting[id(part)] = len(needs)
+            for number, members in enumerate(needs):
+                for member in members:
+                    users.setdefault(id(member), []).append((id(part), number))
+                    stack.append(member)
+    settled = [place for place, count in waiting.items() if not count]
+    met = set[tuple[int, int]]()
+    while settled:
+        for use in users.get(settled.pop(), ()):
+            if use not in met:
+                met.add(use)
+                waiting[use[0]] -= 1
+                if not waiting[use[0]]:
+                    settled.append(use[0])
+    return next((str(part["$ref"]) for part in _parts(schema) if waiting[id(part)] and "$ref" in part), None)
+
+
+def _needs(part: Schema, root: Schema) -> list[list[Schema]]:
+    """For each need of a part the schemas of which one will do. What is no schema, or not here, is somebody else's error."""
+    needs = [part[key] for key in ("anyOf", "oneOf") if isinstance(part.get(key), list)]
+    needs += [[member] for member in part["allOf"]] if isinstance(part.get("allOf"), list) else []
+    with contextlib.suppress(ProtocolError):
+        needs += [[_resolved(part["$ref"], root)]] if "$ref" in part else []
+    return [members for members in needs if members and all(isinstance(member, Mapping) for member in members)]
 
 
 def _parts(schema: Any, depth: int = 0) -> Iterator[Mapping[str, Any]]:

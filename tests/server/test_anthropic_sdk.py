@@ -50,6 +50,7 @@ def test_message(client, live):
     live.engine.say("Hello")
     answer = client.messages.create(model="claude-opus-4-8", max_tokens=100, messages=HI, system="Be brief.")
     assert answer.content[0].text == "Hello" and answer.stop_reason == "end_turn"
+    assert answer.id == f"msg_{answer._request_id}"  # what the client shows to be looked up in the log
 
 
 def test_thinking(client, live):

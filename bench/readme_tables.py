@@ -20,20 +20,28 @@ def read(name):
 
 def rows():
     """(what, figure, device, date, commit, file) of every result that is there."""
-    decode = read("decode_cpu.json")
-    if decode:
-        rates = decode["decode_tokens_per_second"]
-        where = (decode["device"], decode["date"], decode["commit"], "decode_cpu.json")
-        yield "nano decode at 1K context, batch 1", f"{rates['numpy']:.0f} tokens/s (modules: {rates['modules']:.0f})", *where
-        yield "nano prefill of 1K", f"{decode['prefill_tokens_per_second']:.0f} tokens/s", *where
-        yield "nano load", f"{decode['load_seconds']:.1f} s", *where
+    yield from cpu()
     probe = read("train_throughput_h100.json")
     if probe:
         where = (probe["device"], probe["date"], probe["commit"], "train_throughput_h100.json")
         for name, figures in probe["variants"].items():
             if "tokens_per_second" in figures:
                 yield f"training, 32 x 2,048, {name}", f"{figures['tokens_per_second'] / 1000:.0f}k tokens/s", *where
-    for name, label in (("eval_tools_demo_kinds.json", "pass@1, kinds of the demo"), ("eval_tools.json", "pass@1, 14 kinds")):
+    practice = read("train_nano_practice_h100.json")
+    if practice:
+        where = (practice["device"], practice["date"], practice["commit"], "train_nano_practice_h100.json")
+        rate = practice["last_fifth"]
+        yield (
+            "training of the shipped weights",
+            f"{rate['tokens_per_second'] / 1000:.0f}k tokens/s, {rate['mfu']:.1%} MFU",
+            *where,
+        )
+    yield from engine()
+    for name, label in (
+        ("eval_tools_demo_kinds.json", "pass@1, kinds of the demo"),
+        ("eval_tools.json", "pass@1, 14 kinds"),
+        ("eval_tools_held_out_wording.json", "pass@1, 14 kinds, wordings never seen"),
+    ):
         result = read(name)
         if result:
             where = (result["device"], result["date"][:10], result["commit"], name)
@@ -42,6 +50,50 @@ def rows():
             yield label, f"{100 * result['pass@1']:.1f} %, {span}", *where
             for kind, score in result["kinds"].items():
                 yield f"  {kind}", f"{score['passed']}/{score['total']}", *where
+
+
+def cpu():
+    """Speed of the shipped model on a CPU, in the type that is named, beside transformers in the same run."""
+    result = read("decode_cpu.json")
+    if not result:
+        return
+    where = (result["device"], result["date"], result["commit"], "decode_cpu.json")
+    decode, bars = result["decode_tokens_per_second"], result["bars"]
+    both = f"{decode['native_bfloat16']:.0f} tokens/s in bfloat16, {decode['native']:.0f} in float32"
+    yield "nano decode at 1K, batch 1", f"{both} (transformers {decode['transformers']:.0f})", *where
+    yield "nano decode at 1K, batch 16, all together", f"{decode['batch_16']:.0f} tokens/s", *where
+    for length, rates in result["prefill"].items():
+        beside = f" (transformers {rates['transformers']:.0f})" if "transformers" in rates else ""
+        yield f"nano prefill of {length} tokens", f"{rates['native_bfloat16']:.0f} tokens/s{beside}", *where
+    for length, point in result["long_context"]["decode"].items():
+        if int(length) >= 16384:
+            figures = f"{point['tokens_per_second']:.0f} tokens/s, {point['ratio_to_1k']:.2f} of 1K"
+            yield f"nano decode at {int(length) // 1024}K", figures, *where
+    yield "bfloat16 chooses float32's token", f"{100 * bars['same_choice_as_float32']['measured']:.2f} %", *where
+
+
+def engine():
+    """What the engine and the state do over many requests."""
+    turns = read("agent_turns.json")
+    if turns:
+        last = turns["turns"][-1]
+        figures = f"{last['computed_tokens']} tokens computed for {last['new_tokens']} new"
+        yield "tenth turn of a 32K conversation", figures, turns["device"], turns["date"], turns["commit"], "agent_turns.json"
+    load = read("serve_load.json")
+    if load:
+        figures = f"{load['errors']} errors, {load['different_from_twin']} of {load['streams']} texts differ from their twins"
+        yield "64 streaming clients for 60 s", figures, load["device"], load["date"], load["commit"], "serve_load.json"
+    kills = read("session_kills.json")
+    if kills:
+        figures = f"{kills['lost']} lost, {kills['unreadable']} unreadable"
+        yield (
+            f"sessions, {kills['kills']} random SIGKILLs",
+            figures,
+            "two cores",
+            kills["date"],
+            kills["commit"],
+            "session_kills.json",
+        )
 
 
 def table():

@@ -48,8 +48,8 @@ def rows():
             total = result["total"]
             span = f"{total['passed']}/{total['total']} ({100 * total['low']:.1f}-{100 * total['high']:.1f} %)"
             yield label, f"{100 * result['pass@1']:.1f} %, {span}", *where
-            for kind, score in result["kinds"].items():
-                yield f"  {kind}", f"{score['passed']}/{score['total']}", *where
+            kinds = ", ".join(f"{kind} {score['passed']}" for kind, score in result["kinds"].items())
+            yield f"  by kind, of {min(score['total'] for score in result['kinds'].values())}", kinds, *where
 
 
 def cpu():

@@ -1,9 +1,8 @@
-"""Kernels of V4-Flash's shape on one GPU beside their peers and their floors: one line an op, JSON for the record.
+"""Kernels of V4-Flash's shape on one GPU beside their floors: one line an op, JSON for the record.
 
     python bench/kernels.py --out bench/results/kernels_h100.json
 
-Peers (FlashMLA as sgl-flash-mla, DeepGEMM as sgl-deep-gemm) are timed in the same run where they import, and named as
-missing where not. Times are medians of CUDA-graph replays over several input sets, so that no cache flatters them.
+Peers (FlashMLA, DeepGEMM) are not timed here yet. Times are medians of CUDA-graph replays over several input sets, so that no cache flatters them.
 """
 
 from __future__ import annotations

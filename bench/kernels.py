@@ -2,7 +2,8 @@
 
     python bench/kernels.py --out bench/results/kernels_h100.json
 
-Peers (FlashMLA, DeepGEMM) are not timed here yet. Times are medians of CUDA-graph replays over several input sets, so that no cache flatters them.
+Peers (FlashMLA, DeepGEMM) are not timed here yet. Times are medians of CUDA-graph replays over several input sets, so that no
+cache flatters them.
 """
 
 from __future__ import annotations

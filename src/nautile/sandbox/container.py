@@ -348,6 +348,11 @@ class ContainerDriver:
         header, _ = self._keeper.ask(self._request("pack", target=str(target.absolute())), timeout=600.0)
         return str(header["digest"])
 
+    def layer(self, place: Path) -> Image:
+        """The files as they are now, as an image whose top layer is in ``place``, which the caller keeps while it is used."""
+        self._keeper.ask(self._request("pack", layer=str(place)), timeout=600.0)
+        return Image((*self._image.layers, place), self._image.host_usr, self._image.held)
+
     def snapshot(self) -> Image:
         """See ``Sandbox.snapshot``."""
         images = self._keeper.place / f"images-{cgroup.owner_name()}"

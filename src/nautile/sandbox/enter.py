@@ -167,9 +167,11 @@ def _answer(state: State, ended: Outcome, before: int) -> dict[str, Any]:
 def _claim(state: State, name: str) -> bool:
     """Whether this is the first time that an operation of this name is to run."""
     try:
-        os.close(os.open(state.place / "operations" / f"{name}.begun", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        descriptor = os.open(state.place / "operations" / f"{name}.begun", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     except FileExistsError:
         return False
+    os.write(descriptor, cgroup.owner_name().encode())  # who sees it to its end
+    os.close(descriptor)
     return True
 
 
@@ -190,7 +192,8 @@ def outcome(state: State, request: dict[str, Any], channel: socket.socket) -> No
         return frames.send(channel, {"never": True})
     deadline = time.monotonic() + float(request.get("timeout", 60.0)) + 15.0
     while not (place / f"{name}.ended").exists():
-        if time.monotonic() > deadline:
+        running = cgroup.alive((place / f"{name}.begun").read_text() or cgroup.owner_name())  # not written yet: it is alive
+        if time.monotonic() > deadline or (not running and not (place / f"{name}.ended").exists()):
             return frames.send(channel, {"unknown": True})
         time.sleep(0.01)
     data = (place / f"{name}.ended").read_bytes()

@@ -7,6 +7,9 @@ operation is on the disk before it is carried out, and its result before the cal
 A client that comes back issues its operations again, in order: as long as they match the log (by sequence and request hash)
 the recorded results are returned at once. The first that the log does not have is carried out. One whose intent is there
 without a result is asked for at the sandbox; who cannot say raises OutcomeUnknown.
+
+A fork is a log that begins with a pointer: how much of its parent's file it continues. A log is only ever appended to, so
+what the pointer names stays what it was, and its hash is checked.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ _FRAME = struct.Struct("<II")
 _LONGEST = 16 * 2**20  # bytes of one frame
 _INLINE = 4096  # bytes of a value that stay in its frame
 _START = "0" * 64
+_HEAD_MOST = 2**20  # bytes of a log's beginning that hold its head
 
 
 @dataclass
@@ -65,18 +69,26 @@ class Contents:
     size: int = 0  # bytes of whole frames; what follows was cut off by a crash
     torn: int = 0
     closed: bool = False
+    client: int = 0  # how many clients have attached through an edge; the last of them may write
+    inherited: int = 0  # operations that are a parent's
 
 
-def load(place: Path) -> Contents:
-    """Read and check a log. A frame that a crash cut off at the end is passed over. Raises LogCorrupt, InvalidRequest."""
+def load(place: Path, upto: int | None = None) -> Contents:
+    """Read and check a log, or what begins in its first ``upto`` bytes (0: its head). What a crash cut off is passed over.
+
+    Raises LogCorrupt, InvalidRequest.
+    """
     try:
-        data = (place / "log").read_bytes()
-    except FileNotFoundError:
+        with open(place / "log", "rb") as file:
+            data = file.read() if upto is None else file.read(max(upto, _HEAD_MOST))
+    except (FileNotFoundError, NotADirectoryError):
         raise InvalidRequest(f"{place} holds no trajectory log") from None
     if not data.startswith(_MAGIC):
         raise LogCorrupt(f"{place}/log is not a trajectory log of this version")
     contents = Contents({})
     for offset, payload in _frames(data, place):
+        if upto is not None and offset >= max(upto, len(_MAGIC) + 1):
+            break
         record = _checked(payload, contents.chain, place, offset)
         contents.chain = hashlib.sha256(payload).hexdigest()
         contents.size = offset + _FRAME.size + len(payload)
@@ -112,11 +124,11 @@ def _apply(contents: Contents, record: dict[str, Any], place: Path) -> None:
         case "head":
             contents.head = record
             if (parent := record.get("parent")) is not None:
-                above = load((place / parent["path"]).resolve())
-                inherited = above.operations[: parent["operations"]]
-                if len(inherited) < parent["operations"] or (inherited and inherited[-1].chain != parent["chain"]):
+                above = load((place / parent["path"]).resolve(), parent["size"])
+                if above.chain != parent["chain"] or len(above.operations) < parent["operations"]:
                     raise LogCorrupt(f"{place}: its parent {parent['path']} is not what it was when this log was forked")
-                contents.operations += inherited
+                contents.operations += above.operations[: parent["operations"]]
+                contents.inherited = parent["operations"]
         case "epoch":
             contents.epoch = record["epoch"]
         case "intent":
@@ -127,6 +139,8 @@ def _apply(contents: Contents, record: dict[str, Any], place: Path) -> None:
         case "result":
             operation = contents.operations[record["sequence"]]
             operation.result, operation.seconds, operation.chain = record["result"], record["seconds"], contents.chain
+        case "client":
+            contents.client = record["number"]
         case "sandbox":  # rebuilt after the first one was lost
             contents.head = {**contents.head, "sandbox": record["sandbox"]}
         case "closed":
@@ -186,14 +200,13 @@ class TrajectoryLog:
         """
         with self._lock:
             digest = digest_of(kind, request)
-            sequence = self.position
-            if not self.replaying:
+            sequence, fresh = self.position, not self.replaying
+            if fresh:
                 name = f"{os.urandom(8).hex()}"
                 self._intend(Operation(sequence, kind, name, digest, request, time.time(), self.epoch))
             operation = self.contents.operations[sequence]
             if operation.digest != digest:
                 raise TrajectoryDiverged(sequence, _brief(operation.kind, operation.request), _brief(kind, request))
-            fresh = operation.epoch == self.epoch and operation.result is None and sequence == len(self.contents.operations) - 1
             self.position += 1
         if operation.result is not None:
             return self._expanded(operation.result)
@@ -213,7 +226,7 @@ class TrajectoryLog:
         self.contents.operations.append(operation)
 
     def _conclude(self, operation: Operation, result: dict[str, Any], seconds: float) -> None:
-        compact = {key: self.compact(value) for key, value in result.items()}
+        compact = {key: self.compact(value) for key, value in result.items()}  # blobs are on the disk before the frame
         record = {
             "record": "result",
             "sequence": operation.sequence,
@@ -239,12 +252,33 @@ class TrajectoryLog:
             self._append({"record": "closed", "wall": time.time()})
         self.close()
 
-    def fork(self, target: Path, head: dict[str, Any]) -> None:
-        """Begin a log at ``target`` that continues from here; it points to this one instead of copying it."""
-        done = self.contents.operations[: self.position]
-        parent = {"path": os.path.relpath(self.place, target), "operations": len(done), "chain": done[-1].chain if done else ""}
-        target.mkdir(mode=0o700, parents=True)
+    def fork(self, target: Path, head: dict[str, Any], operations: int | None = None) -> None:
+        """Begin a log at ``target`` that continues from here; it points to this one instead of copying it.
+
+        ``operations``: how many of this log's it has; all that were issued unless told otherwise.
+        """
+        with self._lock:
+            count = self.position if operations is None else operations
+            parent = {"path": os.path.relpath(self.place, target), "operations": count}
+            parent |= {"size": self.contents.size, "chain": self.contents.chain}
+        target.mkdir(mode=0o700, parents=True, exist_ok=True)
         _begin(target, {**head, "parent": parent})
+
+    def attach(self) -> int:
+        """Let another client issue operations from the first on: its number. The one before is fenced by its number."""
+        with self._lock:
+            self.position = 0
+            self._append({"record": "client", "number": self.contents.client + 1, "wall": time.time()})
+            self.contents.client += 1
+            return self.contents.client
+
+    def seek(self, sequence: int, client: int) -> None:
+        """The next operation is ``sequence``, issued by ``client``. Raises LogFenced, InvalidRequest."""
+        if client != self.contents.client:
+            raise LogFenced(f"another client has taken over this trajectory (number {client} is past)")
+        if not 0 <= sequence <= len(self.contents.operations):
+            raise InvalidRequest(f"operation {sequence} would leave a gap: the log has {len(self.contents.operations)}")
+        self.position = sequence
 
     def _append(self, record: dict[str, Any]) -> None:
         """One frame, on the disk before this returns. Raises LogFenced when a later writer has opened the log."""
@@ -305,7 +339,7 @@ def _bytes(place: Path, head: dict[str, Any], value: dict[str, Any]) -> Any:
     path = place / "blobs" / value["blob"]
     if not path.exists() and (parent := head.get("parent")) is not None:
         above = (place / parent["path"]).resolve()
-        return _bytes(above, load(above).head, value)
+        return _bytes(above, load(above, 0).head, value)
     try:
         data = path.read_bytes()
     except FileNotFoundError:

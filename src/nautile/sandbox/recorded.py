@@ -4,36 +4,53 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from nautile.sandbox.archive import pack_tree, unpack_tree
 from nautile.sandbox.driver import Driver, Environment, Order, Terminal, Watch
-from nautile.sandbox.errors import FileRefused, SandboxError, SandboxLost, TrajectoryDiverged, Unsupported
+from nautile.sandbox.errors import FileRefused, InvalidRequest, SandboxError, SandboxLost, TrajectoryDiverged, Unsupported
 from nautile.sandbox.image import Image
 from nautile.sandbox.limits import Limits
 from nautile.sandbox.log import Contents, Operation, TrajectoryLog, expand, load
 from nautile.sandbox.policy import NetworkPolicy
 from nautile.sandbox.result import Capabilities, Entry, Info, RunResult
 
-__all__ = ["Recorded", "reexecute", "repeat"]
+__all__ = ["Recorded", "Remaking", "image_record", "recorded_image", "reexecute", "repeat", "starting_point"]
 
 _COMPARED = ("exit_code", "stdout", "stderr", "data", "refused")
+_KEPT = 64 * 2**20  # bytes of one transfer that the log keeps; of longer ones it has the digest
+
+
+@dataclass(frozen=True)
+class Remaking:
+    """How ``Recorded`` comes by other sandboxes of its kind. ``rules``: what the network policy was at the beginning."""
+
+    make: Callable[[Image, NetworkPolicy, str], Driver]  # a new one, with this identity
+    open: Callable[[Path, Image, NetworkPolicy], Recorded]  # the one of another log, found or made
+    rules: tuple[str, ...] = ()
 
 
 class Recorded:
     """A driver in front of a driver. ``driver`` None: the sandbox is lost, and only what the log has can be given."""
 
-    def __init__(self, driver: Driver | None, log: TrajectoryLog, info: Info, capabilities: Capabilities) -> None:
-        self._driver, self.log, self.info = driver, log, info
-        self.capabilities = dataclasses.replace(capabilities, session=False, snapshot=False, fork=False)
+    def __init__(
+        self, driver: Driver | None, log: TrajectoryLog, info: Info, capabilities: Capabilities, remaking: Remaking
+    ) -> None:
+        self._driver, self.log, self.info, self._remaking = driver, log, info, remaking
+        layered = capabilities.snapshot and (driver is None or hasattr(driver, "layer"))
+        self.capabilities = dataclasses.replace(capabilities, snapshot=layered, fork=capabilities.fork and layered)
+        self._terminals: dict[int, Terminal] = {}  # of the sessions that this process has opened, by operation
 
     def reason(self, feature: str) -> tuple[str, str]:
         """See ``Driver.reason``."""
-        if feature == "session":
-            return "what is typed into a session is not recorded yet", "use run, or a sandbox without log="
-        if feature in ("snapshot", "fork"):
-            return "what they make is not in the log", "use pack_diff, or a sandbox without log="
+        if feature in ("snapshot", "fork") and self._driver is not None and self._driver.capabilities.snapshot:
+            return "its snapshots end with this process, and a log outlives it", "use pack_diff, or a sandbox without log="
         return self._live().reason(feature)
 
     def _live(self) -> Driver:
@@ -50,7 +67,13 @@ class Recorded:
         return cast(Environment, self._live())
 
     def _perform(
-        self, kind: str, request: dict[str, Any], execute: Callable[[str], dict[str, Any]], *, idempotent: bool = True
+        self,
+        kind: str,
+        request: dict[str, Any],
+        execute: Callable[[str], dict[str, Any]],
+        *,
+        idempotent: bool = True,
+        recover: Callable[[str], dict[str, Any] | str] | None = None,
     ) -> dict[str, Any]:
         """File operations may be repeated: a write puts the same bytes there, and nobody has seen what a read gave."""
 
@@ -60,7 +83,7 @@ class Recorded:
             except FileRefused as error:  # an answer about the sandbox's files, which replays like any other
                 return {"refused": str(error), "path": error.path, "why": error.why}
 
-        result = self.log.perform(kind, request, guarded, self._recover, idempotent=idempotent)
+        result = self.log.perform(kind, request, guarded, recover or self._recover, idempotent=idempotent)
         if "refused" in result:
             raise FileRefused(result["path"], result["why"])
         return result
@@ -112,32 +135,96 @@ class Recorded:
         return [Entry(**entry) for entry in self._perform("list", {"path": path}, execute)["entries"]]
 
     def upload(self, source: Path, path: str) -> None:
-        """See ``Sandbox.upload``. The log has the digest of what was sent, not the files."""
-        self._do("upload", {"path": path, "sha256": _digest(source)}, lambda: self._environment.upload(source, path))
+        """See ``Sandbox.upload``. The log keeps the files too, up to 64 MiB: they are needed to build the sandbox anew."""
+
+        def execute(_: str) -> dict[str, Any]:
+            self._environment.upload(source, path)
+            return {"tree": pack_tree(source, _KEPT)}
+
+        self._perform("upload", {"path": path, "sha256": _digest(source)}, execute)
 
     def download(self, path: str, target: Path, limit: int) -> None:
-        """See ``Sandbox.download``. A repeated one finds its target already there, with the content that is recorded."""
+        """See ``Sandbox.download``. A repeated one gives what is recorded, into its target or compared with what is there."""
         repeated = self.log.replaying
 
         def execute(_: str) -> dict[str, Any]:
             self._environment.download(path, target, limit)
-            return {"sha256": _digest(target)}
+            return {"sha256": _digest(target), "tree": pack_tree(target, _KEPT)}
 
-        done = self._perform("download", {"path": path, "target": str(target)}, execute)
+        done = self._perform("download", {"path": path}, execute)
+        if repeated and not os.path.lexists(target) and done["tree"] is not None:
+            unpack_tree(done["tree"], target)
         if repeated and (not target.exists() or _digest(target) != done["sha256"]):
             raise SandboxError(f"{target} is not what was downloaded when this log was written: put it back, or use a new log")
 
+    # -- sessions: what is typed and what is read are operations; the terminal itself ends with the process that opened it
+
     def session(self, argv: Sequence[str], pty: bool) -> Terminal:
-        """Never called: see ``capabilities``."""
-        raise Unsupported(self.info.kind, "session", *self.reason("session"))
+        """See ``Sandbox.session``. A shell that nobody has typed into may be started again."""
+        number = self.log.position
+
+        def execute(_: str) -> dict[str, Any]:
+            self._terminals[number] = self._environment.session(argv, pty)
+            return {}
+
+        harmless = tuple(argv) in (("/bin/sh",), ("/bin/bash",))
+        request = {"argv": list(argv), "pty": pty}
+        self._perform("session", request, execute, idempotent=harmless, recover=lambda _: "unknown")
+        return RecordedSession(self, number)
+
+    def terminal(self, number: int) -> Terminal:
+        """The terminal of the session that operation ``number`` opened. Raises SandboxLost."""
+        if number not in self._terminals:
+            raise SandboxLost(
+                f"session {number} ended with the process that held its terminal; what it gave until then can be given again. "
+                "Open another session"
+            )
+        return self._terminals[number]
+
+    def interact(self, kind: str, request: dict[str, Any], action: Callable[[], dict[str, Any]], again: bool) -> dict[str, Any]:
+        """One operation on a session. ``again``: nothing is changed by it, so it may be carried out twice."""
+        compact = {key: self.log.compact(value) for key, value in request.items()}
+        return self._perform(kind, compact, lambda _: action(), idempotent=again, recover=lambda _: "unknown")
+
+    # -- what outlives the sandbox: layers beside the log, and logs that continue it
 
     def snapshot(self) -> Image:
-        """Never called: see ``capabilities``."""
-        raise Unsupported(self.info.kind, "snapshot", *self.reason("snapshot"))
+        """See ``Sandbox.snapshot``. The layer is kept beside the log, for as long as the log is."""
+        done = self._perform("snapshot", {}, self._layer)
+        return recorded_image(done)
 
-    def fork(self) -> Environment:
-        """Never called: see ``capabilities``."""
-        raise Unsupported(self.info.kind, "fork", *self.reason("fork"))
+    def _layer(self, name: str) -> dict[str, Any]:
+        layer = cast(Callable[[Path], Image], getattr(self._live(), "layer"))  # noqa: B009  # not every driver has it
+        place = self.log.place / "layers" / name
+        shutil.rmtree(place, ignore_errors=True)  # of an attempt that nobody saw the end of
+        place.mkdir(parents=True)
+        place.chmod(0o755)
+        return image_record(layer(place.resolve()))
+
+    def fork(self) -> Recorded:
+        """See ``Sandbox.fork``. The child's log points to this one: it continues what was recorded before this operation."""
+        sequence = self.log.position
+        policy = NetworkPolicy.of(self._rules(sequence))
+
+        def execute(name: str) -> dict[str, Any]:
+            image = self._layer(name)
+            child = f"{self.info.id[0]}-{name}"
+            self._remaking.make(recorded_image(image), policy, child)
+            head = {**self.log.contents.head, "sandbox": child, "image": image, "rules": list(policy.texts)}
+            head = {key: value for key, value in head.items() if key not in ("record", "version", "wall", "prev", "parent")}
+            self.log.fork(self.log.place / "forks" / name, head, sequence)
+            return {**image, "sandbox": child, "log": f"forks/{name}"}
+
+        done = self._perform("fork", {}, execute)
+        child = self._remaking.open(self.log.place / done["log"], recorded_image(done), policy)
+        child.log.position = child.log.contents.inherited
+        return child
+
+    def _rules(self, sequence: int) -> tuple[str, ...]:
+        for operation in reversed(self.log.contents.operations[:sequence]):
+            if operation.kind == "set_policy" and operation.result == {}:
+                return tuple(operation.request["rules"])
+        return self._remaking.rules
 
     def pause(self) -> None:
         """See ``Sandbox.pause``."""
@@ -154,9 +241,19 @@ class Recorded:
         self._environment.resume()
 
     def pack_diff(self, target: Path) -> str:
-        """See ``Sandbox.pack_diff``."""
-        request = {"target": str(target)}
-        return str(self._perform("pack_diff", request, lambda _: {"digest": self._environment.pack_diff(target)})["digest"])
+        """See ``Sandbox.pack_diff``. A repeated one gives what is recorded, up to 64 MiB."""
+        repeated = self.log.replaying
+
+        def execute(_: str) -> dict[str, Any]:
+            digest = self._environment.pack_diff(target)
+            return {"digest": digest, "diff": target.read_bytes() if target.stat().st_size <= _KEPT else None}
+
+        done = self._perform("pack_diff", {}, execute)
+        if repeated and not target.exists() and done["diff"] is not None:
+            target.write_bytes(done["diff"])
+        if repeated and (not target.exists() or f"sha256:{_hash(target)}" != done["digest"]):
+            raise SandboxError(f"{target} is not what was packed when this log was written: put it back, or use a new log")
+        return str(done["digest"])
 
     def set_policy(self, policy: NetworkPolicy) -> None:
         """See ``Sandbox.set_policy``."""
@@ -164,13 +261,72 @@ class Recorded:
 
     def close(self) -> None:
         """End the sandbox and note it in the log."""
+        self._hang_up()
         if self._driver is not None:
             self._driver.close()
         self.log.end()
 
     def detach(self) -> None:
-        """Let go of the log; the sandbox lives on."""
+        """Let go of the log; the sandbox lives on, its sessions do not."""
+        self._hang_up()
         self.log.close()
+
+    def _hang_up(self) -> None:
+        for terminal in self._terminals.values():
+            terminal.close()
+        self._terminals.clear()
+
+
+class RecordedSession:
+    """A ``Terminal`` whose every call is an operation of the log."""
+
+    def __init__(self, recorded: Recorded, number: int) -> None:
+        self._recorded, self.number = recorded, number
+
+    def send(self, data: str | bytes) -> None:
+        """See ``Terminal.send``. Typing is never done twice."""
+        typed = data.encode() if isinstance(data, str) else data
+
+        def execute() -> dict[str, Any]:
+            self._recorded.terminal(self.number).send(typed)
+            return {}
+
+        self._recorded.interact("session_send", {"session": self.number, "data": typed}, execute, False)
+
+    def read(self, timeout: float = 1.0) -> bytes:
+        """See ``Terminal.read``."""
+
+        def execute() -> dict[str, Any]:
+            return {"data": self._recorded.terminal(self.number).read(timeout)}
+
+        request = {"session": self.number, "timeout": timeout}
+        return cast(bytes, self._recorded.interact("session_read", request, execute, True)["data"])
+
+    def until(self, text: str, timeout: float = 10.0) -> str:
+        """See ``Terminal.until``. That the text did not come is an answer too, and is recorded."""
+
+        def execute() -> dict[str, Any]:
+            terminal = self._recorded.terminal(self.number)
+            try:
+                return {"data": terminal.until(text, timeout).encode()}
+            except SandboxLost:
+                raise
+            except SandboxError as error:
+                return {"missed": str(error)}
+
+        request = {"session": self.number, "text": text, "timeout": timeout}
+        done = self._recorded.interact("session_until", request, execute, True)
+        if "missed" in done:
+            raise SandboxError(done["missed"])
+        return str(done["data"].decode("utf-8", "replace"))
+
+    def close(self) -> int:
+        """See ``Terminal.close``."""
+
+        def execute() -> dict[str, Any]:
+            return {"exit_code": self._recorded.terminal(self.number).close()}
+
+        return int(self._recorded.interact("session_close", {"session": self.number}, execute, True)["exit_code"])
 
 
 def _as_record(result: RunResult) -> dict[str, Any]:
@@ -192,9 +348,36 @@ def _digest(place: Path) -> str:
     for path in [place, *(sorted(place.rglob("*")) if place.is_dir() else ())]:
         total.update(str(path.relative_to(place)).encode("utf-8", "surrogateescape") + b"\0")
         if path.is_file():
-            with open(path, "rb") as file:
-                total.update(hashlib.file_digest(file, "sha256").digest())
+            total.update(bytes.fromhex(_hash(path)))
     return total.hexdigest()
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def image_record(image: Image) -> dict[str, Any]:
+    """An image as a log has it. Its layers must outlive the log's readers."""
+    return {"layers": [str(layer) for layer in image.layers], "host_usr": image.host_usr}
+
+
+def recorded_image(record: dict[str, Any]) -> Image:
+    """The image of a record. Raises InvalidRequest when a layer is no longer there."""
+    layers = tuple(map(Path, record["layers"]))
+    for layer in layers:
+        if not layer.is_dir():
+            raise InvalidRequest(f"the layer {layer} of this log is gone: begin from an earlier point, in a new log")
+    return Image(layers, record["host_usr"])
+
+
+def starting_point(contents: Contents) -> tuple[Image, int]:
+    """The newest image that a log has, and the operation from which on it must be carried out again."""
+    for operation in reversed(contents.operations[contents.inherited :]):
+        made = operation.result if operation.kind in ("snapshot", "fork") else None
+        if made is not None and "layers" in made and all(Path(layer).is_dir() for layer in made["layers"]):
+            return recorded_image(made), operation.sequence + 1
+    return recorded_image(contents.head["image"]), contents.inherited
 
 
 def repeat(place: Path) -> None:
@@ -202,51 +385,59 @@ def repeat(place: Path) -> None:
     from nautile.sandbox.sandbox import Sandbox  # noqa: PLC0415
 
     contents = load(place)
-    image, limits = contents.head["image"], Limits(**contents.head["limits"])
-    kind = contents.head["kind"]
-    layers = Image(tuple(map(Path, image["layers"])), image["host_usr"]) if kind == "container" else None
-    with Sandbox.create(kind, image=layers, limits=limits) as sandbox:
-        reexecute(sandbox.driver, place, contents)
+    head, limits = contents.head, Limits(**contents.head["limits"])
+    image = None if head["kind"] == "function" else recorded_image(head["image"])
+    with Sandbox.create(head["kind"], image=image, limits=limits, network=head.get("rules") or None) as sandbox:
+        reexecute(sandbox.driver, place, contents, contents.inherited)
 
 
-def reexecute(driver: Driver, place: Path, contents: Contents) -> None:
-    """Build a lost sandbox anew: carry out every recorded operation again and compare. Raises TrajectoryDiverged, Unsupported.
+def reexecute(driver: Driver, place: Path, contents: Contents, first: int = 0) -> None:
+    """Build a lost sandbox anew: carry out the recorded operations from ``first`` on again and compare.
 
     Clocks, random numbers, process numbers and the network differ from run to run: what prints them diverges, and says so.
+    Raises TrajectoryDiverged, Unsupported.
     """
-    for operation in contents.operations:
+    for operation in contents.operations[first:]:
         if operation.result is None:
             return  # its outcome is unknown, which the client learns when it gets there
         recorded = expand(place, contents.head, operation.result)
-        again = _again(cast(Environment, driver), operation, expand(place, contents.head, operation.request))
+        request = expand(place, contents.head, operation.request)
+        again = _again(cast(Environment, driver), operation, request, recorded)
         for key in _COMPARED:
             if operation.kind in ("run", "read", "write") and again.get(key) != recorded.get(key):
                 given = f"{operation.kind} with {key} {str(recorded.get(key))[:120]!r}"
                 raise TrajectoryDiverged(operation.sequence, given, f"{str(again.get(key))[:120]!r} when run again")
 
 
-def _again(driver: Environment, operation: Operation, request: dict[str, Any]) -> dict[str, Any]:
+def _again(driver: Environment, operation: Operation, request: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
     try:
-        match operation.kind:
-            case "run":
-                order = Order(
-                    tuple(request["argv"]),
-                    request.get("stdin") or b"",
-                    request["timeout"],
-                    request.get("cwd"),
-                    request.get("environment") or {},
-                    request.get("python"),
-                )
-                return _as_record(driver.run(order, None))
-            case "write":
-                driver.write(request["path"], request["data"], request["mode"])
-                return {}
-            case "read":
-                return {"data": driver.read(request["path"], 2**30)}
-            case "list" | "pause" | "resume" | "pack_diff" | "download" | "set_policy":
-                return {}  # they change nothing inside
-            case _:
-                why = f"operation {operation.sequence} is {operation.kind}, whose content is not in the log"
-                raise Unsupported(driver.info.kind, "re-execution of this log", why, "start from a snapshot")
+        return _carried_out(driver, operation, request, recorded)
     except FileRefused as error:
         return {"refused": str(error)}
+
+
+def _carried_out(
+    driver: Environment, operation: Operation, request: dict[str, Any], recorded: dict[str, Any]
+) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    match operation.kind:
+        case "run":
+            optional = (request.get("cwd"), request.get("environment") or {}, request.get("python"))
+            order = Order(tuple(request["argv"]), request.get("stdin") or b"", request["timeout"], *optional)
+            given = _as_record(driver.run(order, None))
+        case "write":
+            driver.write(request["path"], request["data"], request["mode"])
+        case "read":
+            given = {"data": driver.read(request["path"], 2**30)}
+        case "upload" if recorded.get("tree") is not None:
+            with tempfile.TemporaryDirectory(prefix="nautile-upload-") as scratch:
+                unpack_tree(recorded["tree"], Path(scratch, "tree"))
+                driver.upload(Path(scratch, "tree"), request["path"])
+        case "set_policy":
+            driver.set_policy(NetworkPolicy.of(request["rules"]))
+        case "list" | "pause" | "resume" | "pack_diff" | "download" | "snapshot" | "fork":
+            pass  # they change nothing inside
+        case kind:
+            why = f"operation {operation.sequence} is {kind}, which cannot be repeated from the log"
+            raise Unsupported(driver.info.kind, "re-execution of this log", why, "start from a snapshot")
+    return given

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from nautile.sandbox.driver import Driver, Environment, Order, Terminal, Watch
 from nautile.sandbox.errors import InvalidRequest, SandboxClosed, SandboxLost, SubstrateUnavailable, Unsupported
@@ -17,6 +17,9 @@ from nautile.sandbox.image import Image
 from nautile.sandbox.limits import Limits
 from nautile.sandbox.policy import NetworkPolicy
 from nautile.sandbox.result import Capabilities, Entry, Info, RunResult
+
+if TYPE_CHECKING:
+    from nautile.sandbox.recorded import Recorded
 
 __all__ = ["Sandbox"]
 
@@ -275,37 +278,50 @@ class _Order:
         return ContainerDriver.create(identity, self.image, self.limits, self.policy, self.workspace, keep=keep)
 
 
-def _recorded(order: _Order, place: Path, identity: str, replay: str, keep: float) -> Driver:
+def _recorded(order: _Order, place: Path, identity: str, replay: str, keep: float) -> Recorded:
     """Open a log, and the sandbox that belongs to it: a new one, the one that has outlived its client, or none."""
     from nautile.sandbox.container import ContainerDriver  # noqa: PLC0415
     from nautile.sandbox.function import FunctionDriver  # noqa: PLC0415
     from nautile.sandbox.log import TrajectoryLog  # noqa: PLC0415
-    from nautile.sandbox.recorded import Recorded, reexecute  # noqa: PLC0415
+    from nautile.sandbox.recorded import Recorded, Remaking, image_record, reexecute, starting_point  # noqa: PLC0415
 
     if replay not in ("attach", "reexecute"):
         raise InvalidRequest(f"replay {replay!r}: choose attach or reexecute")
-    image = {"layers": [str(layer) for layer in order.image.layers], "host_usr": order.image.host_usr}
-    head = {"sandbox": identity, "kind": order.kind, "image": image, "limits": dataclasses.asdict(order.limits)}
+    head = {"sandbox": identity, "kind": order.kind, "image": image_record(order.image)}
+    head |= {"limits": dataclasses.asdict(order.limits), "rules": list(order.policy.texts)}
     log = TrajectoryLog.open(place, head)
-    found = log.contents.head
+    found, operations = log.contents.head, log.contents.operations
     capabilities = (FunctionDriver if order.kind == "function" else ContainerDriver).capabilities
     capabilities = dataclasses.replace(capabilities, network=bool(order.policy.rules))
     driver: Driver | None = None
+
+    def make(image: Image, policy: NetworkPolicy, name: str) -> Driver:
+        if order.kind == "container":
+            with contextlib.suppress(SandboxLost):  # one that an attempt has left whose end nobody saw
+                ContainerDriver.attach(name, order.limits, keep).close()
+        return dataclasses.replace(order, image=image, policy=policy, workspace=None).make(name, keep)
+
+    def reopen(child: Path, image: Image, policy: NetworkPolicy) -> Recorded:
+        other = dataclasses.replace(order, image=image, policy=policy, workspace=None)
+        return _recorded(other, child, f"{order.kind[:1]}-{secrets.token_hex(8)}", replay, keep)
+
+    remaking = Remaking(make, reopen, tuple(found.get("rules", ())))
     try:
         if found["kind"] != order.kind:
             raise InvalidRequest(f"{place} is the log of a {found['kind']} sandbox: open it with kind={found['kind']!r}")
         if order.kind == "container" and found["sandbox"] != identity:
             with contextlib.suppress(SandboxLost):
                 driver = ContainerDriver.attach(found["sandbox"], order.limits, keep)
-        if driver is None and (order.kind == "function" or not log.contents.operations):
+        if driver is None and order.kind == "function":
             driver = order.make(identity, keep)
-        elif driver is None and replay == "reexecute":
-            driver = order.make(identity, keep)
-            reexecute(driver, place, log.contents)
+        elif driver is None and (replay == "reexecute" or len(operations) == log.contents.inherited):
+            image, first = starting_point(log.contents)
+            driver = dataclasses.replace(order, image=image).make(identity, keep)
+            reexecute(driver, place, log.contents, first)
         if driver is not None and driver.info.id != found["sandbox"]:
             log.moved(driver.info.id)
         info = driver.info if driver is not None else Info(found["sandbox"], order.kind, "lost", "native", ())
-        return Recorded(driver, log, info, capabilities)
+        return Recorded(driver, log, info, capabilities, remaking)
     except BaseException:
         log.close()
         if driver is not None and driver.info.id == identity:  # made for nothing; one that was attached to stays

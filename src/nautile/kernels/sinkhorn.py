@@ -38,7 +38,7 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
     if logits.is_cuda and triton is not None and n in (2, 4, 8) and logits.dtype == torch.float32:
         result: Tensor = torch.ops.nautile.sinkhorn(logits.reshape(-1, n, n).contiguous(), iterations, eps)[0]
         return result.view(logits.shape)
-    if torch.is_grad_enabled() and logits.requires_grad:
+    if torch.is_grad_enabled():  # whether or not these logits need it: a rollout can then compute what training will
         return sinkhorn_reference(logits, iterations, eps)
     if logits.numel() == 16 and n == 4 and logits.device.type == "cpu":
         return _sinkhorn_single(logits, iterations, eps)

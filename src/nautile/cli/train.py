@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -56,6 +57,9 @@ class _Run:
     processes: int
     device: str
     compile: bool
+    length: int = _LENGTH
+    index_topk: int | None = None  # None: the preset's
+    first_shard: int = 0
 
 
 @app.command()
@@ -124,6 +128,35 @@ def sft(  # noqa: PLR0913
 
 
 @app.command()
+def long(  # noqa: PLR0913
+    *,
+    data: Annotated[Path, typer.Option(help="Shards of the stage long, or where to write them.")],
+    out: Annotated[Path, typer.Option(help="Directory of the run; a checkpoint there is resumed.")],
+    init: Annotated[Path, typer.Option(help="Weights to continue from: a file of a stage, or a model directory.")],
+    indexer_only: Annotated[bool, typer.Option("--indexer-only", help="Dense attention; train the indexer alone.")] = False,
+    preset: str = "nano",
+    length: Annotated[int, typer.Option(help="Tokens of a row, as the shards have.")] = 16_384,
+    steps: int | None = None,
+    seconds: Annotated[float | None, typer.Option(help="End the stage, schedule included, after this time.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of a micro batch.")] = None,
+    peak_lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    first_shard: Annotated[int, typer.Option(help="Begin with this shard.")] = 0,
+    build_tokens: Annotated[int, typer.Option(help="Also build the shards, this many tokens.")] = 0,
+    processes: Annotated[int, typer.Option(help="Processes that build.")] = 2,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+) -> None:
+    """Continue on long rows with sparse attention; first with --indexer-only, so that the indexer knows what to choose.
+
+    Example: nautile train long --indexer-only --data data/long --out runs/out/indexer --init model --build-tokens 4000000
+    """
+    from nautile.train.stages import DENSE  # noqa: PLC0415
+
+    topk = DENSE if indexer_only else None
+    run = _Run(data, out, init, preset, build_tokens, processes, device, False, length, topk, first_shard)
+    _stage("indexer" if indexer_only else "long", run, steps=steps, seconds=seconds, batch_rows=rows, peak_lr=peak_lr)
+
+
+@app.command()
 def export(
     weights: Annotated[Path, typer.Argument(help="weights.safetensors or checkpoint.pt of a stage.")],
     out: Annotated[Path, typer.Option(help="Directory for the official layout.")],
@@ -152,19 +185,22 @@ def _stage(name: str, run: _Run, **changes: float | None) -> None:
     from nautile.train.packing import stage_named  # noqa: PLC0415
 
     config, builder = ModelConfig.preset(run.preset), None
+    if run.index_topk is not None:
+        config = dataclasses.replace(config, index_topk=run.index_topk)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if run.device == "auto" else run.device
     if run.build_tokens:
-        builder = stages.build_in_background(run.data, stage_named(name), run.build_tokens, _LENGTH, run.processes)
+        kind = stage_named("long" if name == "indexer" else name)
+        builder = stages.build_in_background(run.data, kind, run.build_tokens, run.length, run.processes)
     stage = stages.stage_config(
         name,
         compile=run.compile and device == "cuda",
         peak_flops=_H100_BF16 if device == "cuda" else None,
-        flops_per_token=train_flops_per_token(config, _LENGTH),
+        flops_per_token=train_flops_per_token(config, run.length),
         **changes,
     )
     model = stages.load_weights(config, run.init, device)
     typer.echo(json.dumps({"stage": name, "parameters": sum(p.numel() for p in model.parameters()), "device": device}))
-    progress = stages.run_stage(model, run.data, run.out, stage, _reporter())
+    progress = stages.run_stage(model, run.data, run.out, stage, _reporter(), run.first_shard)
     typer.echo(f"{name}: {progress.step} steps, {progress.tokens:,} tokens, {progress.seconds:.0f} s -> {run.out}")
     if builder is not None:
         builder.terminate()

@@ -8,6 +8,7 @@ after spaces, in JSON, in lists. Names are made of all pieces of the vocabulary.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -151,8 +152,44 @@ def _echo(pool: Pool) -> list[Passage]:
     return out
 
 
+_COMMANDS = (
+    ("mv {a} {b}", 'I rename "{a}" to "{b}".'),
+    ("mv {a} {b}", "{a} is to be called {b}."),
+    ("tail -n 1 {a}", 'I show the last line of "{a}".'),
+    ("cp {a} {b}", 'I copy "{a}" to "{b}".'),
+    ("wc -l {a} {b}", 'I count the lines of "{a}" and "{b}".'),
+    ("awk -F, '{s += $3} END {print s}' {a}", 'I sum column 3 of "{a}".'),
+    ("find {a} -type f -name '*.py' | wc -l", 'I count the files of "{a}" that end in ".py".'),
+    ("head -n 3 {a} > {b}", 'The start of "{a}" goes to "{b}".'),
+)
+
+
+def _commands(pool: Pool) -> list[Passage]:
+    """Names that stand in quotes in a thought and bare, after a space, in a shell command."""
+    rng = pool.rng
+    out: list[Passage] = []
+    for _ in range(rng.randint(3, 8)):
+        command, thought = rng.choice(_COMMANDS)
+        names = {"{a}": _path_name(pool), "{b}": _path_name(pool)}
+        for slot, name in names.items():
+            thought = thought.replace(slot, name)
+        out.append(Passage(thought + rng.choice(("\n$", '\n{"command": "', "\n<command>"))))
+        for piece in re.split(r"( \{[ab]\})", " " + command if out[-1].text.endswith("$") else command):
+            copied = piece[1:] in names
+            out.append(Passage(" " + names[piece[1:]] if copied else piece, copied))
+        out.append(Passage("\n"))
+    return out
+
+
+def _path_name(pool: Pool) -> str:
+    rng = pool.rng
+    stem = rng.choice((pool.word, pool.word, pool.snake, pool.invented, lambda: "-".join(pool.words(2))))()
+    folder = f"{pool.word()}/" if rng.random() < 0.4 else ""
+    return folder + stem + rng.choice((".py", ".txt", ".md", ".log", ".conf", ".1", ".old", ".csv", "", "rc"))
+
+
 _FORMS: tuple[tuple[Callable[[Pool], list[Passage]], float], ...] = (
-    (_settings, 1.0), (_lines, 1.0), (_requests, 1.5), (_echo, 0.7),
+    (_settings, 1.0), (_lines, 1.0), (_requests, 1.5), (_echo, 0.7), (_commands, 1.0),
 )  # fmt: skip
 
 

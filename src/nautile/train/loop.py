@@ -51,6 +51,12 @@ class StageConfig:
     peak_flops: float | None = None  # of the device, for MFU; None leaves MFU out
     flops_per_token: float = 0.0  # forward and backward, from the cost formula
     seed: int = 0
+    only: str = ""  # train parameters with this in their name alone ("indexer"); empty trains all
+
+    @property
+    def mtp_weight(self) -> float:
+        """Of the draft loss before the rate decays; a stage that trains a part leaves the draft block out."""
+        return 0.0 if self.only else 0.3
 
 
 @dataclass
@@ -94,6 +100,8 @@ class Trainer:
     def __init__(self, model: Transformer, config: StageConfig, directory: Path) -> None:
         self.model, self.config, self.directory = model, config, directory
         self.device = model.embed.weight.device
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(config.only in name)
         self.optimizers = Optimizers(model)
         self.progress = Progress()
         self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -153,7 +161,7 @@ class Trainer:
 
     def _step(self, batches: Iterator[tuple[Batch, int, int]], lr: float, decaying: bool) -> tuple[Losses, Tensor]:
         config = self.config
-        weights = LossWeights(mtp=0.1 if decaying else 0.3, indexer=config.indexer_weight)
+        weights = LossWeights(mtp=min(0.1, config.mtp_weight) if decaying else config.mtp_weight, indexer=config.indexer_weight)
         loads: Tensor | None = None
         for _ in range(config.micro_batches):
             batch, self.progress.shard, self.progress.row = next(batches)
@@ -163,11 +171,11 @@ class Trainer:
             loads = losses.loads if loads is None else loads + losses.loads
             self.progress.tokens += batch.ids.numel()
         for parameter in self.model.parameters():  # the indexer has no gradient until its loss is on
-            if parameter.grad is None:
+            if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         self.optimizers.step(lr)
-        if loads is not None:
+        if loads is not None and not config.only:
             self._balance(loads)
         return losses, norm
 

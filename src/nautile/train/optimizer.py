@@ -48,10 +48,15 @@ def newton_schulz(matrices: Tensor) -> Tensor:
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(Muon's, AdamW's). AdamW takes the embedding, the head, compressor biases, and every vector; Muon all other matrices."""
+    """(Muon's, AdamW's). AdamW takes the embedding, the head, compressor biases, and every vector; Muon all other matrices.
+
+    Frozen parameters (``requires_grad`` False) are in neither: not even weight decay moves them.
+    """
     muon: list[nn.Parameter] = []
     adam: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         vector_like = parameter.dim() < 2 or name.endswith("ape") or name in ("embed.weight", "head.weight")
         (adam if vector_like else muon).append(parameter)
     return muon, adam
@@ -111,7 +116,7 @@ class Optimizers:
             lr=0.0,
             betas=(self.config.beta1, self.config.beta2),
             eps=self.config.adam_eps,
-            fused=adam[0].is_cuda,
+            fused=bool(adam) and adam[0].is_cuda,
         )
 
     def step(self, lr: float) -> None:

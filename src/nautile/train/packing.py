@@ -24,10 +24,10 @@ from typing import Literal, get_args
 import numpy as np
 
 from nautile.protocol import Tokenizer
-from nautile.train import copying, corpus, procedural
+from nautile.train import copying, corpus, needles, procedural
 from nautile.train.tasks import Lexicon, Pool
 from nautile.train.tokenizer import PAD, SPECIALS
-from nautile.train.traces import TraceMaker, TraceMix
+from nautile.train.traces import TraceMaker, TraceMix, tokenise
 
 __all__ = [
     "ALIGNMENT",
@@ -38,6 +38,8 @@ __all__ = [
     "build",
     "build_shards",
     "copying_documents",
+    "long_documents",
+    "needle_documents",
     "pack",
     "practice_documents",
     "pretrain_documents",
@@ -49,7 +51,7 @@ ALIGNMENT = 128  # documents start at multiples of this
 SHARD_TOKENS = 1 << 20
 _SHARD_SECONDS = 120  # a shard takes 15 to 40; one that takes longer hangs
 MANIFEST = "corpus.json"  # in a directory of pretraining shards: the files they were made of, with their licences
-Stage = Literal["pretrain", "practice", "sft"]
+Stage = Literal["pretrain", "practice", "sft", "long"]
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def trace_documents(maker: TraceMaker, seed: str, without_system: float, longest
     while True:
         trace = maker.make(f"{seed}:{number}")
         number += 1
-        if rng.random() < without_system:
+        if rng.random() < without_system and not trace.needs_system:
             bos = maker.tokenizer.special(SPECIALS[0])
             ids, loss = [bos, *trace.ids[trace.system :]], b"\0" + bytes(trace.loss[trace.system :])
         else:
@@ -209,12 +211,33 @@ def copying_documents(tokenizer: Tokenizer, lexicon: Lexicon, seed: str, longest
         yield Document([bos, *ids, eos][:longest], (b"\0" + bytes(loss) + b"\0")[:longest])
 
 
+def needle_documents(tokenizer: Tokenizer, lexicon: Lexicon, seed: str, longest: int) -> Iterator[Document]:
+    """Endless texts of up to ``longest`` tokens with facts that are asked for at the end; loss on the model's own tokens."""
+    rng = random.Random(f"needles:{seed}")
+    while True:
+        wide = replace(lexicon, share=rng.uniform(0.15, 0.85)) if rng.random() < 0.6 else None
+        found = needles.training_haystack(Pool(rng, lexicon=wide), tokenizer, longest)
+        ids, loss, _ = tokenise(found.messages(), (), tokenizer)
+        yield Document(ids[:longest], bytes(loss)[:longest])
+
+
 def practice_documents(maker: TraceMaker, seed: str, longest: int) -> Iterator[Document]:
-    """Traces and copying exercises, 70 to 30 by tokens; loss on the model's own tokens and on copies."""
+    """Traces, copying exercises and needles, 74 to 12 to 14 by tokens; loss on the model's own tokens and on copies."""
     yield from _mixed(
         (
-            (trace_documents(maker, f"practice:{seed}", 0.5, longest), 0.70),
-            (copying_documents(maker.tokenizer, maker.lexicon, seed, longest), 0.30),
+            (trace_documents(maker, f"practice:{seed}", 0.65, longest), 0.74),
+            (copying_documents(maker.tokenizer, maker.lexicon, seed, longest), 0.12),
+            (needle_documents(maker.tokenizer, maker.lexicon, seed, longest), 0.14),
+        )
+    )
+
+
+def long_documents(maker: TraceMaker, seed: str, longest: int) -> Iterator[Document]:
+    """Needles and conversations of many tasks, 60 to 40 by tokens; loss on the model's own tokens."""
+    yield from _mixed(
+        (
+            (needle_documents(maker.tokenizer, maker.lexicon, f"long:{seed}", longest), 0.60),
+            (trace_documents(maker, f"long:{seed}", 0.3, longest), 0.40),
         )
     )
 
@@ -285,7 +308,10 @@ class _Writer:
 
     def __init__(self, config: BuildConfig, directory: Path) -> None:
         self.config, self.directory = config, directory
-        self.maker = TraceMaker(Tokenizer.load(config.tokenizer), TraceMix(real_python=config.real_python))
+        mix = TraceMix(real_python=config.real_python)
+        if config.stage == "long":
+            mix = replace(mix, chained=0.9, longest=40)
+        self.maker = TraceMaker(Tokenizer.load(config.tokenizer), mix)
         self.sources = corpus.collect() if config.stage == "pretrain" else []
         self.files = corpus.load_manifest(directory / MANIFEST) if config.stage == "pretrain" else []
 
@@ -298,10 +324,12 @@ class _Writer:
             documents = trace_documents(self.maker, seed, config.without_system, config.sequence_length)
         elif config.stage == "practice":
             documents = practice_documents(self.maker, f"{config.seed}:{shard}", config.sequence_length)
+        elif config.stage == "long":
+            documents = long_documents(self.maker, f"{config.seed}:{shard}", config.sequence_length)
         else:
             natural = corpus.documents(self.sources, self.files, f"{config.seed}:{shard}")
             documents = pretrain_documents(self.maker, natural, config.seed, shard, config.sequence_length)
-        rows = pack(documents, config.rows, config.sequence_length)
+        rows = pack(documents, config.rows, config.sequence_length, min(96, max(8, config.rows // 5)))
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         with temporary.open("wb") as file:
             np.savez(file, ids=rows.ids, documents=rows.documents, loss=rows.loss)
@@ -443,7 +471,7 @@ def main() -> None:
     """``python -m nautile.train.packing DIRECTORY STAGE TOKENS``: build without the rest of the program."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("stage", choices=("pretrain", "practice", "sft"))
+    parser.add_argument("stage", choices=get_args(Stage))
     parser.add_argument("tokens", type=int)
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2))

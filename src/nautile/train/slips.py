@@ -1,8 +1,9 @@
-"""Miscopied names for training: the mistake a small model makes, what the tool says to it, and how it is put right.
+"""Wrong names for training: the mistakes a small model makes, what the tool says to them, and how they are put right.
 
-A slip is a step of the expert with one name written wrongly, as the model does it: a piece of the name replaced, doubled or
-lost. The tool finds nothing; the expert then writes down what it wrote beside what the task says, and does the step again.
-The slip itself must carry no loss: mistakes are shown, not taught. What this file does not know: tools, tokens and messages.
+A slip is a step of the expert with one name written wrongly, as the model does it: miscopied (a piece of it replaced, doubled
+or lost) or misread (another word of the request taken for it, two names exchanged). The tool finds nothing; the expert then
+writes down what it wrote beside what the task says, and does the step again. The slip itself must carry no loss: mistakes are
+shown, not taught. What this file does not know: tools, tokens and messages.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from dataclasses import dataclass, replace
 
 from nautile.train.tasks import Pool, Step, compared
 
-__all__ = ["Slip", "failed", "make_slip"]
+__all__ = ["Slip", "failed", "make_misreading", "make_slip"]
 
 _QUOTED = re.compile(r'"([^"]+)"')
 _RUNS = re.compile(r"[A-Za-z]+|[0-9]+")
 _DEFINITION = re.compile(r"(?:def |class )?(.+?)\(?")
+_PROMPT_WORDS = re.compile(r"[\w./-]*\w")
 _FAILURES = ("no matches", "0")
 
 
@@ -47,6 +49,32 @@ def make_slip(pool: Pool, step: Step, files: Mapping[str, bytes]) -> Slip | None
     arguments = {key: value.replace(name, wrong) if isinstance(value, str) else value for key, value in step.arguments.items()}
     thought = step.reasoning if pool.rng.random() < 0.3 else step.reasoning.replace(f'"{name}"', f'"{wrong}"')
     bad = Step(thought, step.tool, arguments)  # some go wrong only when the call is written
+    return Slip(bad, replace(step, reasoning=f"{compared(_core(wrong), _core(name))} {step.reasoning}"))
+
+
+def make_misreading(pool: Pool, step: Step, prompt: str, files: Mapping[str, bytes]) -> Slip | None:
+    """``step`` as one does it who took another word of ``prompt`` for a name; None when that could change or find something."""
+    names = [name for name in _QUOTED.findall(step.reasoning) if _may_be_wrong(name, step, files)]
+    if not names:
+        return None
+    name = pool.rng.choice(names)
+    others = [other for other in _QUOTED.findall(step.reasoning) if other != name]
+    words = [word for word in _PROMPT_WORDS.findall(prompt) if word != name]
+    exchanged = bool(others) and pool.rng.random() < 0.6
+    if not (exchanged or words):
+        return None
+    wrong = pool.rng.choice(others) if exchanged else pool.rng.choice(words)
+    searched = step.tool != "run" and name != step.arguments.get("path")
+    if wrong in files or any(path.startswith(f"{wrong}/") for path in files) or wrong in (".", ""):
+        return None
+    if searched and any(wrong.encode() in content for content in files.values()):
+        return None
+
+    def misread(text: str) -> str:
+        return text.replace(name, "\0").replace(wrong, name if exchanged else wrong).replace("\0", wrong)
+
+    arguments = {key: misread(value) if isinstance(value, str) else value for key, value in step.arguments.items()}
+    bad = Step(misread(step.reasoning), step.tool, arguments)
     return Slip(bad, replace(step, reasoning=f"{compared(_core(wrong), _core(name))} {step.reasoning}"))
 
 

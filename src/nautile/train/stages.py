@@ -24,13 +24,45 @@ from nautile.train import packing
 from nautile.train.data import batches
 from nautile.train.loop import Progress, StageConfig, Trainer
 
-__all__ = ["STAGES", "build_in_background", "load_weights", "run_stage", "save_weights"]
+__all__ = ["DENSE", "STAGES", "build_in_background", "load_weights", "run_stage", "save_weights"]
+
+DENSE = 1 << 20  # an index_topk that leaves no entry out
 
 STAGES: dict[str, StageConfig] = {
     "pretrain": StageConfig(steps=3600, peak_lr=4e-3, end_lr_fraction=0.02, decay_fraction=0.55, qat=True),
     # Continues from weights that are trained already: copying exercises and traces, then traces alone, over one long decay.
     "practice": StageConfig(
         steps=12_000, peak_lr=3e-3, end_lr_fraction=0.01, decay_fraction=0.65, warmup_steps=100, qat=True, save_every=1000
+    ),
+    # The indexer alone, by KL to dense attention over long rows; the model gives ``DENSE`` as index_topk. A row of 16,384 is
+    # one micro batch: eager, because another shape would cost two minutes of compilation.
+    "indexer": StageConfig(
+        steps=400,
+        peak_lr=3e-3,
+        end_lr_fraction=0.05,
+        decay_fraction=0.5,
+        warmup_steps=20,
+        batch_rows=1,
+        micro_batches=2,
+        qat=True,
+        indexer_weight=1.0,
+        compile=False,
+        only="indexer",
+        save_every=10_000,
+    ),
+    # Everything, on long rows, sparse: the indexer by KL within what it chose, the rest by the language loss.
+    "long": StageConfig(
+        steps=400,
+        peak_lr=6e-4,
+        end_lr_fraction=0.02,
+        decay_fraction=0.8,
+        warmup_steps=20,
+        batch_rows=1,
+        micro_batches=4,
+        qat=True,
+        indexer_weight=1.0,
+        compile=False,
+        save_every=10_000,
     ),
     "sft": StageConfig(steps=4000, peak_lr=3e-3, end_lr_fraction=0.02, decay_fraction=0.6, warmup_steps=50, qat=True),
 }
@@ -52,9 +84,12 @@ def run_stage(
     out: Path,
     config: StageConfig,
     report: Callable[[dict[str, float]], None],
+    first_shard: int = 0,
 ) -> Progress:
-    """Train ``model`` (in place) on the shards of ``data``; resumes when ``out`` holds a checkpoint of this stage."""
+    """Train ``model`` (in place) on the shards of ``data``, from ``first_shard`` on; resumes when ``out`` holds a checkpoint of
+    this stage."""
     trainer = Trainer(model, config, out)
+    trainer.progress.shard = first_shard
     resumed = trainer.resume()
     out.joinpath("config.json").write_text(json.dumps(model.config.to_json(), indent=1) + "\n", encoding="utf-8")
     progress = trainer.progress

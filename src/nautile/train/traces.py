@@ -20,13 +20,16 @@ from nautile.agent.toolbox import execute
 from nautile.agent.tools import SYSTEM_PROMPT, TOOLS
 from nautile.protocol import Tokenizer, encode, texts
 from nautile.protocol.encoder import Special
-from nautile.train.slips import failed, make_slip
+from nautile.train.renaming import Renaming, random_renaming, system_prompt
+from nautile.train.slips import failed, make_misreading, make_slip
 from nautile.train.tasks import KINDS, Kind, Lexicon, Pool, Step, Task, Workspace
+from nautile.train.tasks.grammars import GRAMMARS
+from nautile.train.tasks.wording import Wording
 from nautile.train.tasks.words import HELD_OUT_WORDS
 
 __all__ = [
     "Conversation", "Conversations", "Trace", "TraceError", "TraceMaker", "TraceMix", "Turns", "lexicon_of", "run_tasks",
-    "tokenise",
+    "tokenise", "training_wording",
 ]  # fmt: skip
 
 
@@ -44,13 +47,17 @@ class TraceMix:
     """How conversations vary. Weights need not add up to one."""
 
     kinds: Mapping[str, float] = field(default_factory=lambda: dict(_WEIGHTS))
-    chained: float = 0.55  # share of conversations with more than one task
-    longest: int = 6  # tasks in one conversation
+    chained: float = 0.65  # share of conversations with more than one task
+    longest: int = 7  # tasks in one conversation
     thinking: float = 0.85
     all_tools: float = 0.8  # share that offers every tool in the usual order
     real_python: bool = True
     wide: float = 0.75  # share of conversations whose names are partly made of pieces of the vocabulary
-    slips: float = 0.08  # share of tasks (of conversations that think) in which the expert miscopies a name, and repairs it
+    slips: float = 0.14  # share of tasks (of conversations that think) in which the expert gets a name wrong, and repairs it
+    misread: float = 0.5  # share of those in which it takes another word for the name; else it miscopies it
+    composed: float = 0.75  # share of requests put together from parts; the rest follows the fixed templates
+    renamed: float = 0.12  # share of conversations whose tools and parameters have other names
+    other_system: float = 0.1  # share of conversations with another system prompt
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class Trace:
     loss: bytearray  # 1 where the token is the model's own, as long as ids
     system: int  # leading tokens that hardly change between conversations (system prompt and tools)
     kinds: tuple[str, ...]
+    needs_system: bool = False  # the tools have other names, which only the system prompt tells
 
 
 @dataclass
@@ -83,20 +91,20 @@ class Turns:
         self.call(step, output, thinking=True)
 
 
-def run_tasks(tasks: Sequence[Task], root: Path, thinking: bool = True, slipping: tuple[Pool, float] | None = None) -> Turns:
+def run_tasks(tasks: Sequence[Task], root: Path, thinking: bool = True, slipping: tuple[Pool, TraceMix] | None = None) -> Turns:
     """Run the experts of tasks that follow each other on one directory; the conversation from the first user turn on.
 
-    ``root`` must be empty; the first task's files are written to it. ``slipping`` = (source of randomness, share of tasks) lets
-    the expert miscopy a name of its first step in some, see what the tool says, and do it again. Raises TraceError when a
-    tool's output is not what the task expects, or when a directory-changing task does not grade itself as done.
+    ``root`` must be empty; the first task's files are written to it. ``slipping`` = (source of randomness, mix) lets the expert
+    get a name of its first step wrong in some, see what the tool says, and do it again. Raises TraceError when a tool's
+    output is not what the task expects, or when a directory-changing task does not grade itself as done.
     """
     tasks[0].write(root)
     turns = Turns()
     for task in tasks:
         turns.messages.append({"role": "user", "content": task.prompt})
         first, *others = task.expert()
-        if slipping is not None and first.shows != "error" and slipping[0].rng.random() < slipping[1]:
-            first = _slipped(turns, slipping[0], first, task, root)
+        if slipping is not None and first.shows != "error" and slipping[0].rng.random() < slipping[1].slips:
+            first = _slipped(turns, slipping, first, task, root)
         for step in (first, *others):
             output = execute(step.tool, dict(step.arguments), root).output
             if step.shows not in output:
@@ -108,9 +116,11 @@ def run_tasks(tasks: Sequence[Task], root: Path, thinking: bool = True, slipping
     return turns
 
 
-def _slipped(turns: Turns, pool: Pool, step: Step, task: Task, root: Path) -> Step:
-    """Miscopy a name of ``step`` and append what came of it: the step that repairs it, or ``step`` when nothing was wrong."""
-    slip = make_slip(pool, step, task.files)
+def _slipped(turns: Turns, slipping: tuple[Pool, TraceMix], step: Step, task: Task, root: Path) -> Step:
+    """Get a name of ``step`` wrong and append what came of it: the step that repairs it, or ``step`` when nothing was wrong."""
+    pool, mix = slipping
+    misread = pool.rng.random() < mix.misread
+    slip = make_misreading(pool, step, task.prompt, task.files) if misread else make_slip(pool, step, task.files)
     if slip is None:
         return step
     output = execute(slip.wrong.tool, dict(slip.wrong.arguments), root).output
@@ -184,6 +194,7 @@ class Conversation:
     thinking: bool
     kinds: tuple[str, ...]
     slips: frozenset[int] = frozenset()  # turns of the assistant (from 0) that are mistakes
+    renamed: bool = False  # the tools have other names
 
 
 class Conversations:
@@ -194,6 +205,7 @@ class Conversations:
 
     def __init__(self, mix: TraceMix | None = None, lexicon: Lexicon | None = None) -> None:
         self.mix, self.lexicon = mix or TraceMix(), lexicon
+        self.wording = training_wording(self.mix.composed) if self.mix.composed else None
         memory = Path("/dev/shm")
         self._scratch = Path(tempfile.mkdtemp(prefix="nautile-", dir=memory if memory.is_dir() else None))
         self.made, self.rejected = 0, 0  # rejected: a tool did not agree with the generator
@@ -224,18 +236,24 @@ class Conversations:
                     raise
 
     def _make(self, rng: random.Random) -> Conversation:
-        pool = Pool(rng, lexicon=self._lexicon(rng))
+        pool = Pool(rng, lexicon=self._lexicon(rng), wording=self.wording)
         tasks = self.tasks(pool)
         thinking = rng.random() < self.mix.thinking
         tools = _tools(rng, {step.tool for task in tasks for step in task.steps}, self.mix.all_tools)
         root = self._scratch / "work"
         root.mkdir()
         try:
-            turns = run_tasks(tasks, root, thinking, (pool, self.mix.slips) if thinking else None)
+            turns = run_tasks(tasks, root, thinking, (pool, self.mix) if thinking else None)
         finally:
             shutil.rmtree(root)
-        messages = [{"role": "system", "content": SYSTEM_PROMPT}, *turns.messages]
-        return Conversation(messages, tools, thinking, tuple(task.kind for task in tasks), frozenset(turns.slips))
+        renamed = rng.random() < self.mix.renamed
+        if renamed:
+            renaming = random_renaming(pool, tools)
+            tools = renaming.specifications(tools)
+            _rename(turns.messages, renaming)
+        system = system_prompt(rng) if rng.random() < self.mix.other_system else SYSTEM_PROMPT
+        messages = [{"role": "system", "content": system}, *turns.messages]
+        return Conversation(messages, tools, thinking, tuple(task.kind for task in tasks), frozenset(turns.slips), renamed)
 
     def _lexicon(self, rng: random.Random) -> Lexicon | None:
         """This conversation's source of rare names: none, or with a share of its own."""
@@ -252,7 +270,7 @@ class Conversations:
             names = [names[0]] * count
         kinds = [KINDS[name] for name in names]
         if count == 1:
-            return [kinds[0].generate(rng, real_python=mix.real_python, lexicon=pool.lexicon)]
+            return [kinds[0].generate(rng, real_python=mix.real_python, lexicon=pool.lexicon, wording=pool.wording)]
         needs = tuple(sorted({kind.needs for kind in kinds}))
         workspace = Workspace.random(pool, needs, mix.real_python)
         tasks = [task for kind in kinds if (task := _try(kind, pool, workspace)) is not None]
@@ -263,6 +281,13 @@ def lexicon_of(tokenizer: Tokenizer) -> Lexicon:
     """Every entry of the vocabulary that is letters, for names; words kept for evaluation are never made of them."""
     entries = (tokenizer.decode([number]) for number in range(tokenizer.vocab_size) if not tokenizer.is_special(number))
     return Lexicon.of(entries, HELD_OUT_WORDS)
+
+
+def training_wording(share: float = 0.75) -> Wording:
+    """Requests put together from parts, a ``share`` of all, without a run of four words of the wordings kept for evaluation."""
+    kept = (template for kind in KINDS.values() for template in kind.held_out_templates)
+    known = (template for kind in KINDS.values() for template in kind.templates)
+    return replace(Wording.of(GRAMMARS, kept, known), share=share)
 
 
 class TraceMaker:
@@ -285,7 +310,7 @@ class TraceMaker:
         if len(self._system) > 500:
             self._system.clear()
         ids, loss, system = tokenise(talk.messages, talk.tools, self.tokenizer, talk.thinking, self._system, talk.slips)
-        return Trace(ids, loss, system, talk.kinds)
+        return Trace(ids, loss, system, talk.kinds, talk.renamed)
 
 
 def _try(kind: type[Kind], pool: Pool, workspace: Workspace) -> Task | None:
@@ -293,6 +318,14 @@ def _try(kind: type[Kind], pool: Pool, workspace: Workspace) -> Task | None:
     if kind.needs != "any" and not workspace.paths(kind.needs):
         return None
     return next((task for _ in range(10) if (task := kind.make(pool, workspace)) is not None), None)
+
+
+def _rename(messages: list[dict[str, Any]], renaming: Renaming) -> None:
+    """Put the new words into the calls of ``messages``."""
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            name, arguments = renaming.call(call["function"]["name"], json.loads(call["function"]["arguments"]))
+            call["function"] = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
 
 
 def _tools(rng: random.Random, needed: set[str], all_tools: float) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from nautile.train.tasks.lexicon import Lexicon
+from nautile.train.tasks.wording import Wording
 from nautile.train.tasks.words import Pool
 from nautile.train.tasks.workspace import Workspace
 
@@ -157,9 +158,10 @@ class Kind(ABC):
         held_out_wording: bool = False,
         real_python: bool = False,
         lexicon: Lexicon | None = None,
+        wording: Wording | None = None,
     ) -> Task:
         """A task in a directory of its own. ``held_out`` draws half of the words from the part kept for evaluation."""
-        pool = Pool(rng, held_out, lexicon)
+        pool = Pool(rng, held_out, lexicon, wording)
         while True:
             task = cls.make(pool, Workspace.random(pool, (cls.needs,), real_python), held_out_wording)
             if task is not None:
@@ -180,7 +182,12 @@ class Kind(ABC):
 
     @classmethod
     def ask(cls, pool: Pool, held_out_wording: bool, values: Mapping[str, str], starting: str = "") -> str:
-        """A prompt from the kind's templates; ``starting`` keeps those whose text contains it."""
+        """A prompt from the kind's templates, or composed where the pool has a ``wording`` (training only).
+
+        ``starting`` keeps those whose text contains it.
+        """
+        if pool.wording is not None and not held_out_wording and pool.rng.random() < pool.wording.share:
+            return pool.wording.request(pool, cls.name, values, re.findall(r"\w+", starting))
         templates = cls.held_out_templates if held_out_wording else cls.templates
         fitting = tuple(template for template in templates if starting in template)
         return fill(pool, pool.rng.choice(fitting or templates), values, cls.suffixes)
@@ -211,9 +218,11 @@ class Approach:
 def approach(pool: Pool, workspace: Workspace, path: str, call: Callable[[str], Step], wrong: float = 0.05) -> Approach:
     """Name ``path`` in a prompt and make the first ``call`` on it.
 
-    With probability ``wrong`` the prompt misspells the name: the call fails, the directory is listed, the call is repeated.
+    With probability ``wrong`` (twice that where requests are composed) the prompt misspells the name: the call fails, the
+    directory is listed, the call is repeated.
     """
-    given = workspace.misspelt(pool, path) if pool.rng.random() < wrong else None
+    chance = wrong if pool.wording is None else 2 * wrong
+    given = workspace.misspelt(pool, path) if pool.rng.random() < chance else None
     if given is None:
         phrase = file_phrase(pool, path)
         used = f"./{path}" if phrase.strip("\"'`“”").startswith("./") else path

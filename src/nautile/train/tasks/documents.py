@@ -250,7 +250,18 @@ def definitions(lines: list[str]) -> list[Definition]:
 def _standard_modules() -> tuple[Path, ...]:
     """Files of the running interpreter's standard library (PSF licence), tests and vendored packages left out."""
     root = Path(sysconfig.get_path("stdlib"))
-    skip = ("test", "idlelib", "lib2to3", "site-packages", "dist-packages", "ensurepip", "turtledemo", "__pycache__")
+    # pydoc_data is the natural text of nautile.train.needles, which evaluation keeps.
+    skip = (
+        "pydoc_data",
+        "test",
+        "idlelib",
+        "lib2to3",
+        "site-packages",
+        "dist-packages",
+        "ensurepip",
+        "turtledemo",
+        "__pycache__",
+    )
     found = (path for path in root.rglob("*.py") if not any(part in skip or part == "tests" for part in path.parts))
     return tuple(sorted(path for path in found if path.stat().st_size > 2000))
 

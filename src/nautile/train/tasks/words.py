@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nautile.train.tasks.lexicon import Lexicon
+from nautile.train.tasks.wording import Wording
 
 __all__ = ["HELD_OUT_WORDS", "TRAIN_WORDS", "Pool"]
 
@@ -117,11 +118,13 @@ _DOMAINS = ("com", "org", "net", "io", "dev", "local", "example", "test", "inter
 @dataclass(frozen=True)
 class Pool:
     """Random words, names and values. With ``held_out`` half of the words come from the part kept for evaluation; with a
-    ``lexicon`` its share of them is made of pieces of the vocabulary (training only)."""
+    ``lexicon`` its share of them is made of pieces of the vocabulary, with a ``wording`` requests are composed (training
+    only)."""
 
     rng: random.Random
     held_out: bool = False
     lexicon: Lexicon | None = None
+    wording: Wording | None = None
 
     def word(self) -> str:
         """A dictionary word, or in one case of four an invented one."""

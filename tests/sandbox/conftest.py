@@ -1,11 +1,16 @@
 """Sandboxes shared by the tests of one process, and the rule that a missing package is a skip here and an error in CI."""
 
+import contextlib
 import os
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from nautile.sandbox import MIB, Limits, Sandbox
+from nautile.sandbox import container as container_module
+from nautile.sandbox.container import KeeperClient
 
 SMALL = Limits(memory=96 * MIB, pids=48, disk=16 * MIB, inodes=2000, output=64 * 1024, seconds=30.0)
 
@@ -16,6 +21,40 @@ def need(program):
         if os.environ.get("CI") == "true":
             pytest.fail(text)
         pytest.skip(text)
+
+
+@pytest.fixture
+def own_keeper():
+    """A keeper for one test alone: its directory. What is there at the end has been forgotten by nobody."""
+    with keeper_directory("one") as place:
+        yield place
+
+
+@pytest.fixture(scope="session", autouse=True)
+def keeper_of_this_process():
+    """Test processes side by side, and whatever else of this user runs, have keepers of their own."""
+    with keeper_directory("all") as place:
+        yield place
+
+
+@contextlib.contextmanager
+def keeper_directory(name):
+    above = Path("/run") if os.geteuid() == 0 else Path(tempfile.gettempdir())
+    place = above / f"nautile-test-{os.getpid()}-{name}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(container_module, "_runtime_directory", lambda: place)
+        yield place
+        KeeperClient().stop()
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def client_code(script):
+    """The source of another process's program that uses the keeper of this one."""
+    place = str(KeeperClient().place)
+    return (
+        "from pathlib import Path\nfrom nautile.sandbox import container\n"
+        f"container._runtime_directory = lambda: Path({place!r})\n{script}"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -26,14 +26,15 @@ from nautile.sandbox import (
     SubstrateUnavailable,
 )
 from nautile.sandbox.container import KeeperClient
-from sandbox.conftest import SMALL
+from sandbox.conftest import SMALL, client_code
 
 
 def keeper_pid():
     for place in Path("/proc").iterdir():
         if place.name.isdecimal():
             try:
-                if b"nautile.sandbox.keeper" in (place / "cmdline").read_bytes():
+                words = (place / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+                if words[-1] == os.fsencode(KeeperClient().place) and b"nautile.sandbox.keeper" in words[-2]:
                     return int(place.name)
             except OSError:
                 continue
@@ -322,7 +323,7 @@ def began(command):
 
 
 def leftovers(identity):
-    found = [place for place in Path("/run/nautile").glob(f"*{identity}*")]
+    found = [place for place in KeeperClient().place.glob(f"*{identity}*")]
     found += [place for place in Path("/sys/fs/cgroup").glob(f"*/nautile/*/{identity}")]
     found += [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if identity in line]
     return found
@@ -345,11 +346,11 @@ def test_a_killed_client_leaves_nothing():
         "from nautile.sandbox import Sandbox\n"
         "s = Sandbox.create('container')\nprint(s.info.id, flush=True)\ns.run('sleep 7324', timeout=60)"
     )
-    client = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    identity = client.stdout.readline().strip()
+    other = subprocess.Popen([sys.executable, "-c", client_code(script)], stdout=subprocess.PIPE, text=True)
+    identity = other.stdout.readline().strip()
     assert began("sleep 7324")
-    client.kill()
-    client.communicate()
+    other.kill()
+    other.communicate()
     assert gone("sleep 7324")
     deadline = time.monotonic() + 10
     while leftovers(identity) and time.monotonic() < deadline:
@@ -359,7 +360,7 @@ def test_a_killed_client_leaves_nothing():
 
 def test_a_container_that_died_is_lost_not_hung(fresh):
     sandbox = fresh()
-    state = Path("/run/nautile", sandbox.info.id, "state.json").read_text()
+    state = (KeeperClient().place / sandbox.info.id / "state.json").read_text()
     os.kill(json.loads(state)["process"], signal.SIGKILL)
     result = sandbox.run("true")
     assert result.infrastructure_error is not None and result.exit_code == -1
@@ -367,10 +368,8 @@ def test_a_container_that_died_is_lost_not_hung(fresh):
         sandbox.read("x")
 
 
-@pytest.mark.usefixtures("crun")
-@pytest.mark.slow
+@pytest.mark.usefixtures("crun", "own_keeper")
 def test_a_killed_keeper_is_an_error_and_the_next_one_sweeps(tmp_path):
-    """Ends every container of this user: not beside other tests."""
     sandbox = Sandbox.create("container", workspace=tmp_path)
     (tmp_path / "precious").write_text("mine")
     identity = sandbox.info.id
@@ -388,13 +387,13 @@ def test_a_killed_keeper_is_an_error_and_the_next_one_sweeps(tmp_path):
 
 @pytest.mark.usefixtures("crun")
 @pytest.mark.slow
-def test_the_keeper_leaves_when_it_is_idle():
+def test_the_keeper_leaves_when_it_is_idle(own_keeper):
     Sandbox.create("container").close()
     deadline = time.monotonic() + 15
     left = ["keeper.lock", "start.lock"]
-    while sorted(os.listdir("/run/nautile")) != left and time.monotonic() < deadline:  # to ask it would keep it up
+    while sorted(os.listdir(own_keeper)) != left and time.monotonic() < deadline:  # to ask it would keep it up
         time.sleep(0.2)
-    assert sorted(os.listdir("/run/nautile")) == left
+    assert sorted(os.listdir(own_keeper)) == left
     assert not KeeperClient().running
 
 
@@ -432,6 +431,7 @@ def test_a_pool_gives_each_sandbox_once_and_fills_up_again(crun):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_keeper")
 def test_clients_that_start_while_a_keeper_ends_all_get_one(crun):
     """Again and again in the moment after it was told to stop."""
     for _ in range(5):
@@ -441,5 +441,7 @@ def test_clients_that_start_while_a_keeper_ends_all_get_one(crun):
         script = (
             "from nautile.sandbox import Sandbox\nwith Sandbox.create('container') as s: print(s.run('echo up').stdout, end='')"
         )
-        clients = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+        clients = [
+            subprocess.Popen([sys.executable, "-c", client_code(script)], stdout=subprocess.PIPE, text=True) for _ in range(3)
+        ]
         assert [client.communicate(timeout=60)[0] for client in clients] == ["up\n"] * 3

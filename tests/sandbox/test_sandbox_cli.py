@@ -13,6 +13,7 @@ from nautile.agent import toolbox
 from nautile.cli import main
 from nautile.sandbox import InvalidRequest, SandboxError, Unsupported
 from nautile.sandbox.tools import open_tools
+from sandbox.conftest import client_code
 
 PROGRAM = Path(toolbox.__file__)
 
@@ -104,7 +105,7 @@ def test_the_agents_tools_work_in_any_substrate(kind, tmp_path, crun):
 
 def test_an_mcp_client_gets_a_sandbox(crun):
     async def talk():
-        arguments = ["-c", "import sys; from nautile.cli import main; sys.exit(main())", "sandbox", "mcp"]
+        arguments = ["-c", client_code("import sys; from nautile.cli import main; sys.exit(main())"), "sandbox", "mcp"]
         async with (
             stdio_client(StdioServerParameters(command=sys.executable, args=arguments)) as (reader, writer),
             ClientSession(reader, writer) as session,

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from nautile.sandbox import cgroup
@@ -17,8 +18,9 @@ __all__ = ["SHARE", "Settings", "State", "version"]
 SHARE = 65_536  # user ids of a container
 
 
+@lru_cache(maxsize=1)
 def version() -> str:
-    """What code this is: a keeper that was started by another one is not spoken to."""
+    """What code this process runs: a keeper that was started by another one is not spoken to."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
     texts = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]

@@ -1,5 +1,6 @@
 """Environments: experts are rewarded, tricks are not, held-out kinds are in no training data."""
 
+import py_compile
 import shutil
 from pathlib import Path
 
@@ -49,8 +50,6 @@ def test_stale_or_forged_bytecode_does_not_count(tmp_path):
     cache.mkdir()
     fixed = Path(tmp_path, task.path).read_text().replace(task.bug.wrong, task.bug.right)
     (tmp_path / "fixed.py").write_text(fixed)
-    import py_compile
-
     py_compile.compile(
         str(tmp_path / "fixed.py"),
         str(cache / f"{task.bug.module}.cpython-311.pyc"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import ClassVar
 
 from nautile.train.environment import Action, Environment, Grade, Outcome, Script
@@ -26,7 +27,7 @@ class FollowChain(Environment):
         self.path, others = names[: rng.choice((3, 4))], names[4:]
         codes = rng.sample(range(10_000, 99_999), 4)
         self.code, self.wrong = str(codes[0]), [str(code) for code in codes[1:]]
-        texts = {here: f"next: {there}" for here, there in zip(self.path, self.path[1:], strict=False)}
+        texts = {here: f"next: {there}" for here, there in pairwise(self.path)}
         texts[self.path[-1]] = f"code: {self.code}"
         texts |= {name: f"code: {code}" for name, code in zip(others, self.wrong, strict=True)}
         self.texts = {name: f"notes of the {name.removesuffix('.txt')}\n{text}\n" for name, text in texts.items()}
@@ -35,8 +36,8 @@ class FollowChain(Environment):
     def prompt(self) -> str:
         """See ``Environment.prompt``."""
         return (
-            f"Begin with {self.path[0]}. A file with a line that begins with `next:` sends you to that file; the last one has a "
-            "line that begins with `code:`. Which code is it? Answer with the code only."
+            f"Begin with {self.path[0]}. A file with a line that begins with `next:` sends you to that file; the last one has "
+            "a line that begins with `code:`. Which code is it? Answer with the code only."
         )
 
     def files(self) -> Mapping[str, bytes]:

@@ -25,7 +25,7 @@ def seen(scores, visible):
 
 @pytest.mark.parametrize(
     ("tokens", "heads", "ci", "count", "k"),
-    [(1, 16, 64, 1, 4), (2, 16, 64, 300, 16), (2, 64, 128, 4300, 512), (1, 16, 64, 700, 700)],
+    [(1, 16, 128, 1, 4), (2, 16, 128, 300, 16), (2, 64, 128, 4300, 512), (1, 16, 128, 700, 700)],
 )
 def test_scores_and_selection(tokens, heads, ci, count, k, device, dtype):
     q, weights, keys, visible = new_case(tokens, heads, ci, count, device, dtype)
@@ -36,7 +36,7 @@ def test_scores_and_selection(tokens, heads, ci, count, k, device, dtype):
 
 @pytest.mark.parametrize("kind", ["zero", "minus zero", "two values"])
 def test_ties_go_to_the_lowest_index(kind, device, dtype):
-    q, weights, keys, visible = new_case(2, 16, 64, 1100, device, dtype)
+    q, weights, keys, visible = new_case(2, 16, 128, 1100, device, dtype)
     if kind == "zero":
         weights.zero_()
     elif kind == "minus zero":  # w relu(.) is -0 for negative w: it equals 0 and must tie with it
@@ -52,8 +52,8 @@ def test_ties_go_to_the_lowest_index(kind, device, dtype):
 
 
 def test_shapes_it_does_not_take_are_refused(device, dtype):
-    q, weights, keys, visible = new_case(1, 16, 64, 10, device, dtype)
-    with pytest.raises(ValueError, match="powers of two"):
+    q, weights, keys, visible = new_case(1, 16, 128, 10, device, dtype)
+    with pytest.raises(ValueError, match="power of two"):
         index_select(q[:, :4], weights[:, :4], keys, visible, 4)
     with pytest.raises(ValueError, match="at most"):
         index_select(q, weights, keys, visible, 5000)

@@ -28,7 +28,7 @@ try:
 except ImportError:  # CPU-only installations have no Triton
     triton = None
 
-__all__ = ["ExpertBlocks", "FP4Experts", "fp4_experts", "fp4_experts_reference"]
+__all__ = ["ExpertBlocks", "ExpertTiles", "FP4Experts", "fp4_experts", "fp4_experts_reference"]
 
 
 @dataclass(frozen=True)
@@ -79,53 +79,104 @@ class ExpertBlocks:
         """Blocks of up to ``size`` pairs; the number of blocks depends on shapes alone, so a graph may hold it."""
         flat = chosen.flatten()
         order = flat.sort(stable=True)
-        counts = torch.bincount(flat, minlength=experts)
+        bounds = torch.searchsorted(order.values, torch.arange(experts + 1, device=flat.device, dtype=flat.dtype))
+        counts = bounds[1:] - bounds[:-1]
         blocks = (counts + size - 1) // size
-        most = min(len(flat), experts) + len(flat) // size
         ends = blocks.cumsum(0)
-        number = torch.arange(most, device=flat.device)
+        number = torch.arange(cls.most(len(flat), experts, size), device=flat.device)
         expert = torch.searchsorted(ends, number, right=True).clamp_max(experts - 1)
         inside = number - (ends - blocks)[expert]
-        first = (counts.cumsum(0) - counts)[expert] + inside * size
-        count = (counts[expert] - inside * size).clamp(0, size).where(number < ends[-1], 0)
+        first = bounds[expert] + inside * size
+        count = (counts[expert] - inside * size).clamp(0, size).masked_fill(number >= ends[-1], 0)
         pair, expert, first, count = (part.to(torch.int32) for part in (order.indices, expert, first, count))
         return cls(pair, expert, first, count, size)
 
+    @staticmethod
+    def most(pairs: int, experts: int, size: int) -> int:
+        """Blocks that this many pairs can fall into, whatever the routing."""
+        return min(pairs, experts) + pairs // size
 
-def fp4_experts(x: Tensor, chosen: Tensor, weights: Tensor, experts: FP4Experts) -> Tensor:
+
+@dataclass(frozen=True)
+class ExpertTiles:
+    """Sizes of the programs: ``pairs`` of a block, ``rows`` of weights and ``bytes`` of codes of a step for the two products."""
+
+    pairs: int
+    rows: int
+    down_rows: int
+    bytes: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def of(cls, pairs: int, experts: int) -> ExpertTiles:
+        """Small blocks while experts see few tokens each, else blocks that decode a weight once for many tokens."""
+        if pairs <= 16 * experts:
+            return cls(16, 32, 64, 64, 4, 4)
+        return cls(128, 64, 128, 64, 8, 3)
+
+
+_FEW = 1024  # pairs that one program can sort
+
+
+def fp4_experts(x: Tensor, chosen: Tensor, weights: Tensor, experts: FP4Experts, *, tiles: ExpertTiles | None = None) -> Tensor:
     """``fp4_experts_reference`` in Triton, activations in x's dtype: x [T, d] -> float32 [T, d].
 
-    d and I must be multiples of 128. Raises ValueError for others, RuntimeError without Triton.
+    d and I must be multiples of 128. ``tiles`` overrides the sizes of the programs. Nothing synchronises with the host, so a
+    graph may hold it. Raises ValueError for other widths, RuntimeError without Triton.
     """
     if triton is None:
         raise RuntimeError("fp4_experts needs Triton; fp4_experts_reference is the same in plain PyTorch")
     (tokens, hidden), top, inner = x.shape, chosen.shape[1], experts.w1.shape[1]
     if hidden % 128 or inner % 128:
         raise ValueError(f"d={hidden} and I={inner} must be multiples of 128")
-    pairs = tokens * top
-    few = pairs <= 16 * experts.w1.shape[0]
-    size = 16 if few else 64
-    blocks = ExpertBlocks.of(chosen, experts.w1.shape[0], size)
-    halves = x.view(tokens, hidden // 2, 2).transpose(1, 2).contiguous()
+    pairs, count = tokens * top, experts.w1.shape[0]
+    tiles = tiles or ExpertTiles.of(pairs, count)
+    pdl = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    blocks, halves = _prepared(x, chosen, count, tiles.pairs, pdl)
     middle = torch.empty(pairs, inner, dtype=x.dtype, device=x.device)
     parts = torch.empty(pairs, hidden, dtype=torch.float32, device=x.device)
-    rows = 32 if few else 64
     table = (blocks.pair, blocks.expert, blocks.first, blocks.count)
-    options = {"BLOCK_P": size, "ASM": x.is_cuda, "num_warps": 4, "num_stages": 4 if few else 3}
-    _gate_up_kernel[(inner // rows, len(blocks.expert))](
-        halves, experts.w1, experts.s1, experts.w3, experts.s3, weights.float().contiguous(), middle, *table,
-        inner, top, experts.limit, HIDDEN=hidden, BLOCK_N=rows, BYTES=64, **options,
+    s1, s3, s2 = (scales.view(torch.int32) for scales in (experts.s1, experts.s3, experts.s2))
+    options = {
+        "BLOCK_P": tiles.pairs, "BYTES": tiles.bytes, "ASM": x.is_cuda, "PDL": pdl,
+        "num_warps": tiles.warps, "num_stages": tiles.stages, "launch_pdl": pdl,
+    }  # fmt: skip
+    _gate_up_kernel[(inner // tiles.rows, len(blocks.expert))](
+        halves, experts.w1, s1, experts.w3, s3, weights.float().contiguous(), middle, *table,
+        inner, top, experts.limit, HIDDEN=hidden, BLOCK_N=tiles.rows, **options,
     )  # fmt: skip
-    _down_kernel[(hidden // 64, len(blocks.expert))](
-        middle, experts.w2, experts.s2, parts, *table, hidden, INNER=inner, BLOCK_N=64, BYTES=64, **options
+    _down_kernel[(hidden // tiles.down_rows, len(blocks.expert))](
+        middle, experts.w2, s2, parts, *table, hidden, INNER=inner, BLOCK_N=tiles.down_rows, **options
     )
     out = torch.empty(tokens, hidden, dtype=torch.float32, device=x.device)
-    _sum_kernel[(tokens, triton.cdiv(hidden, 1024))](parts, out, hidden, TOP=top, BLOCK=1024, num_warps=4)
+    _sum_kernel[(tokens, triton.cdiv(hidden, 1024))](
+        parts, out, hidden, TOP=top, BLOCK=1024, PDL=pdl, num_warps=4, launch_pdl=pdl
+    )
     return out
 
 
+def _prepared(x: Tensor, chosen: Tensor, experts: int, size: int, pdl: bool) -> tuple[ExpertBlocks, Tensor]:
+    """The blocks, and x split into even and odd elements [T, 2, d / 2]: one kernel for few pairs, else PyTorch."""
+    tokens, hidden = x.shape
+    pairs = chosen.numel()
+    if pairs > _FEW:
+        halves = x.view(tokens, hidden // 2, 2).transpose(1, 2).contiguous()
+        return ExpertBlocks.of(chosen, experts, size), halves
+    halves = torch.empty(tokens, 2, hidden // 2, dtype=x.dtype, device=x.device)
+    most = ExpertBlocks.most(pairs, experts, size)
+    table = torch.empty(pairs + 3 * most, dtype=torch.int32, device=x.device)
+    pair, expert, first, count = table.split([pairs, most, most, most])
+    _prepare_kernel[(1 + tokens,)](
+        x.contiguous(), chosen.contiguous(), halves, pair, expert, first, count, pairs, most, hidden, experts, size,
+        PAIRS=max(16, triton.next_power_of_2(pairs)), BLOCKS=triton.next_power_of_2(most),
+        EXPERTS=triton.next_power_of_2(experts), PDL=pdl, num_warps=8,
+    )  # fmt: skip
+    return ExpertBlocks(pair, expert, first, count, size), halves
+
+
 if triton is not None:
-    # Four bytes of codes and their four scales (bfloat16) -> the low and the high codes as bfloat16. The bits of a code,
+    # Four bytes of codes and their scale (a pair of bfloat16) -> the low and the high codes as bfloat16. The bits of a code,
     # moved under a bfloat16's exponent, are its value / 2^126; the scale brings 2^126 with it. 2 integer instructions and
     # half a multiplication for each value.
     _DECODE = tl.constexpr("""
@@ -143,7 +194,7 @@ if triton is not None:
     shr.b32 u, b, 2;
     and.b32 u, u, 0x01C001C0;
     lop3.b32 t, t, 0x80008000, u, 0xEA;
-    fma.rn.bf16x2 $1, t, $6, z;
+    fma.rn.bf16x2 $1, t, $5, z;
     shr.b32 u, a, 6;
     and.b32 u, u, 0x01C001C0;
     lop3.b32 t, a, 0x80008000, u, 0xEA;
@@ -151,7 +202,7 @@ if triton is not None:
     shr.b32 u, b, 6;
     and.b32 u, u, 0x01C001C0;
     lop3.b32 t, b, 0x80008000, u, 0xEA;
-    fma.rn.bf16x2 $3, t, $6, z;
+    fma.rn.bf16x2 $3, t, $5, z;
     }
     """)
 
@@ -162,15 +213,19 @@ if triton is not None:
 
     @triton.jit
     def _decoded(codes, scale, ROWS: tl.constexpr, BYTES: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr):
-        """uint8 codes [ROWS, BYTES], e8m0 scales [ROWS, BYTES / 16] -> even and odd inputs' weights [ROWS, BYTES], exact."""
-        power = (tl.minimum(scale.to(tl.int32) + 126, 254) << 23).to(tl.float32, bitcast=True)
+        """uint8 codes [ROWS, BYTES], words of four e8m0 scales [ROWS, BYTES / 64] -> even and odd inputs' weights
+        [ROWS, BYTES], exact."""
+        field = (scale[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :]) & 255
+        field = tl.minimum(field + 126, 254)  # the exponent of 2^126 2^(scale - 127)
+        power = field * 0x00800080 if ASM else field << 23
+        power = tl.broadcast_to(power[:, :, :, None], (ROWS, BYTES // 64, 4, 16))
+        power = tl.reshape(power, (ROWS, BYTES))
         if ASM:
-            wide = tl.broadcast_to(power.to(tl.bfloat16)[:, :, None], (ROWS, BYTES // 16, 16))
             return tl.inline_asm_elementwise(
-                _DECODE, "=r,=r,=r,=r,r,r,r", [codes, tl.reshape(wide, (ROWS, BYTES))],
+                _DECODE, "=r,=r,=r,=r,r,r,r,r,r", [codes, power],
                 dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
             )  # fmt: skip
-        wide = tl.reshape(tl.broadcast_to(power[:, :, None], (ROWS, BYTES // 16, 16)), (ROWS, BYTES))
+        wide = power.to(tl.float32, bitcast=True)
         bits = codes.to(tl.int32)
         return _from_e2m1(bits & 15, wide).to(DTYPE), _from_e2m1(bits >> 4, wide).to(DTYPE)
 
@@ -181,9 +236,9 @@ if triton is not None:
     ):  # fmt: skip
         """acc [ROWS, pairs] += weights [ROWS, BYTES bytes from ``start``] times activations; ``even`` points at the pairs'
         even halves [pairs], whose odd halves follow WIDTH elements later."""
-        byte, group = tl.arange(0, BYTES), tl.arange(0, BYTES // 16)
+        byte, word = tl.arange(0, BYTES), tl.arange(0, BYTES // 64)
         codes = tl.load(weights + row[:, None] * WIDTH + start + byte[None, :])
-        scale = tl.load(scales + row[:, None] * (WIDTH // 16) + start // 16 + group[None, :])
+        scale = tl.load(scales + row[:, None] * (WIDTH // 64) + start // 64 + word[None, :])
         x_even = tl.load(even[None, :] + start + byte[:, None], mask=live[None, :], other=0.0)
         x_odd = tl.load(even[None, :] + WIDTH + start + byte[:, None], mask=live[None, :], other=0.0)
         low, high = _decoded(codes, scale, ROWS, BYTES, ASM, x_even.dtype)
@@ -191,11 +246,54 @@ if triton is not None:
         return tl.dot(high, x_odd, acc, input_precision="ieee")
 
     @triton.jit
+    def _prepare_kernel(
+        x, chosen, halves, pair, expert, first, count, pairs, most, hidden, experts, size,
+        PAIRS: tl.constexpr, BLOCKS: tl.constexpr, EXPERTS: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """Program 0: the tables of ExpertBlocks. Program 1 + t: token t split into even and odd elements."""
+        if tl.program_id(0) > 0:
+            token = (tl.program_id(0) - 1).to(tl.int64)
+            for start in range(0, hidden // 2, 1024):
+                place = start + tl.arange(0, 1024)
+                inside = place < hidden // 2
+                source, target = x + token * hidden + 2 * place, halves + token * hidden + place
+                tl.store(target, tl.load(source, mask=inside, other=0.0), mask=inside)
+                tl.store(target + hidden // 2, tl.load(source + 1, mask=inside, other=0.0), mask=inside)
+        else:
+            slot, name, block = tl.arange(0, PAIRS), tl.arange(0, EXPERTS), tl.arange(0, BLOCKS)
+            own = tl.load(chosen + slot, mask=slot < pairs, other=experts).to(tl.int32)
+            rank = tl.zeros((PAIRS,), tl.int32)  # pairs that come before: a lower expert, or the same one and an earlier place
+            counts = tl.zeros((EXPERTS,), tl.int32)
+            for start in range(0, pairs, 16):
+                other = start + tl.arange(0, 16)
+                their = tl.load(chosen + other, mask=other < pairs, other=experts + 1).to(tl.int32)
+                same = (their[None, :] == own[:, None]) & (other[None, :] < slot[:, None])
+                rank += tl.sum(((their[None, :] < own[:, None]) | same).to(tl.int32), axis=1)
+                counts += tl.sum((their[None, :] == name[:, None]).to(tl.int32), axis=1)
+            tl.store(pair + rank, slot, mask=slot < pairs)
+            blocks = (counts + size - 1) // size
+            ends = tl.cumsum(blocks, axis=0)
+            before = (ends[None, :] <= block[:, None]) & (name < experts)[None, :]
+            number = tl.sum(before.to(tl.int32), axis=1)
+            inside = block - tl.sum(tl.where(before, blocks[None, :], 0), axis=1)
+            own_count = tl.sum(tl.where(name[None, :] == number[:, None], counts[None, :], 0), axis=1)
+            begin = tl.sum(tl.where(before, counts[None, :], 0), axis=1) + inside * size
+            here = block < most
+            tl.store(expert + block, tl.minimum(number, experts - 1), mask=here)
+            tl.store(first + block, begin, mask=here)
+            tl.store(count + block, tl.where(number < experts, tl.minimum(own_count - inside * size, size), 0), mask=here)
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+
+    @triton.jit
     def _gate_up_kernel(
         x, w1, s1, w3, s3, weights, middle, pair, expert, first, count, inner, top, limit,
         HIDDEN: tl.constexpr, BLOCK_N: tl.constexpr, BYTES: tl.constexpr, BLOCK_P: tl.constexpr, ASM: tl.constexpr,
+        PDL: tl.constexpr,
     ):  # fmt: skip
         """BLOCK_N rows of w1 and w3 for one block of pairs; the result is stored split into even and odd elements."""
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         block = tl.program_id(1)
         number = tl.load(count + block)
         if number > 0:
@@ -209,8 +307,8 @@ if triton is not None:
             gate, up = tl.zeros((BLOCK_N, BLOCK_P), tl.float32), tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
             w1 += base * width
             w3 += base * width
-            s1 += base * (width // 16)
-            s3 += base * (width // 16)
+            s1 += base * (width // 64)
+            s3 += base * (width // 64)
             for start in range(0, width, BYTES):
                 gate = _product(gate, w1, s1, even, row, live, start, BYTES, width, BLOCK_N, ASM)
                 up = _product(up, w3, s3, even, row, live, start, BYTES, width, BLOCK_N, ASM)
@@ -226,8 +324,11 @@ if triton is not None:
     def _down_kernel(
         middle, w2, s2, parts, pair, expert, first, count, hidden,
         INNER: tl.constexpr, BLOCK_N: tl.constexpr, BYTES: tl.constexpr, BLOCK_P: tl.constexpr, ASM: tl.constexpr,
+        PDL: tl.constexpr,
     ):  # fmt: skip
         """BLOCK_N rows of w2 for one block of pairs; each pair's result goes to its own row of ``parts``."""
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         block = tl.program_id(1)
         number = tl.load(count + block)
         if number > 0:
@@ -239,15 +340,17 @@ if triton is not None:
             even = middle + pairs.to(tl.int64) * INNER
             base = tl.load(expert + block).to(tl.int64) * hidden
             w2 += base * width
-            s2 += base * (width // 16)
+            s2 += base * (width // 64)
             acc = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
             for start in range(0, width, BYTES):
                 acc = _product(acc, w2, s2, even, row, live, start, BYTES, width, BLOCK_N, ASM)
             tl.store(parts + pairs.to(tl.int64)[None, :] * hidden + row[:, None], acc, mask=live[None, :])
 
     @triton.jit
-    def _sum_kernel(parts, out, hidden, TOP: tl.constexpr, BLOCK: tl.constexpr):
+    def _sum_kernel(parts, out, hidden, TOP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
         """Add a token's pairs in the order of its choices."""
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         token = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK,), tl.float32)

@@ -5,8 +5,9 @@ of two e2m1 codes each, the lower nibble for the even dimension, then 4 scale by
 equal scores the lowest index wins. The result is sorted by index, so that attention adds its rows in the same order
 whichever way they were found.
 
-The selection is by radix: a histogram of the upper 11 bits of all scores names the bin in which the k-th one lies; what is
-above is taken, and the candidates in that bin are settled 11 bits at a time, their index last.
+The selection is exact and needs few passes: while scoring, the maximum of each group of neighbouring keys is kept. The k-th
+largest of these maxima is a lower bound of the k-th largest score, which few scores reach (about 600 of 262,144 for k = 512);
+those become candidates, and radix rounds over them settle the rest, ties by their index.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ except ImportError:  # CPU-only installations have no Triton
 
 __all__ = ["index_scores_reference", "index_select", "index_select_reference"]
 
-_BINS = 2048
-_TILE = 4096  # scores a program looks at in the selection
+_TILE = 4096  # scores a program looks at in the selection, and the largest k
+_BLOCK = 128  # keys of a tile
 
 
 def index_scores_reference(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
@@ -46,174 +47,283 @@ def index_select_reference(scores: Tensor, visible: Tensor, k: int) -> Tensor:
     return out
 
 
+def _group(count: int) -> int:
+    """Keys under one maximum: at least 2,048 groups where there are that many keys, which keeps the bound close."""
+    return 1 << max(0, min(7, (max(count, 1) // 2048).bit_length() - 1))
+
+
 def index_select(q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Scores float32 [T, n] and the selection int32 [T, k] of ``index_select_reference``, in Triton.
 
     Args: q [T, H, ci] bfloat16 or float32 whose values lie on the FP4 grid (products are exact then), weights [T, H] float32,
-    keys uint8 [n, ci / 2 + ci / 32] contiguous, visible [T] int32. Scores of invisible keys are not written; k is at most
-    4,096.
+    keys uint8 [n, ci / 2 + ci / 32] contiguous, visible [T] int32. ci is 128; scores of invisible keys are not written; k is
+    at most 4,096.
     Raises ValueError for shapes the kernel does not take, RuntimeError without Triton.
     """
     if triton is None:
         raise RuntimeError("index_select needs Triton; the reference functions are the same in plain PyTorch")
     tokens, heads, ci = q.shape
-    if heads < 16 or heads & (heads - 1) or ci & (ci - 1) or not 0 < k <= _TILE or keys.shape[1] != ci // 2 + ci // 32:
-        raise ValueError(f"{heads} heads (16 or more) and ci={ci} must be powers of two, k={k} at most {_TILE}")
+    if heads < 16 or heads & (heads - 1) or ci != 128 or not 0 < k <= _TILE or keys.shape[1] != 68:
+        raise ValueError(f"{heads} heads must be a power of two of at least 16, ci={ci} 128, k={k} at most {_TILE}")
     count = keys.shape[0]
+    group = _group(count)
+    maxima = triton.next_power_of_2(max(16, triton.cdiv(count, group)))
     scores = torch.empty(tokens, count, dtype=torch.float32, device=q.device)
-    counts = torch.empty(tokens, _BINS + 2, dtype=torch.int32, device=q.device)  # histogram, taken, candidates
+    best = torch.empty(tokens, maxima, dtype=torch.float32, device=q.device)
+    found = torch.empty(tokens, 2 * count + 1, dtype=torch.int32, device=q.device)  # keys, indices, how many
     taken = torch.empty(tokens, k, dtype=torch.int32, device=q.device)
-    candidates = torch.empty(tokens, count, dtype=torch.int32, device=q.device)
-    tiles, parts = triton.cdiv(count, 128), triton.cdiv(count, _TILE)
-    per = max(1, triton.cdiv(tiles * tokens, 4 * 132))
+    tiles = triton.cdiv(count, _BLOCK)
+    per = max(1, triton.cdiv(tiles * tokens, 3 * 132))
+    pdl = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
     q, weights, visible = q.contiguous(), weights.contiguous(), visible.to(torch.int32)
     _score_kernel[(triton.cdiv(tiles, per), tokens)](
-        q, weights, keys, visible, scores, counts, count, per,
-        HEADS=heads, HALF=ci // 2, BLOCK=128, BINS=_BINS, num_warps=4, num_stages=3,
+        q, weights, keys.view(torch.int32), visible, scores, best, found, count, per, maxima,
+        HEADS=heads, BLOCK=_BLOCK, GROUP=group, ASM=q.is_cuda, PDL=pdl, num_warps=4, num_stages=3,
     )  # fmt: skip
-    _histogram_kernel[(parts, tokens)](scores, visible, counts, count, BINS=_BINS, TILE=_TILE, num_warps=8)
-    _split_kernel[(parts, tokens)](scores, visible, counts, taken, candidates, count, k, BINS=_BINS, TILE=_TILE, num_warps=8)
+    _collect_kernel[(triton.cdiv(count, _TILE), tokens)](
+        scores, best, visible, found, count, k,
+        MAXIMA=maxima, GROUP=group, TILE=_TILE, PDL=pdl, num_warps=8, launch_pdl=pdl,
+    )  # fmt: skip
     _settle_kernel[(tokens,)](
-        scores, counts, taken, candidates, count, k, BINS=_BINS, TILE=1024, K=triton.next_power_of_2(k), num_warps=8
+        found, taken, count, k, TILE=1024, K=triton.next_power_of_2(k), PDL=pdl, num_warps=8, launch_pdl=pdl
     )
     return scores, taken
 
 
 if triton is not None:
+    # Two words of eight FP4 codes and a scale each (bfloat16) -> eight pairs of bfloat16, the pair j code j of both words. The
+    # bits of a code, moved under a bfloat16's exponent, are its value / 2^126; the scale brings 2^126 with it.
+    _DECODE = tl.constexpr("""
+    {
+    .reg .b32 lo, hi, t, u, z;
+    mov.b32 z, 0x80008000;
+    prmt.b32 lo, $8, $9, 0x5410;
+    prmt.b32 hi, $8, $9, 0x7632;
+    shl.b32 t, lo, 12;
+    shl.b32 u, lo, 6;
+    and.b32 u, u, 0x01C001C0;
+    lop3.b32 t, t, 0x80008000, u, 0xEA;
+    fma.rn.bf16x2 $0, t, $10, z;
+    shl.b32 t, lo, 8;
+    shl.b32 u, lo, 2;
+    and.b32 u, u, 0x01C001C0;
+    lop3.b32 t, t, 0x80008000, u, 0xEA;
+    fma.rn.bf16x2 $1, t, $10, z;
+    shl.b32 t, lo, 4;
+    shr.b32 u, lo, 2;
+    and.b32 u, u, 0x01C001C0;
+    lop3.b32 t, t, 0x80008000, u, 0xEA;
+    fma.rn.bf16x2 $2, t, $10, z;
+    mov.b32 t, lo;
+    shr.b32 u, lo, 6;
+    and.b32 u, u, 0x01C001C0;
+    lop3.b32 t, t, 0x80008000, u, 0xEA;
+    fma.rn.bf16x2 $3, t, $10, z;
+    shl.b32 t, hi, 12;
+    shl.b32 u, hi, 6;
+    and.b32 u, u, 0x01C001C0;
+    lop3.b32 t, t, 0x80008000, u, 0xEA;
+    fma.rn.bf16x2 $4, t, $10, z;
+    shl.b32 t, hi, 8;
+    shl.b32 u, hi, 2;
+    and.b32 u, u, 0x01C001C0;
+    lop3.b32 t, t, 0x80008000, u, 0xEA;
+    fma.rn.bf16x2 $5, t, $10, z;
+    shl.b32 t, hi, 4;
+    shr.b32 u, hi, 2;
+    and.b32 u, u, 0x01C001C0;
+    lop3.b32 t, t, 0x80008000, u, 0xEA;
+    fma.rn.bf16x2 $6, t, $10, z;
+    mov.b32 t, hi;
+    shr.b32 u, hi, 6;
+    and.b32 u, u, 0x01C001C0;
+    lop3.b32 t, t, 0x80008000, u, 0xEA;
+    fma.rn.bf16x2 $7, t, $10, z;
+    }
+    """)
 
     @triton.jit
     def _order(scores):
-        """float32 -> int64 in 0 .. 2^32 - 1 of the same order."""
-        bits = scores.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-        return tl.where(bits >= 0x80000000, 0xFFFFFFFF - bits, bits + 0x80000000)
+        """float32 -> uint32 of the same order."""
+        bits = scores.to(tl.uint32, bitcast=True)
+        return bits ^ tl.where((bits >> 31) != 0, 0xFFFFFFFF, 0x80000000).to(tl.uint32)
 
     @triton.jit
-    def _from_e2m1(codes, power):
-        """4-bit codes times 2^126 times a scale: the code's exponent and mantissa, moved into a float32, are value / 2^126."""
-        moved = ((codes & 8) << 28) | ((codes & 7) << 22)
-        return moved.to(tl.float32, bitcast=True) * power
+    def _code(words, shift: tl.constexpr, power, DTYPE: tl.constexpr):
+        """The 4-bit codes at ``shift`` of each word, times a scale that brings 2^126 with it."""
+        code = (words >> shift) & 15
+        return ((((code & 8) << 28) | ((code & 7) << 22)).to(tl.float32, bitcast=True) * power).to(DTYPE)
+
+    @triton.jit
+    def _decoded(words, power, ASM: tl.constexpr, DTYPE: tl.constexpr):
+        """int32 words of eight codes [N, W] and the exponents of their scales -> eight [N, W], one for each code, exact."""
+        if ASM:
+            scale = (power << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
+            return tl.inline_asm_elementwise(
+                _DECODE, "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r", [words, scale],
+                dtype=(tl.bfloat16,) * 8, is_pure=True, pack=2,
+            )  # fmt: skip
+        scale = (power << 23).to(tl.float32, bitcast=True)
+        return (
+            _code(words, 0, scale, DTYPE), _code(words, 4, scale, DTYPE), _code(words, 8, scale, DTYPE),
+            _code(words, 12, scale, DTYPE), _code(words, 16, scale, DTYPE), _code(words, 20, scale, DTYPE),
+            _code(words, 24, scale, DTYPE), _code(words, 28, scale, DTYPE),
+        )  # fmt: skip
 
     @triton.jit
     def _score_kernel(
-        q, weights, keys, visible, scores, counts, count, per,
-        HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
+        q, weights, keys, visible, scores, best, found, count, per, maxima,
+        HEADS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """``per`` tiles of BLOCK keys for one query. The first program of a query clears its counters."""
+        """``per`` tiles of BLOCK keys for one query: their scores and the maximum of every GROUP of them."""
         token = tl.program_id(1).to(tl.int64)
-        head, byte = tl.arange(0, HEADS), tl.arange(0, HALF)
-        group = tl.arange(0, HALF // 16)
+        head, word = tl.arange(0, HEADS), tl.arange(0, 16)
         if tl.program_id(0) == 0:
-            tl.store(counts + token * (BINS + 2) + tl.arange(0, BINS), tl.zeros((BINS,), tl.int32))
-            tl.store(counts + token * (BINS + 2) + BINS + tl.arange(0, 2), tl.zeros((2,), tl.int32))
-        place = token * HEADS * 2 * HALF + head[None, :] * (2 * HALF) + 2 * byte[:, None]
-        even, odd = tl.load(q + place), tl.load(q + place + 1)
+            tl.store(found + token * (2 * count + 1) + 2 * count, 0)
+        place = q + token * HEADS * 128 + head[None, :] * 128 + 8 * word[:, None]
+        q0, q1, q2, q3 = tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3)
+        q4, q5, q6, q7 = tl.load(place + 4), tl.load(place + 5), tl.load(place + 6), tl.load(place + 7)
         weight = tl.load(weights + token * HEADS + head)
         seen = tl.load(visible + token)
-        for step in range(per):
-            key = (tl.program_id(0) * per + step) * BLOCK + tl.arange(0, BLOCK)
+        lane = tl.arange(0, BLOCK // GROUP)
+        first = tl.program_id(0) * per
+        for tile in range(first, tl.minimum(first + per, (seen + BLOCK - 1) // BLOCK)):
+            key = tile * BLOCK + tl.arange(0, BLOCK)
             live = key < seen
-            start = key.to(tl.int64) * (HALF + HALF // 16)
-            codes = tl.load(keys + start[:, None] + byte[None, :], mask=live[:, None], other=0).to(tl.int32)
-            scale = tl.load(keys + start[:, None] + HALF + group[None, :], mask=live[:, None], other=127).to(tl.int32)
-            # 2^126 * 2^(scale - 127) in one float32, exact for scale 1 .. 254
-            power = (tl.minimum(scale + 126, 254) << 23).to(tl.float32, bitcast=True)
-            power = tl.reshape(tl.broadcast_to(power[:, :, None], (BLOCK, HALF // 16, 16)), (BLOCK, HALF))
-            low = _from_e2m1(codes & 15, power).to(q.dtype.element_ty)
-            high = _from_e2m1(codes >> 4, power).to(q.dtype.element_ty)
-            products = tl.dot(low, even, input_precision="ieee")
-            products = tl.dot(high, odd, products, input_precision="ieee")
+            start = keys + key.to(tl.int64) * 17
+            words = tl.load(start[:, None] + word[None, :], mask=live[:, None], other=0)
+            scale = tl.load(start + 16, mask=live, other=0)
+            power = tl.minimum(((scale[:, None] >> ((word // 4) * 8)[None, :]) & 255) + 126, 254)  # 2^126 2^(scale - 127)
+            k0, k1, k2, k3, k4, k5, k6, k7 = _decoded(words, power, ASM, q.dtype.element_ty)
+            products = tl.dot(k0, q0, input_precision="ieee")
+            products = tl.dot(k1, q1, products, input_precision="ieee")
+            products = tl.dot(k2, q2, products, input_precision="ieee")
+            products = tl.dot(k3, q3, products, input_precision="ieee")
+            products = tl.dot(k4, q4, products, input_precision="ieee")
+            products = tl.dot(k5, q5, products, input_precision="ieee")
+            products = tl.dot(k6, q6, products, input_precision="ieee")
+            products = tl.dot(k7, q7, products, input_precision="ieee")
             total = tl.sum(tl.maximum(products, 0.0) * weight[None, :], axis=1)
             total = tl.where(total == 0, 0.0, total)  # minus zero is zero: they are equal and must tie
             tl.store(scores + token * count + key, total, mask=live)
-
-    @triton.jit
-    def _histogram_kernel(scores, visible, counts, count, BINS: tl.constexpr, TILE: tl.constexpr):
-        """How many of TILE scores fall into each bin of their upper 11 bits, added to the query's histogram."""
-        token = tl.program_id(1).to(tl.int64)
-        place = tl.program_id(0) * TILE + tl.arange(0, TILE)
-        seen = tl.load(visible + token)
-        if tl.program_id(0) * TILE < seen:
-            live = place < seen
-            bins = (_order(tl.load(scores + token * count + place, mask=live, other=0.0)) >> 21).to(tl.int32)
-            found = tl.histogram(bins, BINS, mask=live)
-            bin_ = tl.arange(0, BINS)
-            tl.atomic_add(counts + token * (BINS + 2) + bin_, found, mask=found > 0, sem="relaxed")
+            highest = tl.max(tl.reshape(tl.where(live, total, float("-inf")), (BLOCK // GROUP, GROUP)), axis=1)
+            at = tile * (BLOCK // GROUP) + lane
+            tl.store(best + token * maxima + at, highest, mask=at < maxima)
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
 
     @triton.jit
     def _threshold(histogram, k, BINS: tl.constexpr):
-        """The bin that holds the k-th largest, and how many lie in bins above it; bin -1 when there are fewer than k."""
+        """The bin that holds the k-th largest (0 if there are fewer) and how many lie in bins above it."""
         bin_ = tl.arange(0, BINS)
         above = tl.sum(histogram, axis=0) - tl.cumsum(histogram, axis=0)  # in bins above each
-        fits = above + histogram >= k
-        border = tl.max(tl.where(fits, bin_, -1), axis=0)
+        border = tl.maximum(tl.max(tl.where(above + histogram >= k, bin_, -1), axis=0), 0)
         return border, tl.sum(tl.where(bin_ > border, histogram, 0), axis=0)
 
     @triton.jit
-    def _append(values, chosen, target, counter, room):
-        """Write the chosen values behind each other from where ``counter`` stands."""
-        number = chosen.to(tl.int32)
-        first = tl.atomic_add(counter, tl.sum(number, axis=0), sem="relaxed")
-        place = first + tl.cumsum(number, axis=0) - number
-        tl.store(target + place, values, mask=chosen & (place < room))
+    def _digit(keys, shift: tl.constexpr, prefix, live):
+        """How often each value of the 8 bits at ``shift`` occurs among keys whose higher bits are the prefix's."""
+        inside = live
+        if shift < 24:
+            inside = live & ((keys >> (shift + 8)) == (prefix >> (shift + 8)))
+        return tl.histogram(((keys >> shift) & 255).to(tl.int32), 256, mask=inside)
 
     @triton.jit
-    def _split_kernel(
-        scores, visible, counts, taken, candidates, count, k, BINS: tl.constexpr, TILE: tl.constexpr
+    def _append(keys, index, chosen, room, own, count):
+        """Write the chosen keys and indices behind those that are there, in any order."""
+        number = chosen.to(tl.int32)
+        first = tl.atomic_add(own + 2 * count, tl.sum(number, axis=0), sem="relaxed")
+        place = first + tl.cumsum(number, axis=0) - number
+        tl.store(own + place, keys.to(tl.int32, bitcast=True), mask=chosen & (place < room))
+        tl.store(own + count + place, index, mask=chosen & (place < room))
+
+    @triton.jit
+    def _collect_kernel(
+        scores, best, visible, found, count, k,
+        MAXIMA: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """What lies above the border bin is taken, what lies in it is a candidate."""
+        """Scores that reach the k-th largest maximum (its upper 16 bits) become candidates."""
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         token = tl.program_id(1).to(tl.int64)
         seen = tl.load(visible + token)
         if tl.program_id(0) * TILE < seen:
-            own = counts + token * (BINS + 2)
-            border, _ = _threshold(tl.load(own + tl.arange(0, BINS)), k, BINS)
             place = tl.program_id(0) * TILE + tl.arange(0, TILE)
             live = place < seen
-            bins = (_order(tl.load(scores + token * count + place, mask=live, other=0.0)) >> 21).to(tl.int32)
-            _append(place, live & (bins > border), taken + token * k, own + BINS, k)
-            _append(place, live & (bins == border), candidates + token * count, own + BINS + 1, count)
+            keys = _order(tl.load(scores + token * count + place, mask=live, other=0.0))
+            lane = tl.arange(0, MAXIMA)
+            there = lane < (seen + GROUP - 1) // GROUP
+            highest = _order(tl.load(best + token * MAXIMA + lane, mask=there, other=0.0))
+            upper, above = _threshold(_digit(highest, 24, 0, there), k, 256)
+            bound = upper.to(tl.uint32) << 24
+            lower, above = _threshold(_digit(highest, 16, bound, there), k - above, 256)
+            bound = bound | (lower.to(tl.uint32) << 16)
+            _append(keys, place, live & (keys >= bound), count, found + token * (2 * count + 1), count)
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
 
     @triton.jit
-    def _key(scores, index):
-        """55 bits in which candidates of one bin differ: the lower 21 of the score, 32 of the inverted index, two zeros."""
-        return ((_order(scores) & 0x1FFFFF) << 34) | ((0xFFFFFFFF - index.to(tl.int64)) << 2)
-
-    @triton.jit
-    def _narrow(scores, candidates, number, lowest, missing, shift, BINS: tl.constexpr, TILE: tl.constexpr):
-        """Settle 11 more bits of the smallest chosen key: returns it and how many are missing among those that share it."""
-        histogram = tl.zeros((BINS,), tl.int32)
+    def _narrow(values, number, prefix, missing, shift: tl.constexpr, TILE: tl.constexpr):
+        """Settle 8 more bits of the smallest chosen value: returns it, how many are missing among those that share it, and
+        how many those are."""
+        histogram = tl.zeros((256,), tl.int32)
         for first in range(0, number, TILE):
             place = first + tl.arange(0, TILE)
-            index = tl.load(candidates + place, mask=place < number, other=0)
-            key = _key(tl.load(scores + index), index)
-            inside = (place < number) & ((key >> (shift + 11)) == (lowest >> (shift + 11)))
-            histogram += tl.histogram(((key >> shift) & 0x7FF).to(tl.int32), BINS, mask=inside)
-        border, above = _threshold(histogram, missing, BINS)
-        return lowest | (border.to(tl.int64) << shift), missing - above
+            keys = tl.load(values + place, mask=place < number, other=0).to(tl.uint32, bitcast=True)
+            histogram += _digit(keys, shift, prefix, place < number)
+        border, above = _threshold(histogram, missing, 256)
+        share = tl.sum(tl.where(tl.arange(0, 256) == border, histogram, 0), axis=0)
+        return prefix | (border.to(tl.uint32) << shift), missing - above, share
 
     @triton.jit
-    def _settle_kernel(
-        scores, counts, taken, candidates, count, k, BINS: tl.constexpr, TILE: tl.constexpr, K: tl.constexpr
-    ):  # fmt: skip
-        """Choose the rest from the candidates, whose keys are all different, and sort the whole selection by index."""
+    def _narrow_tied(own, count, number, tied, prefix, missing, shift: tl.constexpr, TILE: tl.constexpr):
+        """``_narrow`` for the inverted indices of the candidates whose key is ``tied``."""
+        histogram = tl.zeros((256,), tl.int32)
+        for first in range(0, number, TILE):
+            place = first + tl.arange(0, TILE)
+            live = place < number
+            keys = tl.load(own + place, mask=live, other=0).to(tl.uint32, bitcast=True)
+            index = tl.load(own + count + place, mask=live, other=0).to(tl.uint32, bitcast=True) ^ 0xFFFFFFFF
+            histogram += _digit(index, shift, prefix, live & (keys == tied))
+        border, above = _threshold(histogram, missing, 256)
+        return prefix | (border.to(tl.uint32) << shift), missing - above
+
+    @triton.jit
+    def _settle_kernel(found, taken, count, k, TILE: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr):
+        """Choose k of the candidates and sort them by index."""
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         token = tl.program_id(0).to(tl.int64)
-        own = counts + token * (BINS + 2)
-        already = tl.load(own + BINS)
-        number = tl.load(own + BINS + 1)
-        wanted = tl.minimum(k - already, number)
-        own_scores, own_candidates = scores + token * count, candidates + token * count
-        if wanted > 0:
-            lowest = tl.zeros((), tl.int64)  # keys from here on are chosen, as far as the digits so far say
-            missing = wanted
-            for digit in range(5):
-                lowest, missing = _narrow(own_scores, own_candidates, number, lowest, missing, 44 - 11 * digit, BINS, TILE)
-            for first in range(0, number, TILE):
-                place = first + tl.arange(0, TILE)
-                index = tl.load(own_candidates + place, mask=place < number, other=0)
-                key = _key(tl.load(own_scores + index), index)
-                _append(index, (place < number) & (key >= lowest), taken + token * k, own + BINS, k)
+        own = found + token * (2 * count + 1)
+        number = tl.load(own + 2 * count)
+        wanted = tl.minimum(k, number)
+        smallest = tl.zeros(
+            (), tl.uint32
+        )  # keys above it are chosen, and those equal to it whose inverted index reaches ``last``
+        last = tl.zeros((), tl.uint32)
+        if number > k:
+            smallest, missing, share = _narrow(own, number, smallest, wanted, 24, TILE)
+            smallest, missing, share = _narrow(own, number, smallest, missing, 16, TILE)
+            smallest, missing, share = _narrow(own, number, smallest, missing, 8, TILE)
+            smallest, missing, share = _narrow(own, number, smallest, missing, 0, TILE)
+            if share > missing:
+                last, missing = _narrow_tied(own, count, number, smallest, last, missing, 24, TILE)
+                last, missing = _narrow_tied(own, count, number, smallest, last, missing, 16, TILE)
+                last, missing = _narrow_tied(own, count, number, smallest, last, missing, 8, TILE)
+                last, missing = _narrow_tied(own, count, number, smallest, last, missing, 0, TILE)
+        written = 0
+        for first in range(0, number, TILE):
+            place = first + tl.arange(0, TILE)
+            live = place < number
+            keys = tl.load(own + place, mask=live, other=0).to(tl.uint32, bitcast=True)
+            index = tl.load(own + count + place, mask=live, other=0)
+            tied = (keys == smallest) & ((index.to(tl.uint32, bitcast=True) ^ 0xFFFFFFFF) >= last)
+            chosen = live & ((keys > smallest) | tied)
+            offset = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+            tl.store(taken + token * k + written + offset, index, mask=chosen)
+            written += tl.sum(chosen.to(tl.int32), axis=0)
         tl.debug_barrier()
         lane = tl.arange(0, K)
-        have = already + wanted
-        chosen = tl.load(taken + token * k + lane, mask=lane < tl.minimum(have, k), other=0x7FFFFFFF)
-        chosen = tl.sort(chosen)
+        chosen = tl.sort(tl.load(taken + token * k + lane, mask=lane < wanted, other=0x7FFFFFFF))
+        tl.debug_barrier()
         tl.store(taken + token * k + lane, tl.where(chosen == 0x7FFFFFFF, -1, chosen), mask=lane < k)

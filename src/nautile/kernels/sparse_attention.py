@@ -13,6 +13,7 @@ depend on which other queries run beside it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,42 +24,14 @@ try:
 except ImportError:  # CPU-only installations have no Triton
     triton = None
 
-__all__ = ["RowPool", "SplitPlan", "sparse_attention", "sparse_attention_reference"]
+from nautile.kernels import hopper_attention
+from nautile.kernels.row_pool import RowPool
 
-_GROUP = 64  # FP8 elements under one scale
+__all__ = ["AttentionTiles", "RowPool", "SplitPlan", "fast_split", "sparse_attention", "sparse_attention_reference"]
+
+Kernel = Literal["auto", "portable", "hopper"]
+
 _LOG2E = 1.4426950408889634
-
-
-@dataclass(frozen=True)
-class RowPool:
-    """Rows that lie anywhere in one allocation, ``stride`` elements of ``data`` apart; row i begins at ``data[i * stride]``.
-
-    ``data``: 1-D (or contiguous) uint8 for packed rows, else float32 or bfloat16. ``width`` is the elements of a row that
-    count, ``c`` the key dimensions, the last ``rotated`` of them in bfloat16 when packed.
-    """
-
-    data: Tensor
-    stride: int
-    c: int
-    rotated: int
-
-    @property
-    def packed(self) -> bool:
-        """Whether rows are FP8 and bfloat16 with scales."""
-        return self.data.dtype == torch.uint8
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """The rows ids [...] as float32 [..., c], exact. Negative ids give row 0 (callers mask them)."""
-        at = ids.clamp_min(0).long().unsqueeze(-1) * self.stride
-        flat = self.data.flatten()
-        if not self.packed:
-            return flat[at + torch.arange(self.c, device=flat.device)].float()
-        plain = self.c - self.rotated
-        payload = flat[at + torch.arange(plain, device=flat.device)].view(torch.float8_e4m3fn).float()
-        turned = flat[at + plain + torch.arange(2 * self.rotated, device=flat.device)].view(torch.bfloat16).float()
-        scale = flat[at + plain + 2 * self.rotated + torch.arange(plain // _GROUP, device=flat.device)]
-        power = torch.exp2(scale.float() - 127).repeat_interleave(_GROUP, -1)
-        return torch.cat((payload * power, turned), dim=-1)
 
 
 def sparse_attention_reference(
@@ -88,28 +61,51 @@ class SplitPlan:
 
     @classmethod
     def of(cls, near: int, far: int, block: int, tiles_per_split: int) -> SplitPlan:
-        """Enough splits of ``tiles_per_split`` tiles for lists of these lengths; lengths only, so batch plays no part."""
+        """Enough splits of ``tiles_per_split`` tiles (0: one split) for lists of these lengths; batch plays no part."""
         tiles = -(-near // block) + -(-far // block)
-        per = max(1, tiles_per_split)
+        per = max(1, tiles_per_split or tiles)
         return cls(max(1, -(-tiles // per)), per, block)
 
 
-def tile_sizes(capability: tuple[int, int]) -> tuple[int, int]:
-    """Heads of a program and rows of a tile for a compute capability (major, minor).
+def fast_split(tokens: int, heads: int, near: int, far: int, programs: int = 132, block: int = 64) -> int:
+    """Tiles a split that fill ``programs`` multiprocessors once with ``tokens`` queries of lists of these lengths.
 
-    64 heads are a warpgroup's rows on sm_90. On sm_100 the sums of 64 heads and the logits do not fit the tensor memory, and
-    Triton 3.6 compiles such a kernel to a trap; before sm_90 64 heads spill registers without end.
+    It looks at the batch, so results differ in the last bits between batches; pass a constant to ``sparse_attention`` where
+    they must not.
     """
-    return (64, 64) if capability[0] == 9 else (32, 64) if capability[0] >= 10 else (32, 32)
+    tiles = -(-near // block) + -(-far // block)
+    room = max(1, programs // max(1, tokens * -(-heads // 64)))
+    return max(1, -(-tiles // min(room, 64)))
+
+
+@dataclass(frozen=True)
+class AttentionTiles:
+    """Sizes of the portable kernel: heads of a program, rows of a tile, warps, stages of its pipeline."""
+
+    heads: int
+    rows: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def of(cls, capability: tuple[int, int]) -> AttentionTiles:
+        """64 heads are a warpgroup's rows on sm_90. On sm_100 the sums of 64 heads and the logits do not fit the tensor memory,
+        and Triton 3.6 compiles such a kernel to a trap; before sm_90 64 heads spill registers without end."""
+        if capability[0] == 9:
+            return cls(64, 64, 8, 2)
+        return cls(32, 64 if capability[0] >= 10 else 32, 8, 2)
 
 
 def sparse_attention(
-    q: Tensor, near: RowPool, near_ids: Tensor, far: RowPool, far_ids: Tensor, sink: Tensor, *, tiles_per_split: int = 0
-) -> Tensor:
-    """``sparse_attention_reference`` in Triton: products in q's dtype with float32 sums, one or several programs a query.
+    q: Tensor, near: RowPool, near_ids: Tensor, far: RowPool, far_ids: Tensor, sink: Tensor, *,
+    tiles_per_split: int = 0, kernel: Kernel = "auto", tiles: AttentionTiles | None = None,
+) -> Tensor:  # fmt: skip
+    """``sparse_attention_reference`` on a GPU: products in q's dtype with float32 sums, one or several programs a query.
 
-    ``tiles_per_split`` 0 takes all tiles in one program (prefill); small numbers suit few queries (decode). H must be a
-    multiple of 16, c a power of two. Raises ValueError for shapes the kernel does not take, RuntimeError without Triton.
+    ``tiles_per_split`` 0 takes all tiles in one program (prefill); small numbers suit few queries (decode, ``fast_split``).
+    ``kernel`` "auto" takes Hopper's own kernel where it fits (``hopper_attention.fits``), "portable" Triton's, whose sizes
+    ``tiles`` overrides. H must be a multiple of 16, c a power of two. Raises ValueError for shapes no kernel takes,
+    RuntimeError without Triton.
     """
     if triton is None:
         raise RuntimeError("sparse_attention needs Triton; sparse_attention_reference is the same in plain PyTorch")
@@ -117,28 +113,45 @@ def sparse_attention(
     if heads % 16 or c & (c - 1) or near.packed != far.packed or (near.c, near.rotated) != (c, far.rotated):
         raise ValueError(f"{heads} heads must be a multiple of 16, c={c} a power of two, and both pools of one format")
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
-    most, block_n = tile_sizes(capability)
-    block_h = min(most, heads)
-    near_tiles, far_tiles = -(-near_ids.shape[1] // block_n), -(-far_ids.shape[1] // block_n)
-    plan = SplitPlan.of(near_ids.shape[1], far_ids.shape[1], block_n, tiles_per_split or near_tiles + far_tiles)
+    hopper = q.is_cuda and kernel != "portable" and hopper_attention.fits(q, near, far, capability)
+    if kernel == "hopper" and not hopper:
+        raise ValueError("kernel='hopper' needs sm_90, bfloat16 queries of 512, a multiple of 64 heads and packed rows of 584")
+    size = tiles or AttentionTiles.of(capability)
+    block = hopper_attention.ROWS if hopper else size.rows
+    plan = SplitPlan.of(near_ids.shape[1], far_ids.shape[1], block, tiles_per_split)
     out = torch.empty_like(q)
     single = plan.splits == 1
     shape = (tokens, plan.splits, heads)
     partial = q.new_empty(1 if single else (*shape, c), dtype=torch.float32)
     weight = q.new_empty(1 if single else (*shape, 2), dtype=torch.float32)
-    native = capability >= (8, 9)
-    _attend_kernel[(tokens, heads // block_h, plan.splits)](
-        q.contiguous(), near.data, near_ids.contiguous(), far.data, far_ids.contiguous(), sink.float().contiguous(),
-        out, partial, weight, near_ids.shape[1], far_ids.shape[1], c**-0.5 * _LOG2E,
-        heads, plan.splits, plan.tiles, near_tiles, far_tiles, C=c, PLAIN=c - near.rotated, BLOCK_H=block_h,
-        BLOCK_N=block_n, PACKED=near.packed, SINGLE=single, NATIVE=native,
-        NEAR_STRIDE=near.stride, FAR_STRIDE=far.stride, num_warps=8, num_stages=2,
+    q, near_ids, far_ids, sink = q.contiguous(), near_ids.contiguous(), far_ids.contiguous(), sink.float().contiguous()
+    numbers = (
+        near_ids.shape[1], far_ids.shape[1], c**-0.5 * _LOG2E, heads, plan.splits, plan.tiles,
+        -(-near_ids.shape[1] // block), -(-far_ids.shape[1] // block),
     )  # fmt: skip
+    if hopper:
+        hopper_attention.launch(q, near, near_ids, far, far_ids, sink, out, partial, weight, numbers)
+    else:
+        block_h = min(size.heads, heads)
+        _attend_kernel[(tokens, heads // block_h, plan.splits)](
+            q, near.data, near_ids, far.data, far_ids, sink, out, partial, weight, *numbers,
+            C=c, PLAIN=c - near.rotated, BLOCK_H=block_h, BLOCK_N=size.rows, PACKED=near.packed, SINGLE=single,
+            NATIVE=capability >= (8, 9), NEAR_STRIDE=near.stride, FAR_STRIDE=far.stride,
+            num_warps=size.warps, num_stages=size.stages,
+        )  # fmt: skip
     if not single:
-        _join_kernel[(tokens, heads // 8)](
-            partial, weight, sink.float().contiguous(), out, heads, plan.splits, C=c, BLOCK_H=8, num_warps=4
-        )
+        _join(partial, weight, sink, out, plan.splits, capability)
     return out
+
+
+def _join(partial: Tensor, weight: Tensor, sink: Tensor, out: Tensor, splits: int, capability: tuple[int, int]) -> None:
+    tokens, heads, c = out.shape
+    width = min(c, 128)
+    pdl = out.is_cuda and capability >= (9, 0)
+    _join_kernel[(tokens, heads, c // width)](
+        partial, weight, sink, out, heads, splits, C=c, SPLITS=triton.next_power_of_2(splits), WIDTH=width, PDL=pdl,
+        num_warps=4, launch_pdl=pdl,
+    )  # fmt: skip
 
 
 if triton is not None:
@@ -175,14 +188,15 @@ if triton is not None:
     ):
         """Half of the columns of rows that begin at ``start``: 0 the first C / 2, 1 the last -> [N, C / 2]; dead rows are 0."""
         column = tl.arange(0, C // 2) + HALF * (C // 2)
-        if not PACKED:
-            return tl.load(data + start[:, None] + column[None, :], mask=live[:, None], other=0.0)
-        head = _load_plain(data, start, live, HALF * (C // 2), C // 2, C, PLAIN, NATIVE)
-        if HALF == 0 and PLAIN >= C // 2:
-            return head
-        turned = (data + start[:, None] + PLAIN).to(tl.pointer_type(tl.bfloat16))
-        tail = tl.load(turned + (column - PLAIN)[None, :], mask=live[:, None] & (column >= PLAIN)[None, :], other=0.0)
-        return head + tail.to(tl.float32)
+        if PACKED:
+            row = _load_plain(data, start, live, HALF * (C // 2), C // 2, C, PLAIN, NATIVE)
+            if HALF * (C // 2) + C // 2 > PLAIN:
+                turned = (data + start[:, None] + PLAIN).to(tl.pointer_type(tl.bfloat16))
+                seen = live[:, None] & (column >= PLAIN)[None, :]
+                row += tl.load(turned + (column - PLAIN)[None, :], mask=seen, other=0.0).to(tl.float32)
+        else:
+            row = tl.load(data + start[:, None] + column[None, :], mask=live[:, None], other=0.0)
+        return row
 
     @triton.jit
     def _tile(
@@ -257,21 +271,23 @@ if triton is not None:
             tl.store(weight + (slot + head) * 2 + 1, total)
 
     @triton.jit
-    def _join_kernel(partial, weight, sink, out, heads, splits, C: tl.constexpr, BLOCK_H: tl.constexpr):
-        """Join the splits of one query in their order, then the sink."""
-        token = tl.program_id(0).to(tl.int64)
-        head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-        column = tl.arange(0, C)
-        base = tl.load(sink + head) * 1.4426950408889634
-        total = tl.full((BLOCK_H,), 1.0, tl.float32)
-        acc = tl.zeros((BLOCK_H, C), tl.float32)
-        for split in range(splits):
-            slot = (token * splits + split) * heads + head
-            top, part = tl.load(weight + slot * 2), tl.load(weight + slot * 2 + 1)
-            higher = tl.maximum(base, top)
-            old, new = tl.exp2(base - higher), tl.exp2(top - higher)
-            acc = acc * old[:, None] + tl.load(partial + slot[:, None] * C + column[None, :]) * new[:, None]
-            total = total * old + part * new
-            base = higher
-        at = (token * heads + head)[:, None] * C + column[None, :]
-        tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty))
+    def _join_kernel(
+        partial, weight, sink, out, heads, splits, C: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr
+    ):  # fmt: skip
+        """WIDTH columns of one head of one query: all splits at once, added in a fixed order, then the sink."""
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        split = tl.arange(0, SPLITS)
+        column = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
+        slot = (token * splits + split) * heads + head
+        live = split < splits
+        top = tl.load(weight + slot * 2, mask=live, other=float("-inf"))
+        total = tl.load(weight + slot * 2 + 1, mask=live, other=0.0)
+        sums = tl.load(partial + slot[:, None] * C + column[None, :], mask=live[:, None], other=0.0)
+        drain = tl.load(sink + head) * 1.4426950408889634
+        base = tl.maximum(tl.max(top, axis=0), drain)
+        share = tl.exp2(top - base)
+        whole = tl.sum(total * share, axis=0) + tl.exp2(drain - base)
+        value = tl.sum(sums * share[:, None], axis=0) / whole
+        tl.store(out + (token * heads + head) * C + column, value.to(out.dtype.element_ty))

@@ -44,13 +44,16 @@ class RolloutRunner(TorchRunner):
         """See ``Runner.step``."""
         if not self.deterministic:
             return super().step(plan)
-        with torch.enable_grad():  # no gradient is kept; the modules take the path that training takes
-            rows = [super(RolloutRunner, self).step(Plan((piece,))) for piece in plan.pieces]
-        return torch.cat(rows)
+        return torch.cat([self._alone(piece) for piece in plan.pieces])
+
+    def _alone(self, piece: Piece) -> Tensor:
+        return super().step(Plan((piece,)))
 
     def _pass(self, pieces: list[Piece]) -> list[Tensor]:
-        if self.recorder is None:
-            return super()._pass(pieces)
+        with torch.set_grad_enabled(self.deterministic):  # no gradient is kept; the modules take the path that training takes
+            return super()._pass(pieces) if self.recorder is None else self._noted_pass(pieces, self.recorder)
+
+    def _noted_pass(self, pieces: list[Piece], recorder: Recorder) -> list[Tensor]:
         device, lengths = self.model.embed.weight.device, [len(piece.ids) for piece in pieces]
         padded = [(*piece.ids, *[0] * (max(lengths) - len(piece.ids))) for piece in pieces]
         ids = torch.tensor(padded, dtype=torch.int64, device=device)
@@ -58,7 +61,7 @@ class RolloutRunner(TorchRunner):
         streams = self.model.streams(ids, self.model.new_chunk(ids, state, torch.tensor(lengths)), state, trace)
         noted = decisions_of(self.model, trace, lengths, ids.shape[1])
         for piece, decisions in zip(pieces, noted, strict=True):
-            self.recorder.take(piece.sequence, piece.ids, decisions)
+            recorder.take(piece.sequence, piece.ids, decisions)
         return [row[:length] for row, length in zip(streams, lengths, strict=True)]
 
 

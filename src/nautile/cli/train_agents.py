@@ -1,0 +1,103 @@
+"""``nautile train env|grpo``: environments and reinforcement learning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app_env", "grpo"]
+
+app_env = typer.Typer(help="Environments to train and measure agents in.", no_args_is_help=True)
+
+
+@app_env.command("list")
+def list_environments(*, as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False) -> None:
+    """Every kind of task. Example: nautile train env list"""
+    from nautile.train.environments import ENVIRONMENTS  # noqa: PLC0415
+
+    rows = [{"kind": kind, "shape": one.shape, "held_out": one.held_out} for kind, one in ENVIRONMENTS.items()]
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    for row in rows:
+        typer.echo(f"{row['kind']:24} {row['shape']:11} {'held out' if row['held_out'] else 'trained'}")
+
+
+@app_env.command("check")
+def check_environments(
+    kinds: Annotated[list[str] | None, typer.Argument(help="Kinds to check; all of them when none is given.")] = None,
+    *,
+    seeds: Annotated[int, typer.Option(help="Tasks of each kind.", min=1)] = 2,
+    substrate: Annotated[str, typer.Option(help="function or container.")] = "function",
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Run each class's expert and adversaries in sandboxes: exit status 2 when a trick is rewarded or an expert is not.
+
+    Example: nautile train env check terminal_status_report --seeds 3
+    """
+    from nautile.train.environment_check import check  # noqa: PLC0415
+    from nautile.train.environments import ENVIRONMENTS, environment  # noqa: PLC0415
+
+    try:
+        classes = [environment(kind) for kind in kinds or ENVIRONMENTS]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    total = wrong = 0
+    for one in check(classes, range(seeds), substrate):
+        total, wrong = total + 1, wrong + (not one.right)
+        if as_json:
+            row = {"kind": one.kind, "seed": one.seed, "script": one.script, "reward": one.grade.reward, "right": one.right}
+            typer.echo(json.dumps(row))
+        elif one.right:
+            typer.echo(f"ok     {one.kind} {one.seed}: {one.script}: {one.grade.reward:g} ({one.grade.reason})")
+        else:
+            typer.echo(f"WRONG  {one.kind} {one.seed}: {one.script}: {one.grade.reward:g} ({one.grade.reason})")
+    typer.echo(f"{total - wrong} of {total} scripts got what they should", err=as_json)
+    if wrong:
+        raise typer.Exit(2)
+
+
+def grpo(  # noqa: PLR0913
+    *,
+    init: Annotated[Path, typer.Option(help="Model directory to start from; its tokenizer is used.")],
+    out: Annotated[Path, typer.Option(help="Directory of the run; what is there is continued.")],
+    kinds: Annotated[str, typer.Option(help="Environments, separated by commas.")] = "edit_value,count_lines",
+    steps: int = 10,
+    groups: Annotated[int, typer.Option(help="Tasks a step.")] = 4,
+    samples: Annotated[int, typer.Option(help="Conversations of each task.")] = 8,
+    lr: Annotated[float, typer.Option(help="Learning rate of Muon.")] = 1e-4,
+    kl: Annotated[float, typer.Option(help="Weight of the divergence from the first weights.")] = 1e-3,
+    seed: int = 0,
+    substrate: Annotated[str, typer.Option(help="Where tools run: function or container.")] = "function",
+    reply_tokens: Annotated[int, typer.Option(help="Tokens of one turn.")] = 256,
+    turns: int = 8,
+    deterministic: Annotated[bool, typer.Option(help="Rollouts and training through the same products.")] = False,
+    qat: Annotated[bool, typer.Option(help="Roll out and train on the values of the exported file.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Reinforcement learning in real sandboxes. Killed, it goes on where it was, in the middle of its conversations.
+
+    Example: nautile train grpo --init src/nautile/weights/nano --out runs/out/grpo --kinds edit_value,rename_file --steps 3
+    """
+    from nautile.checkpoint import load_model  # noqa: PLC0415
+    from nautile.protocol import Tokenizer  # noqa: PLC0415
+    from nautile.train.grpo import GRPO, GRPOConfig  # noqa: PLC0415
+    from nautile.train.rollout import RolloutConfig  # noqa: PLC0415
+    from nautile.train.stages import save_weights  # noqa: PLC0415
+
+    rollout = RolloutConfig(seed=seed, turns=turns, reply_tokens=reply_tokens, substrate=substrate)
+    try:
+        config = GRPOConfig(
+            kinds=tuple(kinds.split(",")), steps=steps, groups=groups, samples=samples, lr=lr, kl=kl,
+            deterministic=deterministic, qat=qat, rollout=rollout,
+        )  # fmt: skip
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    model = load_model(init, device=device)
+    run = GRPO(model, Tokenizer.load(init), config, out)
+    run.run(lambda report: typer.echo(report.line()))
+    save_weights(model, out / "weights.safetensors")
+    typer.echo(f"wrote {out}/weights.safetensors; next: nautile train page {out}")

@@ -28,6 +28,9 @@ def tools(  # noqa: PLR0913  # one parameter an option
     seeds: Annotated[int | None, typer.Option(help="Tasks a kind. Default: 20.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Every seed: 50 a kind, 300 for each kind of the demo.")] = False,
     held_out_wording: Annotated[bool, typer.Option("--held-out-wording", help="Ask in words never trained on.")] = False,
+    renamed_tools: Annotated[
+        bool, typer.Option("--renamed-tools", help="Tools and parameters under names never trained on.")
+    ] = False,
     in_process: Annotated[bool, typer.Option("--in-process", help="No sandbox: quicker; the result says so.")] = False,
     first_seed: Annotated[
         int | None, typer.Option(help="Begin here instead of the published seeds, to try things without spending those.")
@@ -60,6 +63,7 @@ def tools(  # noqa: PLR0913  # one parameter an option
         if first_seed is not None:
             config = dataclasses.replace(config, first_seed=first_seed)
         config = dataclasses.replace(config, held_out_wording=held_out_wording, confined=not in_process)
+        config = dataclasses.replace(config, renamed_tools=renamed_tools)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     opening = functools.partial(open_client, model, dialect=dialect)

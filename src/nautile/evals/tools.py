@@ -25,7 +25,8 @@ from nautile.agent.client import ChatClient
 from nautile.agent.loop import Agent, Budget
 from nautile.agent.tools import TOOLS
 from nautile.agent.workbench import InProcess
-from nautile.sandbox import open_sandbox
+from nautile.sandbox import ToolSandbox, open_sandbox
+from nautile.train.renaming import HELD_OUT_RENAMING
 from nautile.train.tasks import DEMO_KINDS, HELD_OUT_START, KINDS
 
 __all__ = ["BAR", "DEMO_BAR", "EvalConfig", "KindScore", "Outcome", "Report", "evaluate", "evaluate_in_processes", "wilson"]
@@ -44,6 +45,7 @@ class EvalConfig:
     demo_seeds: int | None = None
     first_seed: int = HELD_OUT_START
     held_out_wording: bool = False
+    renamed_tools: bool = False  # tools and parameters under names that no training run has seen
     confined: bool = True
     budget: Budget = field(default_factory=lambda: Budget(steps=12, tokens=8192, reply_tokens=512, tool_seconds=20.0))
 
@@ -126,6 +128,7 @@ class Report:
             "model": self.model,
             "sandbox": "bubblewrap" if config.confined else "in-process",
             "held_out_wording": config.held_out_wording,
+            "renamed_tools": config.renamed_tools,
             "first_seed": config.first_seed,
             "device": device_name(),
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -214,12 +217,29 @@ def _outcomes(client: ChatClient, config: EvalConfig, cases: Sequence[tuple[str,
             root, state = Path(scratch, "work"), Path(scratch, "state")
             root.mkdir()
             task.write(root)
-            sandbox = open_sandbox(root) if config.confined else InProcess(root)
-            ran = Agent(client, TOOLS, sandbox, budget=config.budget, state=state).run(task.prompt)
+            sandbox: ToolSandbox = open_sandbox(root) if config.confined else InProcess(root)
+            tools: Sequence[Mapping[str, Any]] = TOOLS
+            if config.renamed_tools:
+                sandbox, tools = _RenamedSandbox(sandbox), HELD_OUT_RENAMING.specifications(TOOLS)
+            ran = Agent(client, tools, sandbox, budget=config.budget, state=state).run(task.prompt)
             if ran.status == "interrupted":
                 raise KeyboardInterrupt
             passed = ran.status == "answered" and task.grade(root, ran.answer)
             yield Outcome(kind, seed, passed, ran.status, task.prompt, ran.answer, task.answer, ran.tokens)
+
+
+class _RenamedSandbox:
+    """A sandbox whose tools have other names: calls in those words reach the tools as they are."""
+
+    def __init__(self, sandbox: ToolSandbox) -> None:
+        self.sandbox, self.root, self.confinement = sandbox, sandbox.root, sandbox.confinement
+
+    def call(self, program: Path, request: Mapping[str, Any], *, time_limit: float) -> dict[str, Any]:
+        """See ``ToolSandbox``."""
+        if "tool" in request and isinstance(request["arguments"], Mapping):
+            name, arguments = HELD_OUT_RENAMING.original(request["tool"], request["arguments"])
+            request = {**request, "tool": name, "arguments": arguments}
+        return self.sandbox.call(program, request, time_limit=time_limit)
 
 
 def wilson(passed: int, total: int, z: float = 1.96) -> tuple[float, float]:

@@ -37,11 +37,11 @@ STAGES: dict[str, StageConfig] = {
     # The indexer alone, by KL to dense attention over long rows; the model gives ``DENSE`` as index_topk. A row of 16,384 is
     # one micro batch: eager, because another shape would cost two minutes of compilation.
     "indexer": StageConfig(
-        steps=400,
+        steps=2000,
         peak_lr=3e-3,
         end_lr_fraction=0.05,
         decay_fraction=0.5,
-        warmup_steps=20,
+        warmup_steps=10,
         batch_rows=1,
         micro_batches=2,
         qat=True,
@@ -49,20 +49,22 @@ STAGES: dict[str, StageConfig] = {
         compile=False,
         only="indexer",
         save_every=10_000,
+        log_every=10,
     ),
     # Everything, on long rows, sparse: the indexer by KL within what it chose, the rest by the language loss.
     "long": StageConfig(
-        steps=400,
+        steps=2000,
         peak_lr=6e-4,
         end_lr_fraction=0.02,
         decay_fraction=0.8,
-        warmup_steps=20,
+        warmup_steps=10,
         batch_rows=1,
-        micro_batches=4,
+        micro_batches=2,
         qat=True,
         indexer_weight=1.0,
         compile=False,
         save_every=10_000,
+        log_every=10,
     ),
     "sft": StageConfig(steps=4000, peak_lr=3e-3, end_lr_fraction=0.02, decay_fraction=0.6, warmup_steps=50, qat=True),
 }

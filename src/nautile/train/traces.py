@@ -38,7 +38,7 @@ class TraceError(RuntimeError):
 
 
 _WEIGHTS: dict[str, float] = {name: 1.0 for name in KINDS} | {
-    "count_lines": 3.5, "find_definition": 3.5, "lookup_value": 4.5, "edit_value": 1.5,
+    "count_lines": 2.5, "find_definition": 2.5, "lookup_value": 3.2, "edit_value": 1.5, "replace_text": 1.5,
 }  # fmt: skip
 
 

@@ -180,7 +180,7 @@ class Wording:
     grammars: Mapping[str, Grammar]
     kept: frozenset[tuple[str, ...]] = frozenset()
     share: float = 0.75
-    noise: float = 0.2
+    noise: float = 0.25
 
     @classmethod
     def of(cls, grammars: Mapping[str, Grammar], kept: Iterable[str], known: Iterable[str]) -> Wording:

@@ -110,6 +110,107 @@ def mcp(
     serve(kind, workspace, allow)
 
 
+@app.command()
+def edge(  # noqa: PLR0913  # one parameter an option
+    name: Annotated[str, typer.Argument(help="Its name: it is part of the ids of its sandboxes, and stays the same.")],
+    *,
+    state: Annotated[Path, typer.Option(help="Its directory, kept from run to run.")],
+    listen: Annotated[str, typer.Option(help="HOST:PORT, or unix:PATH for gateways of this machine.")] = "127.0.0.1:0",
+    secret_file: Annotated[Path | None, typer.Option(help="A file with the secret that gateways show. TCP needs one.")] = None,
+    capacity: Annotated[int, typer.Option(help="Sandboxes at once.")] = 4000,
+    pool: Annotated[int, typer.Option(help="Containers with default limits that are made ahead.")] = 0,
+    images: Annotated[Path | None, typer.Option(help="A directory whose directories may be named as images.")] = None,
+    orphan: Annotated[float, typer.Option(help="Seconds that containers live on when the edge is killed.")] = 600.0,
+    leave: Annotated[bool, typer.Option("--leave", help="Leave sandboxes to the next run instead of closing them.")] = False,
+) -> None:
+    """Own this machine's sandboxes for a fleet. Prints "ready URL"; ends at SIGTERM.
+
+    Example: nautile sandbox edge n1 --state /var/lib/nautile --listen 10.0.0.5:7070 --secret-file secret
+    """
+    from nautile.sandbox.fleet.admission import Admission  # noqa: PLC0415
+    from nautile.sandbox.fleet.edge import EdgeConfig  # noqa: PLC0415
+    from nautile.sandbox.fleet.serving import serve_edge  # noqa: PLC0415
+
+    config = EdgeConfig(name, state, Admission(capacity), orphan, pool=pool, images=images)
+    serve_edge(config, listen, _secret(secret_file), leave)
+
+
+@app.command()
+def gateway(
+    tokens: Annotated[Path, typer.Argument(help="The file of tokens and projects; see: nautile sandbox token.")],
+    *,
+    edges: Annotated[list[str] | None, typer.Option("--edge", help="An edge's URL; may be given again.")] = None,
+    edges_file: Annotated[Path | None, typer.Option(help="A file with one edge's URL a line; may change.")] = None,
+    listen: Annotated[str, typer.Option(help="HOST:PORT.")] = "127.0.0.1:0",
+    secret_file: Annotated[Path | None, typer.Option(help="A file with the secret of the edges.")] = None,
+    choices: Annotated[int, typer.Option(help="How many edges at random the least loaded is taken of.")] = 2,
+) -> None:
+    """Place sandboxes on edges, for those who have a token. Prints "ready URL". Start as many as you like.
+
+    Example: nautile sandbox gateway tokens.json --edge http://10.0.0.5:7070 --secret-file secret --listen 0.0.0.0:7000
+    """
+    from nautile.sandbox.fleet.gateway import GatewayConfig  # noqa: PLC0415
+    from nautile.sandbox.fleet.serving import serve_gateway  # noqa: PLC0415
+    from nautile.sandbox.fleet.watcher import Edges  # noqa: PLC0415
+
+    serve_gateway(GatewayConfig(tokens, choices), Edges(tuple(edges or ()), edges_file), listen, _secret(secret_file))
+
+
+@app.command()
+def token(
+    project: Annotated[str, typer.Argument(help="Whose: steps between slashes; limits hold for all below.")],
+    *,
+    file: Annotated[Path, typer.Option(help="The file of tokens and projects; made if it is not there.")],
+    sandboxes: Annotated[int | None, typer.Option(help="How many sandboxes the project may have at once.")] = None,
+    memory: Annotated[int | None, typer.Option(help="The sum of their memory limits, in MiB.")] = None,
+) -> None:
+    """Make a token of a fleet's project and print it; the file keeps only its hash.
+
+    Example: nautile sandbox token lab/anna --file tokens.json --sandboxes 100
+    """
+    from nautile.sandbox import MIB  # noqa: PLC0415
+    from nautile.sandbox.fleet.quota import Quota, issue  # noqa: PLC0415
+
+    typer.echo(issue(file, project, Quota(sandboxes, None if memory is None else memory * MIB)))
+
+
+@app.command()
+def fleet(
+    url: Annotated[str, typer.Argument(help="A gateway.")],
+    *,
+    token_file: Annotated[Path, typer.Option(help="A file with your token.")],
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show a fleet's edges and your project's sandboxes.
+
+    Example: nautile sandbox fleet http://10.0.0.1:7000 --token-file token
+    """
+    from nautile.sandbox.fleet.client import Fleet  # noqa: PLC0415
+
+    asked = Fleet(url, token_file.read_text().strip(), patience=5.0)
+    seen, mine = asked.ask("GET", "/v1/fleet"), asked.ask("GET", "/v1/sandboxes")
+    if json_:
+        typer.echo(json.dumps({**seen, **mine}))
+        return
+    for one in seen["edges"]:
+        typer.echo(f"{one['name']:20} {one['live']:6} of {one['capacity']:6}  {', '.join(one['kinds'])}")
+    if seen["silent"]:
+        typer.echo(f"{seen['silent']} edges do not answer")
+    for one in mine["sandboxes"]:
+        typer.echo(f"{one['id']:40} {one['state']:5} {one['kind']:10} idle {one['idle']:.0f} s  {one['log'] or ''}".rstrip())
+
+
+def _secret(file: Path | None) -> str | None:
+    from nautile.sandbox import InvalidRequest  # noqa: PLC0415
+
+    if file is None:
+        return None
+    secret = file.read_text().strip()
+    if len(secret) < 16:
+        raise InvalidRequest(f"{file}: a secret has at least 16 characters: head -c 24 /dev/urandom | base64 > {file}")
+    return secret
+
+
 @log.command()
 def show(
     place: Annotated[Path, typer.Argument(help="The log's directory.")],

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 __all__ = [
+    "AccessDenied",
+    "EdgeGone",
     "FileRefused",
+    "FleetFull",
     "InvalidRequest",
     "LimitUnavailable",
     "LogCorrupt",
     "LogFenced",
     "OutcomeUnknown",
+    "QuotaExceeded",
     "SandboxClosed",
     "SandboxError",
     "SandboxLost",
@@ -56,6 +60,22 @@ class SandboxClosed(SandboxError):  # noqa: N818
 
 class SandboxLost(SandboxError):  # noqa: N818
     """The sandbox, or the process that keeps it, has died. What it held is gone."""
+
+
+class EdgeGone(SandboxLost):  # noqa: N818
+    """No gateway, or not the edge that holds the sandbox, answers. The sandbox may live on: try again, or give it up."""
+
+
+class FleetFull(SandboxError):  # noqa: N818
+    """No edge of the fleet takes another sandbox now."""
+
+
+class QuotaExceeded(SandboxError):  # noqa: N818
+    """The project has as many sandboxes, or as much memory, as it may have."""
+
+
+class AccessDenied(SandboxError):  # noqa: N818
+    """The token is not known, or the sandbox belongs to another project."""
 
 
 class FileRefused(SandboxError):  # noqa: N818

@@ -21,7 +21,7 @@ from nautile.sandbox.log import Contents, Operation, TrajectoryLog, expand, load
 from nautile.sandbox.policy import NetworkPolicy
 from nautile.sandbox.result import Capabilities, Entry, Info, RunResult
 
-__all__ = ["Recorded", "Remaking", "image_record", "recorded_image", "reexecute", "repeat", "starting_point"]
+__all__ = ["Recorded", "RecordedSession", "Remaking", "image_record", "recorded_image", "reexecute", "repeat", "starting_point"]
 
 _COMPARED = ("exit_code", "stdout", "stderr", "data", "refused")
 _KEPT = 64 * 2**20  # bytes of one transfer that the log keeps; of longer ones it has the digest
@@ -52,6 +52,11 @@ class Recorded:
         if feature in ("snapshot", "fork") and self._driver is not None and self._driver.capabilities.snapshot:
             return "its snapshots end with this process, and a log outlives it", "use pack_diff, or a sandbox without log="
         return self._live().reason(feature)
+
+    @property
+    def live_driver(self) -> Driver | None:
+        """What carries out new operations; None: it is lost."""
+        return self._driver
 
     def _live(self) -> Driver:
         if self._driver is None:

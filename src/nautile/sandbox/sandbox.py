@@ -19,6 +19,7 @@ from nautile.sandbox.policy import NetworkPolicy
 from nautile.sandbox.result import Capabilities, Entry, Info, RunResult
 
 if TYPE_CHECKING:
+    from nautile.sandbox.fleet.client import Fleet
     from nautile.sandbox.recorded import Recorded
 
 __all__ = ["Sandbox"]
@@ -52,6 +53,8 @@ class Sandbox:
         log: Path | str | None = None,
         replay: str = "attach",
         keep: float = 3600.0,
+        fleet: str | Sequence[str] | Fleet | None = None,
+        token: str | None = None,
     ) -> Sandbox:
         """A new sandbox. ``image`` None: the host's /usr read-only and an empty workspace, and no user data.
 
@@ -62,11 +65,24 @@ class Sandbox:
         the log answers what was asked before and goes on in the same sandbox. If that is gone, ``replay="reexecute"`` builds
         it anew by running everything again; the default says so instead.
 
+        ``fleet``: the URL of a gateway (or of several, or a ``Fleet``), which places the sandbox on one of its machines;
+        ``token``: what the fleet gave you. ``image`` is then a name, ``log`` a trajectory's name, ``keep`` its idle timeout.
+
         Nothing is ever replaced by something weaker: raises InvalidRequest, Unsupported, SubstrateUnavailable,
         LimitUnavailable, LogCorrupt.
         """
         chosen = limits or Limits()
         policy = NetworkPolicy.of(cast(Any, network))
+        if fleet is not None:
+            if workspace is not None or runtime is not None or allow_emulation:
+                why = "workspace, runtime and allow_emulation are of one machine, and its owner's"
+                raise Unsupported(kind, "such option in a fleet", why, "use upload, and the kinds that the fleet's edges offer")
+            from nautile.sandbox.fleet import client  # noqa: PLC0415
+
+            gateways = fleet if isinstance(fleet, client.Fleet) else client.Fleet(fleet, token or "")
+            name = None if log is None else str(log)
+            wish = client.wish(kind, image, chosen, policy, workers, name, replay)
+            return cls(client.FleetDriver.create(gateways, {**wish, "idle": keep}), chosen)
         place = _directory(workspace)
         identity = f"{kind[:1]}-{secrets.token_hex(8)}"
         order = _Order(kind, Image.of(image), chosen, policy, runtime, place, workers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import time
 from pathlib import Path
@@ -34,8 +35,17 @@ def summary(operation: Operation) -> str:
         if "python" in request:
             return f"python {request['python'].strip().splitlines()[0] if request['python'].strip() else ''}"
         return str(argv[2]) if argv[:2] == ["/bin/sh", "-c"] and len(argv) == 3 else " ".join(argv)
+    if operation.kind.startswith("session"):
+        given = argv or request.get("text") or _short(request.get("data")) or ""
+        return f"{operation.kind} #{request.get('session', operation.sequence)} {given}".strip()
     place = request.get("path") or request.get("target") or request.get("rules") or ""
     return f"{operation.kind} {place}".strip()
+
+
+def _short(value: Any) -> str:
+    """What was typed, if it stayed in its frame."""
+    inline = value.get("bytes") if isinstance(value, dict) else None
+    return base64.b64decode(inline).decode("utf-8", "replace") if inline else ""
 
 
 def outcome(operation: Operation) -> str:
@@ -43,8 +53,8 @@ def outcome(operation: Operation) -> str:
     result = operation.result
     if result is None:
         return "unknown"
-    if "refused" in result:
-        return "refused"
+    if "refused" in result or "missed" in result:
+        return "refused" if "refused" in result else "did not come"
     if result.get("infrastructure_error"):
         return "sandbox failed"
     if result.get("timed_out"):
@@ -89,7 +99,7 @@ def _article(place: Path, contents: Contents, operation: Operation) -> str:
     state = {"unknown": "unknown", "done": "", "exit 0": ""}.get(how, "failed")
     result = {} if operation.result is None else expand(place, contents.head, operation.result)
     parts = [f"<pre>{html.escape(_source(operation))}</pre>"]
-    for key, style in (("stdout", ""), ("stderr", "err"), ("data", ""), ("refused", "err")):
+    for key, style in (("stdout", ""), ("stderr", "err"), ("data", ""), ("refused", "err"), ("missed", "err")):
         text = _text(result.get(key))
         if text:
             parts.append(f'<pre class="{style}">{html.escape(text)}</pre>')

@@ -1,0 +1,171 @@
+"""What clients, gateways and edges send each other over HTTP: frames of a JSON header and bytes, and errors by their names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import struct
+from collections.abc import AsyncIterable, Iterator
+from typing import Any
+
+from nautile.sandbox import errors
+from nautile.sandbox.errors import InvalidRequest, SandboxError
+from nautile.sandbox.inside.frames import BODY_LIMIT, HEADER_LIMIT
+from nautile.sandbox.result import RunResult
+
+__all__ = [
+    "BODY_LIMIT",
+    "PROJECT",
+    "SECRET",
+    "TIMEOUT",
+    "Frames",
+    "body_of",
+    "edge_of",
+    "error_record",
+    "is_edge_name",
+    "one_frame",
+    "pack",
+    "rebuilt",
+    "result_record",
+    "run_result",
+    "status_of",
+]
+
+PROJECT, SECRET = "x-nautile-project", "x-nautile-secret"  # what a gateway tells an edge
+TIMEOUT = "x-nautile-timeout"  # seconds that the client waits for this answer
+_LENGTHS = struct.Struct("<II")
+_EDGE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}\Z")
+_STATUS = {
+    "AccessDenied": 403,
+    "EdgeGone": 502,
+    "FleetFull": 503,
+    "LogFenced": 409,
+    "OutcomeUnknown": 409,
+    "QuotaExceeded": 429,
+    "SandboxClosed": 404,
+    "SandboxLost": 410,
+    "TrajectoryDiverged": 409,
+}
+
+
+def is_edge_name(name: str) -> bool:
+    """Lower-case letters, digits and hyphens, at most 40."""
+    return _EDGE_NAME.match(name) is not None
+
+
+def edge_of(identity: str) -> str:
+    """The edge that a sandbox's or an image's id names. Raises InvalidRequest."""
+    edge, dot, rest = identity.partition(".")
+    if not dot or not rest or not is_edge_name(edge):
+        raise InvalidRequest(f"{identity[:80]!r} is no id of a fleet's sandbox: it has the form EDGE.NAME")
+    return edge
+
+
+def pack(header: dict[str, Any], *body: bytes) -> bytes:
+    """One frame. Raises InvalidRequest when it is too long."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    length = sum(map(len, body))
+    if len(text) > HEADER_LIMIT or length > BODY_LIMIT:
+        raise InvalidRequest(f"{len(text) + length:,} bytes are too many for one request: send at most {BODY_LIMIT:,}")
+    return b"".join((_LENGTHS.pack(len(text), length), text, *body))
+
+
+class Frames:
+    """Frames out of a stream that comes in pieces of any size. Raises InvalidRequest for what is no frame."""
+
+    def __init__(self) -> None:
+        self._pending = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """The frames that are whole now."""
+        self._pending += data
+        while len(self._pending) >= _LENGTHS.size:
+            header_length, body_length = _LENGTHS.unpack_from(self._pending)
+            if header_length > HEADER_LIMIT or body_length > BODY_LIMIT:
+                raise InvalidRequest(f"a frame of {header_length:,} + {body_length:,} bytes was announced")
+            end = _LENGTHS.size + header_length + body_length
+            if len(self._pending) < end:
+                return
+            frame = bytes(self._pending[_LENGTHS.size : end])
+            del self._pending[:end]
+            yield _header(frame[:header_length]), frame[header_length:]
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing of another frame has come."""
+        return not self._pending
+
+
+def _header(text: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        raise InvalidRequest("the header of a frame is not JSON") from None
+    if not isinstance(header, dict):
+        raise InvalidRequest("the header of a frame is not an object")
+    return header
+
+
+def one_frame(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """The one frame that a request's body is. Raises InvalidRequest."""
+    parser = Frames()
+    found = list(parser.feed(data))
+    if len(found) != 1 or not parser.whole:
+        raise InvalidRequest(f"a request is one frame; this one is {len(found)} and {'an end' if parser.whole else 'a part'}")
+    return found[0]
+
+
+async def body_of(stream: AsyncIterable[bytes], most: int = BODY_LIMIT + HEADER_LIMIT + _LENGTHS.size) -> bytes:
+    """A request's body, of at most as much as one frame may have. Raises InvalidRequest."""
+    pieces, total = [], 0
+    async for piece in stream:
+        total += len(piece)
+        if total > most:
+            raise InvalidRequest(f"the request has more than {most:,} bytes")
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def error_record(error: BaseException) -> dict[str, Any]:
+    """An error for the wire. One that is not the sandboxes' own becomes a SandboxError with its text."""
+    if not isinstance(error, SandboxError):
+        return {"error": "SandboxError", "text": f"{type(error).__name__}: {error}", "fields": {}}
+    return {"error": type(error).__name__, "text": str(error), "fields": vars(error)}
+
+
+def status_of(record: dict[str, Any]) -> int:
+    """The HTTP status of an error's record."""
+    return _STATUS.get(record["error"], 400 if record["error"] != "SandboxError" else 500)
+
+
+def rebuilt(record: dict[str, Any]) -> SandboxError:
+    """The error of a record, as the same class. What is no sandbox error by name becomes a plain SandboxError."""
+    kind = getattr(errors, str(record.get("error")), None)
+    if not isinstance(kind, type) or not issubclass(kind, SandboxError):
+        kind = SandboxError
+    error: SandboxError = kind.__new__(kind)
+    RuntimeError.__init__(error, str(record.get("text")))
+    fields = record.get("fields")
+    vars(error).update(fields if isinstance(fields, dict) else {})
+    return error
+
+
+def result_record(result: RunResult) -> tuple[dict[str, Any], bytes]:
+    """A result as a header and a body."""
+    names = [field.name for field in dataclasses.fields(result) if not field.name.startswith("std")]
+    header = {name: getattr(result, name) for name in names}
+    return {**header, "stdout": len(result.stdout_bytes)}, result.stdout_bytes + result.stderr_bytes
+
+
+def run_result(header: dict[str, Any], body: bytes) -> RunResult:
+    """The result of a header and a body."""
+    out, err = body[: header["stdout"]], body[header["stdout"] :]
+    names = [field.name for field in dataclasses.fields(RunResult) if not field.name.startswith("std")]
+    return RunResult(
+        stdout=out.decode("utf-8", "replace"),
+        stderr=err.decode("utf-8", "replace"),
+        stdout_bytes=out,
+        stderr_bytes=err,
+        **{name: header[name] for name in names},
+    )

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -30,15 +31,9 @@ from sandbox.conftest import SMALL, client_code
 
 
 def keeper_pid():
-    for place in Path("/proc").iterdir():
-        if place.name.isdecimal():
-            try:
-                words = (place / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
-                if words[-1] == os.fsencode(KeeperClient().place) and b"nautile.sandbox.keeper" in words[-2]:
-                    return int(place.name)
-            except OSError:
-                continue
-    return None
+    with socket.socket(socket.AF_UNIX) as channel:
+        channel.connect(str(KeeperClient().place / "keeper.sock"))
+        return struct.unpack("iii", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
 
 
 # -- state

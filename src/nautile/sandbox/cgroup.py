@@ -117,6 +117,17 @@ class Group:
     @classmethod
     def create(cls, name: str, limits: Limits, *, owner: str, found: Iterable[Hierarchy] | None = None) -> Group:
         """Make the group and set its limits. Raises LimitUnavailable unless ``limits.allow_unenforced``."""
+        group = cls.make(name, owner=owner, found=found)
+        try:
+            group.apply(limits)
+        except BaseException:
+            group.remove()
+            raise
+        return group
+
+    @classmethod
+    def make(cls, name: str, *, owner: str, found: Iterable[Hierarchy] | None = None) -> Group:
+        """The group without limits; its directories may be there already."""
         places: dict[Path, Hierarchy] = {}
         for hierarchy in hierarchies() if found is None else found:
             top, mine = hierarchy.base / _TOP, hierarchy.base / _TOP / owner
@@ -126,13 +137,7 @@ class Group:
                 if hierarchy.version == 2 and hierarchy.controllers and place != mine / name:
                     (place / "cgroup.subtree_control").write_text(" ".join(f"+{one}" for one in sorted(hierarchy.controllers)))
             places[mine / name] = hierarchy
-        group = cls(places)
-        try:
-            group.apply(limits)
-        except BaseException:
-            group.remove()
-            raise
-        return group
+        return cls(places)
 
     def apply(self, limits: Limits) -> None:
         """Write the limits. Raises LimitUnavailable."""

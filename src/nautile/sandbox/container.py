@@ -182,21 +182,29 @@ class ContainerDriver:
         client = keeper or KeeperClient()
         info = Info(identity, "container", "crun", "native", ())
         driver = cls(client, identity, limits, image, info)
-        driver._hold(keep)
+        channel = client.connect()
         try:
+            channel.settimeout(60.0)
             request = {
                 "op": "create",
                 "id": identity,
+                "seconds": keep,
+                "version": client.version,
                 "limits": dataclasses.asdict(limits),
                 "layers": [str(layer) for layer in image.layers],
                 "host_usr": image.host_usr,
                 "rules": policy.texts or None,
                 "workspace": None if workspace is None else str(workspace),
             }
-            made, _ = client.ask(request)
+            send(channel, request)
+            made, _ = answer(channel)
         except BaseException:
-            driver.close()
+            channel.close()  # the lease, if there is one
+            if keep is not None:
+                with contextlib.suppress(SandboxError):
+                    client.ask({"op": "close", "id": identity})
             raise
+        driver._lease = channel
         driver.info = dataclasses.replace(info, limits_enforced=tuple(made["enforced"]))
         driver.capabilities = dataclasses.replace(cls.capabilities, network=bool(policy.rules))
         driver._policy = policy
@@ -231,6 +239,12 @@ class ContainerDriver:
             channel.close()
             raise
         self._lease = channel
+
+    def keep_alive(self, seconds: float) -> None:
+        """Without a lease: live on for so long from now. Raises SandboxLost when there is no keeper any more."""
+        if not self._keeper.running:
+            raise SandboxLost("the keeper has ended")
+        self._keeper.ask({"op": "keep", "id": self._id, "seconds": seconds, "version": self._keeper.version})
 
     def reason(self, feature: str) -> tuple[str, str]:
         """See ``Driver.reason``."""

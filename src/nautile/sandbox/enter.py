@@ -1,6 +1,7 @@
-"""Commands in a container: the keeper's fork enters its namespaces, gives up every right, and becomes the command.
+"""Commands in a container: its seat's fork enters its namespaces, gives up every right, and becomes the command.
 
-From the moment it is inside until it has become the command it cannot be traced or read by the tenant (it is not dumpable),
+Two processes see to a command. One is outside: it keeps the output, the time and the outcome (``run``, ``session``). The other
+is started by the seat, inside the container's groups (``become_command``, ``become_session``). From the moment it is inside until it has become the command it cannot be traced or read by the tenant (it is not dumpable),
 and it holds no descriptor but the command's three and one for its own use.
 """
 
@@ -23,13 +24,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nautile.sandbox import cgroup, kernel
+from nautile.sandbox.errors import SandboxLost
 from nautile.sandbox.function import ENVIRONMENT
 from nautile.sandbox.inside import frames
 from nautile.sandbox.inside.supervise import Capture, Job, Outcome, execute, supervise
 from nautile.sandbox.proxy import ENVIRONMENT as PROXIED
+from nautile.sandbox.seat import Started, start
 from nautile.sandbox.state import State
 
-__all__ = ["outcome", "run", "session"]
+__all__ = ["become_command", "become_session", "outcome", "run", "session"]
 
 _INSIDE = (
     kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS
@@ -41,12 +44,35 @@ class Run:
     """The group that keeps track of what one command starts."""
 
     def __init__(self, state: State) -> None:
+        self.state = state
         tracker = state.group.tracker
         self.place = tracker / f"r{secrets.token_hex(6)}" if tracker is not None else None
-        self.entrances = [place / "cgroup.procs" for place in state.group.places if place != tracker]
-        if self.place is not None:
-            self.place.mkdir()
-            self.entrances.append(self.place / "cgroup.procs")
+        self.entrance: str | None = None  # into which the command moves, where it cannot be started in the group
+        self.descriptor = -1
+        if self.place is None or tracker is None:
+            return
+        self.place.mkdir()
+        if state.group.places[tracker].version == 2:
+            self.descriptor = os.open(self.place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        else:
+            self.entrance = str(self.place / "cgroup.procs")
+
+    def start(self, letter: str, descriptors: list[int], orders: dict[str, Any], program: bytes) -> Started:
+        """Let the container's seat start what ``orders`` say, in this group."""
+        state = self.state
+        orders |= {"entrance": self.entrance, "tenant": state.tenant, "network": state.network}
+        orders["limits"] = {"open_files": state.limits.open_files, "disk": state.limits.disk}
+        pidfd = state.open()
+        try:
+            # Something must stand where the group would: descriptors have no names.
+            passed = [pidfd, pidfd if self.descriptor < 0 else self.descriptor, *descriptors]
+            letter += "" if self.descriptor < 0 else "+"
+            return start(state.control, letter, passed, lambda channel: frames.send(channel, orders, program))
+        finally:
+            os.close(pidfd)
+            if self.descriptor >= 0:
+                os.close(self.descriptor)
+                self.descriptor = -1
 
     def kill(self) -> None:
         """End everything that the command has started."""
@@ -54,19 +80,28 @@ class Run:
             cgroup.kill_group(self.place)
             return
         # Nobody can keep track without cgroups, which the caller allowed: whatever runs in the container ends, sessions too.
-        child = os.fork()  # into the container's process namespace, which was set before the command
-        if child == 0:
-            if os.getppid() == 0:  # our parent cannot be seen: this is the container's namespace and never our own
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(-1, signal.SIGKILL)
-            os._exit(0)
-        os.waitpid(child, 0)
+        with contextlib.suppress(SandboxLost):
+            pidfd = self.state.open()
+            kernel.set_namespaces(pidfd, kernel.CLONE_NEWPID)
+            os.close(pidfd)
+            _kill_namespace()
 
     def remove(self) -> None:
         """Kill and forget."""
         self.kill()
         if self.place is not None:
             cgroup.remove_group(self.place)
+
+
+def _kill_namespace() -> None:
+    """Kill every process but the first of the process namespace that our children are in."""
+    child = os.fork()
+    if child == 0:
+        if os.getppid() == 0:  # our parent cannot be seen: this is the container's namespace and never our own
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(-1, signal.SIGKILL)
+        os._exit(0)
+    os.waitpid(child, 0)
 
 
 @contextlib.contextmanager
@@ -78,38 +113,55 @@ def _tracked(state: State) -> Iterator[Run]:
         tracked.remove()
 
 
-def step_inside(state: State, pidfd: int, entrances: list[Path]) -> None:
-    """Enter the container's groups and namespaces and become its tenant, without a right left. Cannot be undone."""
-    for entrance in entrances:
-        cgroup.enter(entrance)
+def step_inside(pidfd: int, entrance: str | None, tenant: int) -> None:
+    """Enter a container's namespaces, and a group, and become its tenant, without a right left. Cannot be undone."""
+    if entrance is not None:
+        cgroup.enter(Path(entrance))
     kernel.set_namespaces(pidfd, _INSIDE)
     os.close(pidfd)
-    kernel.become(state.tenant, state.tenant)
+    kernel.become(tenant, tenant)
     kernel.forget_dump()
 
 
-def _start(state: State, pidfd: int, tracked: Run, request: dict[str, Any], program: bytes) -> NoReturn:
-    os.setsid()
-    step_inside(state, pidfd, tracked.entrances)
-    os.closerange(3, 2**20)
-    _exec(state, request, program)
+def become_command(channel: socket.socket, descriptors: list[int]) -> NoReturn:
+    """In a seat's fork: become the command whose orders come on ``channel``. Descriptors: process 1, group, stdin and outputs."""
+    for source, target in zip(descriptors[2:], (0, 1, 2), strict=True):
+        os.dup2(source, target)
+    with _said_on_stderr():
+        message = frames.receive(channel)
+        assert message is not None
+        orders, program = message
+        os.setsid()
+        step_inside(descriptors[0], orders["entrance"], orders["tenant"])
+        os.closerange(3, 2**20)
+        _exec(orders, program)
 
 
-def _exec(state: State, request: dict[str, Any], program: bytes) -> NoReturn:
-    limits = state.limits
+@contextlib.contextmanager
+def _said_on_stderr() -> Iterator[None]:
+    """What prevents a command from being started is said where its caller looks."""
+    try:
+        yield
+    except BaseException as error:
+        os.write(2, f"sandbox: the command could not be started: {error}\n".encode("utf-8", "replace"))
+    finally:
+        os._exit(125)
+
+
+def _exec(orders: dict[str, Any], program: bytes) -> NoReturn:
     for number, value in (
-        (resource.RLIMIT_NOFILE, limits.open_files),
+        (resource.RLIMIT_NOFILE, orders["limits"]["open_files"]),
         (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, limits.disk),
+        (resource.RLIMIT_FSIZE, orders["limits"]["disk"]),
     ):
         hard = resource.getrlimit(number)[1]
         allowed = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(number, (allowed, allowed))
     os.umask(0o022)
-    os.chdir(request.get("cwd") or "/workspace")
+    os.chdir(orders.get("cwd") or "/workspace")
     kernel.load_seccomp(program)
-    proxied = PROXIED if state.network else {}
-    execute(request["argv"], {**ENVIRONMENT, **proxied, **request.get("environment", {})})
+    proxied = PROXIED if orders["network"] else {}
+    execute(orders["argv"], {**ENVIRONMENT, **proxied, **orders.get("environment", {})})
 
 
 def run(state: State, request: dict[str, Any], channel: socket.socket, body: bytes) -> None:
@@ -119,8 +171,8 @@ def run(state: State, request: dict[str, Any], channel: socket.socket, body: byt
     if name is not None and not _claim(state, name):
         return outcome(state, request, channel)
     capture = (Capture(state.limits.output), Capture(state.limits.output))
-    pidfd = state.open()
     before = state.group.memory_kills()
+    orders = {key: request.get(key) for key in ("argv", "cwd")} | {"environment": request.get("environment") or {}}
 
     def watch(stream: str, data: memoryview) -> None:
         try:
@@ -129,17 +181,22 @@ def run(state: State, request: dict[str, Any], channel: socket.socket, body: byt
             if name is None:  # a named operation ends even if nobody listens
                 raise
 
-    kernel.set_namespaces(pidfd, kernel.CLONE_NEWPID)  # for the children of this process
+    started: list[Started] = []
     with _tracked(state) as tracked:
+
+        def spawn(*descriptors: int) -> Started:
+            started.append(tracked.start("r", list(descriptors), orders, program))
+            return started[0]
+
         ended = supervise(
             Job(stdin, request["timeout"]),
-            lambda: _start(state, pidfd, tracked, request, program),
+            spawn,
             tracked.kill,
             capture,
             owner=channel.fileno() if name is None else None,
             watch=watch if request.get("watch") else None,
         )
-    header = _answer(state, ended, before)
+    header = _answer(state, ended, before, started[0].lost)
     out, err = (one.pieces() for one in capture)
     header["stdout"] = sum(map(len, out))
     if name is not None:
@@ -147,8 +204,12 @@ def run(state: State, request: dict[str, Any], channel: socket.socket, body: byt
     frames.send(channel, header, *out, *err)
 
 
-def _answer(state: State, ended: Outcome, before: int) -> dict[str, Any]:
+def _answer(state: State, ended: Outcome, before: int, lost: bool) -> dict[str, Any]:
+    killed = state.group.memory_kills() > before
     failure = "a process could not be killed within 5 s" if ended.stuck else None
+    # At the memory limit the kernel may choose the seat: the tenant's doing, therefore its result.
+    if lost and not killed and not ended.timed_out:
+        failure = "the process that starts commands in the container died"
     if not os.path.exists(f"/proc/{state.process}"):
         failure = "the container died during the command"
     return {
@@ -157,7 +218,7 @@ def _answer(state: State, ended: Outcome, before: int) -> dict[str, Any]:
         "timed_out": ended.timed_out,
         "seconds": ended.seconds,
         "infrastructure_error": failure,
-        "memory_killed": state.group.memory_kills() > before,
+        "memory_killed": killed,
     }
 
 
@@ -206,27 +267,37 @@ def outcome(state: State, request: dict[str, Any], channel: socket.socket) -> No
 
 def session(state: State, request: dict[str, Any], channel: socket.socket, body: bytes) -> None:
     """Start a program and hand its terminal (or its pipes) to the client; kill it when the client hangs up."""
-    pidfd = state.open()
     captures = (Capture(2), Capture(2))
-    kernel.set_namespaces(pidfd, kernel.CLONE_NEWPID)
+    environment = {"TERM": "xterm", **(request.get("environment") or {})}
+    orders = {"argv": request["argv"], "cwd": request.get("cwd"), "environment": environment, "pty": request["pty"]}
     with _tracked(state) as tracked:
 
-        def start() -> NoReturn:
-            os.setsid()
-            step_inside(state, pidfd, tracked.entrances)
-            if request["pty"]:
-                _terminal(channel)
-            else:
-                mine, theirs = socket.socketpair()
-                _hand_over(channel, mine.fileno())
-                for target in (0, 1, 2):
-                    os.dup2(theirs.fileno(), target)
-            os.closerange(3, 2**20)
-            _exec(state, {**request, "environment": {"TERM": "xterm", **request.get("environment", {})}}, body)
+        def spawn(*_: int) -> Started:
+            return tracked.start("s", [channel.fileno()], orders, body)
 
-        ended = supervise(Job(None, request["timeout"]), start, tracked.kill, captures, owner=channel.fileno())
+        ended = supervise(Job(None, request["timeout"]), spawn, tracked.kill, captures, owner=channel.fileno())
     if not ended.abandoned:
         frames.send(channel, {"exit_code": ended.exit_code, "timed_out": ended.timed_out})
+
+
+def become_session(channel: socket.socket, descriptors: list[int]) -> NoReturn:
+    """In a seat's fork: become a program behind a terminal or pipes, whose other side goes to the client (the last one)."""
+    with _said_on_stderr():
+        message = frames.receive(channel)
+        assert message is not None
+        orders, program = message
+        client = socket.socket(fileno=descriptors[2])
+        os.setsid()
+        step_inside(descriptors[0], orders["entrance"], orders["tenant"])
+        if orders["pty"]:
+            _terminal(client)
+        else:
+            mine, theirs = socket.socketpair()
+            _hand_over(client, mine.fileno())
+            for target in (0, 1, 2):
+                os.dup2(theirs.fileno(), target)
+        os.closerange(3, 2**20)
+        _exec(orders, program)
 
 
 def _terminal(channel: socket.socket) -> None:

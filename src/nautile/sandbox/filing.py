@@ -15,7 +15,7 @@ import stat
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from nautile.sandbox import kernel
+from nautile.sandbox import cgroup, kernel
 from nautile.sandbox.enter import step_inside
 from nautile.sandbox.errors import FileRefused
 from nautile.sandbox.inside import frames
@@ -42,7 +42,9 @@ _WHY = {
 def serve(state: State, request: dict[str, Any], channel: socket.socket, body: bytes) -> None:
     """Carry out one of read, write, list, upload, download. Raises FileRefused."""
     channel.settimeout(60.0)  # a client that does not read, or does not write, holds nothing
-    step_inside(state, state.open(), state.group.entrances)
+    for entrance in state.group.entrances:
+        cgroup.enter(entrance)
+    step_inside(state.open(), None, state.tenant)
     root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     os.umask(0)
     path = request["path"]

@@ -1,7 +1,8 @@
 """The process that keeps a user's containers: one per user, started by the first container and gone soon after the last.
 
 It is a fork server of its own, in a private mount namespace: every request is one connection and one fork, and what it
-mounts is seen by nobody else and vanishes with it. Its only state besides the leases is in its directory:
+mounts is seen by nobody else and vanishes with it. Containers that were used lately have a seat (seat.py), and some seats wait
+for the next containers. Its only state besides leases and seats is in its directory:
 
     keeper.sock  keeper.log  init  skeleton/  layers/N/          for all
     ID/  fs/ (tmpfs: upper, work)  root/ (overlay)  bundle/  state.json  operations/
@@ -16,6 +17,7 @@ import contextlib
 import fcntl
 import gc
 import os
+import resource
 import select
 import shutil
 import signal
@@ -27,15 +29,20 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nautile.sandbox import bundle, cgroup, kernel
+from nautile.sandbox import bundle, cgroup, enter, kernel
 from nautile.sandbox.errors import SandboxError, SandboxLost, SubstrateUnavailable
 from nautile.sandbox.inside import frames
-from nautile.sandbox.operations import MOUNTS, carry_out, end_first_process
+from nautile.sandbox.operations import MOUNTS, Task, become_crun, carry_out, end_first_process, group_name
+from nautile.sandbox.seat import Seat, open_seat
 from nautile.sandbox.state import SHARE, Settings, version
 
 __all__ = ["Keeper", "main"]
 
 _IDLE = 5.0  # seconds without a sandbox and without a request, after which the keeper ends
+_SPARE_SEATS = 2
+_SEAT_IDLE = 10.0  # seconds after which an unused seat ends; the next command makes another
+_CALM = 0.005  # seconds without a request after which seats are made ahead
+_ENTRIES = {"c": become_crun, "r": enter.become_command, "s": enter.become_session}
 _FIRST_BASE, _BASES = 524_288, 20_000  # each keeper's share of user ids that no account has
 
 
@@ -43,6 +50,8 @@ def main() -> None:
     """``keeper.main DIRECTORY``: take over as a daemon. Prints ``ready`` on stdout when requests are served."""
     place = Path(sys.argv[1])
     os.umask(0o077)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a lease is a descriptor
     with open(place / "keeper.lock", "w") as lock:  # held for life: there is one keeper
         signal.alarm(10)  # an earlier one may be tidying up
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -62,6 +71,9 @@ class Keeper:
         self.leases: dict[int, tuple[socket.socket, str]] = {}
         self.live: dict[str, tuple[float, float] | None] = {}  # without a lease: (seconds, the time until which it may live)
         self.children: set[int] = set()
+        self.spare: list[Seat] = []
+        self.seats: dict[str, Seat] = {}
+        self.wanted = False  # whether seats are to be made ahead: since the last creation, for a while
         self.poll = select.poll()
         self.version = version()
         self._sweep()
@@ -116,20 +128,23 @@ class Keeper:
         log = os.open(self.place / "keeper.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         for source, target in ((devnull, 0), (log, 1), (log, 2)):
             os.dup2(source, target)
-        wake, woken = os.pipe()
-        os.set_blocking(woken, False)
-        signal.set_wakeup_fd(woken)
+        woken, wake = os.pipe()
+        os.set_blocking(wake, False)
+        signal.set_wakeup_fd(wake)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGTERM, self._end)
-        self.poll.register(wake, select.POLLIN)
+        self.poll.register(woken, select.POLLIN)
         self.poll.register(self.listener.fileno(), select.POLLIN)
         gc.freeze()
         last = time.monotonic()
         while True:
-            ready = [descriptor for descriptor, _ in self.poll.poll(1000)]
+            short = self.wanted and len(self.spare) < _SPARE_SEATS
+            ready = [descriptor for descriptor, _ in self.poll.poll(_CALM * 1000 if short else 1000)]
+            if short and not ready:
+                self.spare.append(self._seat())
             for descriptor in ready:
-                if descriptor == wake:
-                    os.read(wake, 4096)
+                if descriptor == woken:
+                    os.read(woken, 4096)
                 elif descriptor in self.leases:
                     self._close(self._release(descriptor))
                 else:
@@ -137,6 +152,7 @@ class Keeper:
             self._collect()
             for identity in [one for one, kept in self.live.items() if kept is not None and kept[1] < time.time()]:
                 self._close(identity)
+            self._rest()
             last = time.monotonic() if ready or self.children or self.live else last
             if time.monotonic() - last > _IDLE and self._leave():
                 return
@@ -150,7 +166,43 @@ class Keeper:
     def _close(self, identity: str) -> None:
         if identity in self.live:
             del self.live[identity]
-            self._fork({"op": "close", "id": identity}, None)
+            self._leave_seat(identity)
+            self._fork(Task({"op": "close", "id": identity}))
+
+    # -- seats
+
+    def _seat(self, name: str | None = None) -> Seat:
+        """A seat in groups of this name, or in new ones."""
+        return open_seat(self.settings, name or f"c-{os.urandom(8).hex()}", _ENTRIES)
+
+    def _seat_of(self, identity: str) -> Seat | None:
+        """The seat of a container, made again if it had none lately; None if there is no such container."""
+        found = self.seats.get(identity)
+        if found is not None and _speaks(found.control):  # which a seat never does: it has died
+            self._leave_seat(identity)
+            found = None
+        if found is None and (name := group_name(self.place / identity)) is not None:
+            found = self.seats[identity] = self._seat(name)
+        if found is not None:
+            found.used = time.monotonic()
+        return found
+
+    def _leave_seat(self, identity: str) -> None:
+        seat = self.seats.pop(identity, None)
+        if seat is not None:
+            seat.control.close()
+
+    def _rest(self) -> None:
+        """End the seats that have not been used lately. One whose command still runs ends after that."""
+        before = time.monotonic() - _SEAT_IDLE
+        for identity in [one for one, seat in self.seats.items() if seat.used < before]:
+            self._leave_seat(identity)
+        if self.wanted and self.spare and self.spare[-1].used < before:
+            self.wanted = False
+            for seat in self.spare:
+                seat.control.close()
+                self.settings.group(seat.name).remove()
+            self.spare.clear()
 
     def _accept(self) -> None:
         channel, _ = self.listener.accept()
@@ -163,57 +215,78 @@ class Keeper:
         if message is None:
             return channel.close()
         request, body = message
-        if request["op"] in ("lease", "keep") and request["version"] != self.version:
+        if request["op"] in ("lease", "keep", "create") and request["version"] != self.version:
             text = "the keeper was started by another version of this package: close its sandboxes, or nautile sandbox stop"
             _refuse(channel, SubstrateUnavailable("container", text, "try again after that"))
             return channel.close()
         match request["op"]:
-            case "lease":
-                self.live[request["id"]] = None
-                self.leases[channel.fileno()] = (channel, request["id"])
-                self.poll.register(channel.fileno(), select.POLLIN)
+            case "lease" | "keep":
+                self._hold(request, channel)
                 frames.send(channel, {"ok": True})
-            case "keep":  # no lease: alive until a time, which the client moves on
-                self.live[request["id"]] = (request["seconds"], time.time() + request["seconds"])
-                frames.send(channel, {"ok": True})
-                channel.close()
+                if request["op"] == "keep":
+                    channel.close()
+            case "create":
+                self._hold(request, channel)
+                self.wanted = True
+                seat = self.seats[request["id"]] = self.spare.pop(0) if self.spare else self._seat()
+                seat.used = time.monotonic()
+                self._fork(Task(request, body, channel, seat), keep=request["seconds"] is None)
             case "stop":
                 self._end()
             case "close":
                 self.live.pop(request["id"], None)
-                self._fork(request, channel, body)
+                self._leave_seat(request["id"])
+                self._fork(Task(request, body, channel))
             case _:
                 if (kept := self.live.get(request["id"])) is not None:
                     self.live[request["id"]] = (kept[0], time.time() + kept[0] + float(request.get("timeout", 0)))
-                self._fork(request, channel, body)
+                self._fork(Task(request, body, channel, self._seat_of(request["id"])))
 
-    def _fork(self, request: dict[str, Any], channel: socket.socket | None, body: bytes = b"") -> None:
+    def _hold(self, request: dict[str, Any], channel: socket.socket) -> None:
+        """Keep a sandbox as long as its client holds the connection, or some seconds after the last request."""
+        seconds = request["seconds"]
+        if seconds is None:
+            self.live[request["id"]] = None
+            self.leases[channel.fileno()] = (channel, request["id"])
+            self.poll.register(channel.fileno(), select.POLLIN)
+        else:
+            self.live[request["id"]] = (seconds, time.time() + seconds)
+
+    def _fork(self, task: Task, keep: bool = False) -> None:
+        """Carry out a task in a fork. ``keep``: its connection is also a lease."""
         child = os.fork()
         if child == 0:
-            self._child(request, channel, body)
+            self._child(task)
         self.children.add(child)
-        if channel is not None:
-            channel.close()
+        if task.channel is not None and not keep:
+            task.channel.close()
 
-    def _child(self, request: dict[str, Any], channel: socket.socket | None, body: bytes) -> NoReturn:
+    def _child(self, task: Task) -> NoReturn:
         """Carry out one request in a process of its own; an error becomes the answer."""
+        channel = task.channel
         try:
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGCHLD, signal.SIGTERM):
                 signal.signal(number, signal.SIG_DFL)
-            if channel is not None:  # it alone stays open, as descriptor 3
-                channel.settimeout(None)
-                os.dup2(channel.fileno(), 3)
+            # Its connection and its seat stay open, as descriptors 3 and 4, and nothing else.
+            kept = [] if channel is None else [channel.fileno()]
+            kept += [] if task.seat is None else [task.seat.control.fileno()]
+            moved = [fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, 64) for one in kept]
+            for target, one in enumerate(moved, 3):
+                os.dup2(one, target, inheritable=False)
+            os.closerange(3 + len(moved), 2**20)
+            if channel is not None:
                 channel = socket.socket(fileno=3)
-            os.closerange(3 if channel is None else 4, 2**20)
-            carry_out(self.place, self.settings, request, channel, body)
+                channel.settimeout(None)
+            seat = task.seat and Seat(task.seat.name, socket.socket(fileno=2 + len(moved)))
+            carry_out(self.place, self.settings, Task(task.request, task.body, channel, seat))
         except SandboxError as error:
             _refuse(channel, error)
         except (OSError, frames.BrokenFrameError) as error:
-            _refuse(channel, SandboxLost(f"{request['op']}: {error}"))
+            _refuse(channel, SandboxLost(f"{task.request['op']}: {error}"))
         except BaseException as error:
             traceback.print_exc()
-            _refuse(channel, SandboxLost(f"{request['op']} failed inside the keeper: {type(error).__name__}: {error}"))
+            _refuse(channel, SandboxLost(f"{task.request['op']} failed inside the keeper: {type(error).__name__}: {error}"))
         finally:
             os._exit(0)
 
@@ -256,6 +329,13 @@ class Keeper:
                     _remove(entry)
             elif entry.name not in ("keeper.lock", "start.lock"):
                 entry.unlink(missing_ok=True)
+
+
+def _speaks(channel: socket.socket) -> bool:
+    """Whether something, or the end, can be read. For descriptors above 1,023, too, which select(2) cannot take."""
+    poll = select.poll()
+    poll.register(channel.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _remove(entry: Path) -> None:

@@ -12,6 +12,7 @@ __all__ = [
     "adopt_orphans",
     "become",
     "forget_dump",
+    "fork_into",
     "idmap",
     "load_seccomp",
     "mount",
@@ -35,7 +36,8 @@ MNT_DETACH = 2
 RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_MAGICLINKS = 0x08, 0x04, 0x02
 
 # The same numbers on both machines: calls newer than 2019 are numbered alike everywhere.
-_OPEN_TREE, _MOVE_MOUNT, _OPENAT2, _MOUNT_SETATTR = 428, 429, 437, 442
+_OPEN_TREE, _MOVE_MOUNT, _CLONE3, _OPENAT2, _MOUNT_SETATTR = 428, 429, 435, 437, 442
+_CLONE_PIDFD, _CLONE_INTO_CGROUP, _SIGCHLD = 0x1000, 0x2_0000_0000, 17
 _CAPSET = {"x86_64": 126, "aarch64": 91}
 _AT_EMPTY_PATH, _AT_RECURSIVE, _OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 0x1000, 0x8000, 1, 4
 _MOUNT_ATTR_IDMAP, _MOUNT_ATTR_RDONLY = 0x00100000, 0x1
@@ -44,6 +46,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 _LAST_CAPABILITY = 63
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_held = ctypes.PyDLL(None, use_errno=True)
 
 
 class _Program(ctypes.Structure):
@@ -65,6 +68,26 @@ def _syscall(what: str, number: int, *arguments: int | bytes | ctypes.Array[ctyp
 def unshare(flags: int) -> None:
     """New namespaces for this process."""
     _check(_libc.unshare(flags), "unshare")
+
+
+def fork_into(group: int | None) -> tuple[int, int]:
+    """Fork, into the version 2 cgroup behind ``group`` if it is given. (0, -1) in the child, (process, pidfd) in the parent.
+
+    clone3(2) as fork(2) uses it. The child must exec or leave with ``os._exit``: threads would be confused.
+    """
+    pidfd = ctypes.c_int(-1)
+    flags = _CLONE_PIDFD | (0 if group is None else _CLONE_INTO_CGROUP)
+    arguments = struct.pack("<11Q", flags, ctypes.addressof(pidfd), 0, 0, _SIGCHLD, 0, 0, 0, 0, 0, group or 0)
+    buffer = ctypes.create_string_buffer(arguments, len(arguments))
+    python = ctypes.pythonapi
+    python.PyOS_BeforeFork()
+    # With the interpreter's lock held, which a call through _libc would give up.
+    process = int(_held.syscall(ctypes.c_long(_CLONE3), buffer, ctypes.c_long(len(arguments))))
+    if process == 0:
+        python.PyOS_AfterFork_Child()
+        return 0, -1
+    python.PyOS_AfterFork_Parent()
+    return _check(process, "clone3"), pidfd.value
 
 
 def set_namespaces(descriptor: int, flags: int) -> None:

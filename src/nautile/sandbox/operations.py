@@ -12,37 +12,56 @@ import signal
 import socket
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 from nautile.sandbox import bundle, cgroup, enter, filing, kernel, layers, proxy
 from nautile.sandbox.errors import SandboxLost, SubstrateUnavailable
 from nautile.sandbox.inside import frames
 from nautile.sandbox.limits import Limits
+from nautile.sandbox.seat import Seat, start
 from nautile.sandbox.state import SHARE, Settings, State
 
-__all__ = ["MOUNTS", "carry_out", "end_first_process", "locked"]
+__all__ = ["MOUNTS", "Task", "become_crun", "carry_out", "end_first_process", "group_name", "locked"]
 
 MOUNTS = "mounts"  # the directory of mount points of callers' directories; only empty ones are removed from it
 
 _CRUN_LIMIT = 20.0  # seconds
+_T = TypeVar("_T")
 
 
-def carry_out(keeper: Path, settings: Settings, request: dict[str, Any], channel: socket.socket | None, body: bytes) -> None:
-    """Do what a request says and answer on ``channel``."""
+@dataclass(frozen=True)
+class Task:
+    """One request: its header, its body, who gets the answer, and the seat of its container (if it needs one)."""
+
+    request: dict[str, Any]
+    body: bytes = b""
+    channel: socket.socket | None = None
+    seat: Seat | None = None
+
+
+def carry_out(keeper: Path, settings: Settings, task: Task) -> None:
+    """Do what a request says and answer."""
+    request, channel, body = task.request, task.channel, task.body
     identity = request["id"]
     place = keeper / identity
     if request["op"] == "create":
         with locked(place):
-            frames.send(_present(channel), {"ok": True, **_create(keeper, settings, request)})
+            frames.send(_present(channel), {"ok": True, **_create(keeper, settings, request, _present(task.seat))})
         return
     if request["op"] == "close":
         _close(place, settings, identity)
         if channel is not None:
             frames.send(channel, {"ok": True})
         return
-    state = State.load(keeper, settings, identity)
-    answer = _present(channel)
+    if task.seat is None:
+        raise SandboxLost(f"the container {identity} is gone")
+    _serve(State.load(keeper, settings, identity, task.seat.control), request, _present(channel), body)
+
+
+def _serve(state: State, request: dict[str, Any], answer: socket.socket, body: bytes) -> None:
+    """A request to a container that runs."""
     match request["op"]:
         case "run":
             enter.run(state, request, answer, body)
@@ -72,9 +91,17 @@ def carry_out(keeper: Path, settings: Settings, request: dict[str, Any], channel
             raise SandboxLost(f"the keeper does not know {request['op']!r}: it is of another version; stop it and try again")
 
 
-def _present(channel: socket.socket | None) -> socket.socket:
-    assert channel is not None
-    return channel
+def _present(one: _T | None) -> _T:
+    assert one is not None
+    return one
+
+
+def group_name(place: Path) -> str | None:
+    """The name of a container's groups; None if it has none."""
+    try:
+        return (place / "group").read_text()
+    except OSError:
+        return None
 
 
 @contextlib.contextmanager
@@ -89,13 +116,16 @@ def locked(place: Path) -> Iterator[None]:
 # -- making
 
 
-def _create(keeper: Path, settings: Settings, request: dict[str, Any]) -> dict[str, Any]:
+def _create(keeper: Path, settings: Settings, request: dict[str, Any], seat: Seat) -> dict[str, Any]:
     place, limits = keeper / request["id"], Limits(**request["limits"])
-    group = cgroup.Group.create(request["id"], limits, owner=settings.owner, found=settings.hierarchies)
+    (place / "group").write_text(seat.name)
+    group = settings.group(seat.name)
     try:
-        tops = _file_system(keeper, settings, request, limits)
-        process = _start(keeper, settings, request, group, tops)
+        top = _file_system(keeper, settings, request, limits)
+        process = _start(keeper, settings, request, seat, top)
+        group.apply(limits)
         state = {
+            "group": seat.name,
             "process": process,
             "started": cgroup.owner_name(process),
             "tenant": bundle.TENANT if settings.base is not None else 0,
@@ -211,7 +241,7 @@ def _user_namespace(users: str, groups: str) -> int:
         os.waitpid(child, 0)
 
 
-def _start(keeper: Path, settings: Settings, request: dict[str, Any], group: cgroup.Group, root: Path) -> int:
+def _start(keeper: Path, settings: Settings, request: dict[str, Any], seat: Seat, root: Path) -> int:
     """Let crun make the container; the host's number of its process 1."""
     place = root.parent
     users = [{"containerID": 0, "hostID": settings.base or 0, "size": SHARE if settings.base is not None else 1}]
@@ -224,22 +254,28 @@ def _start(keeper: Path, settings: Settings, request: dict[str, Any], group: cgr
         raise SubstrateUnavailable("container", "crun is missing", "apt-get install crun")
     argv = [crun, "--root", str(place / "crun"), "--cgroup-manager", "disabled", "run", "--detach"]
     argv += ["--bundle", str(place / "bundle"), "--pid-file", str(place / "pid"), request["id"]]
-    with open(place / "crun.log", "w+b") as log:
-        child = os.fork()
-        if child == 0:
-            _become_crun(argv, group, log.fileno())
-        status = _wait(child, _CRUN_LIMIT)
-        log.seek(0)
-        said = log.read(4000).decode("utf-8", "replace").strip()
+    orders = {"argv": argv, "log": str(place / "crun.log")}
+    started = start(seat.control, "c", [], lambda channel: frames.send(channel, orders))
+    try:
+        ended = select.select([started.pidfd], [], [], _CRUN_LIMIT)[0]
+        if not ended:
+            started.kill()
+        status = os.waitstatus_to_exitcode(started.collect())
+    finally:
+        os.close(started.pidfd)
     if status != 0:
-        raise SubstrateUnavailable("container", f"crun could not start it: {said or status}", "nautile sandbox doctor")
+        said = (place / "crun.log").read_text(errors="replace")[:4000].strip()
+        why = f"crun could not start it: {said or status}" if ended else f"crun did not finish within {_CRUN_LIMIT:g} s"
+        raise SubstrateUnavailable("container", why, "nautile sandbox doctor")
     return int((place / "pid").read_text())
 
 
-def _become_crun(argv: list[str], group: cgroup.Group, log: int) -> None:
+def become_crun(channel: socket.socket, _: list[int]) -> NoReturn:
+    """In a seat's fork: become crun, whose orders come on ``channel``."""
     try:
-        for entrance in group.entrances:
-            cgroup.enter(entrance)
+        message = frames.receive(channel)
+        assert message is not None
+        argv, log = message[0]["argv"], os.open(message[0]["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         devnull = os.open("/dev/null", os.O_RDWR)
         for source, target in ((devnull, 0), (devnull, 1), (log, 2)):
             os.dup2(source, target)
@@ -276,16 +312,6 @@ def _start_proxy(place: Path, process: int, rules: list[str], base: int | None) 
     proxy.ask(place / "proxy.sock", rules)
 
 
-def _wait(child: int, seconds: float) -> int:
-    descriptor = os.pidfd_open(child)
-    try:
-        if not select.select([descriptor], [], [], seconds)[0]:
-            os.kill(child, signal.SIGKILL)
-    finally:
-        os.close(descriptor)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 # -- ending
 
 
@@ -293,7 +319,9 @@ def _close(place: Path, settings: Settings, identity: str) -> None:
     if not place.exists():
         return
     with locked(place):
-        cgroup.Group({one.base / "nautile" / settings.owner / identity: one for one in settings.hierarchies}).remove()
+        name = group_name(place)
+        if name is not None:
+            settings.group(name).remove()
         end_first_process(place)
         _dismantle(place)
     (place.parent / f".{place.name}.lock").unlink(missing_ok=True)

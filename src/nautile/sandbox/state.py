@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,12 +17,16 @@ from nautile.sandbox.limits import Limits
 __all__ = ["SHARE", "Settings", "State", "version"]
 
 SHARE = 65_536  # user ids of a container
+_SHARED = tuple(
+    str.split("bundle cgroup container enter filing keeper kernel layers limits operations policy proxy seat state")
+)
 
 
 @lru_cache(maxsize=1)
 def version() -> str:
-    """What code this process runs: a keeper that was started by another one is not spoken to."""
-    files = sorted(Path(__file__).parent.rglob("*.py"))
+    """What a keeper and its clients must agree on, as this process has it: one of another version is not spoken to."""
+    here = Path(__file__).parent
+    files = sorted([*(here / f"{name}.py" for name in _SHARED), *here.glob("inside/*.py"), *here.glob("images/*.py")])
     texts = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
@@ -34,6 +39,10 @@ class Settings:
     base: int | None
     hierarchies: list[cgroup.Hierarchy]
 
+    def group(self, name: str) -> cgroup.Group:
+        """A group that has been made."""
+        return cgroup.Group({one.base / "nautile" / self.owner / name: one for one in self.hierarchies})
+
 
 @dataclass(frozen=True)
 class State:
@@ -45,13 +54,14 @@ class State:
     tenant: int
     limits: Limits
     group: cgroup.Group
+    control: socket.socket  # of its seat
     layers: tuple[str, ...]
     host_usr: bool
     network: bool
     base: int | None
 
     @classmethod
-    def load(cls, keeper: Path, settings: Settings, identity: str) -> State:
+    def load(cls, keeper: Path, settings: Settings, identity: str, control: socket.socket) -> State:
         """Read what ``create`` wrote. Raises SandboxLost when it is not there or has died."""
         place = keeper / identity
         try:
@@ -61,14 +71,14 @@ class State:
         except (FileNotFoundError, ProcessLookupError):
             raise SandboxLost(f"the container {identity} is gone") from None
         limits = Limits(**stored["limits"])
-        group = cgroup.Group({one.base / "nautile" / settings.owner / identity: one for one in settings.hierarchies})
         return cls(
             place=place,
             process=stored["process"],
             started=stored["started"],
             tenant=stored["tenant"],
             limits=limits,
-            group=group,
+            group=settings.group(stored["group"]),
+            control=control,
             layers=tuple(stored["layers"]),
             host_usr=stored["host_usr"],
             network=stored["network"],

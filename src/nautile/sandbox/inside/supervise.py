@@ -1,7 +1,7 @@
 """Run one process to its end: feed it, keep the head and the tail of what it writes, and leave nothing of it behind.
 
-Used by the function worker, which runs inside, and by the keeper, which enters a container from outside; the difference
-is in ``prepare`` (called in the child before exec) and ``kill_tree``.
+Used by the function worker, which runs inside, and by the keeper, which has a container's seat start it; the difference is in
+``spawn`` and ``kill_tree``.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
-__all__ = ["Capture", "Job", "Outcome", "execute", "supervise"]
+__all__ = ["Capture", "Forked", "Job", "Outcome", "execute", "forking", "supervise"]
 
 _GRACE = 5.0  # seconds that killed processes may take to be gone before this is an infrastructure failure
 _CHUNK = 2**16
@@ -93,16 +93,51 @@ def execute(argv: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
         os._exit(127 if error.errno == errno.ENOENT else 126)
 
 
+class Forked:
+    """A child of our own. What ``supervise`` needs of anything that was started: a pidfd, ``kill`` and ``collect``."""
+
+    def __init__(self, process: int) -> None:
+        self.process, self.pidfd = process, os.pidfd_open(process)
+
+    def kill(self) -> None:
+        """SIGKILL; the number is ours until ``collect``."""
+        os.kill(self.process, signal.SIGKILL)
+
+    def collect(self) -> int:
+        """Its wait status, once it has ended."""
+        return os.waitpid(self.process, 0)[1]
+
+
+def forking(start: Callable[[], NoReturn]) -> Callable[[int, int, int], Forked]:
+    """A ``spawn`` that forks and calls ``start`` in the child with its stdin, stdout and stderr in place."""
+
+    def spawn(stdin: int, stdout: int, stderr: int) -> Forked:
+        child = os.fork()
+        if child:
+            return Forked(child)
+        try:
+            for source, target in ((stdin, 0), (stdout, 1), (stderr, 2)):
+                if source >= 0:
+                    os.dup2(source, target)
+            start()
+        except BaseException as error:
+            os.write(2, f"sandbox: the command could not be started: {error}\n".encode("utf-8", "replace"))
+        finally:
+            os._exit(125)
+
+    return spawn
+
+
 def supervise(
     job: Job,
-    start: Callable[[], NoReturn],
+    spawn: Callable[[int, int, int], Any],
     kill_tree: Callable[[], None],
     captures: tuple[Capture, Capture],
     *,
     owner: int | None = None,
     watch: Callable[[str, memoryview], None] | None = None,
 ) -> Outcome:
-    """Fork, call ``start`` in the child with its stdin, stdout and stderr in place, and see it to its end.
+    """Let ``spawn`` start a command with these descriptors as stdin (-1: none), stdout and stderr, and see it to its end.
 
     When the child ends, or at the time limit, ``kill_tree`` must end everything that it started. stdout and stderr go into
     ``captures``. ``owner`` is a descriptor whose hang-up means that nobody waits for the result any more. ``watch`` gets
@@ -111,20 +146,17 @@ def supervise(
     began = time.monotonic()
     (out_read, out_write), (err_read, err_write) = os.pipe(), os.pipe()
     in_read, in_write = (-1, -1) if job.stdin is None else os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            for source, target in ((in_read, 0), (out_write, 1), (err_write, 2)):
-                if source >= 0:
-                    os.dup2(source, target)
-            start()
-        except BaseException as error:
-            os.write(2, f"sandbox: the command could not be started: {error}\n".encode("utf-8", "replace"))
-        finally:
-            os._exit(125)
-    for descriptor in (in_read, out_write, err_write):
-        if descriptor >= 0:
-            os.close(descriptor)
+    try:
+        child = spawn(in_read, out_write, err_write)
+    except BaseException:
+        for descriptor in (in_write, out_read, err_read):
+            if descriptor >= 0:
+                os.close(descriptor)
+        raise
+    finally:
+        for descriptor in (in_read, out_write, err_write):
+            if descriptor >= 0:
+                os.close(descriptor)
     pump = _Pump(job, child, in_write, {out_read: ("stdout", captures[0]), err_read: ("stderr", captures[1])}, watch)
     try:
         return pump.run(began, kill_tree, owner)
@@ -138,14 +170,14 @@ class _Pump:
     def __init__(
         self,
         job: Job,
-        child: int,
+        child: Any,
         stdin: int,
         captures: dict[int, tuple[str, Capture]],
         watch: Callable[[str, memoryview], None] | None,
     ) -> None:
         self.job, self.child, self.stdin, self.captures, self.watch = job, child, stdin, captures, watch
         self.open = set(captures)
-        self.pidfd = os.pidfd_open(child)
+        self.pidfd = child.pidfd
         self.sent = 0
         for descriptor in [*captures, *([stdin] if stdin >= 0 else [])]:
             os.set_blocking(descriptor, False)
@@ -155,9 +187,9 @@ class _Pump:
         if not ended:
             # The tree is killed first and the child after it: a dead child's group could be somebody else's.
             kill_tree()
-            os.kill(self.child, signal.SIGKILL)
+            self.child.kill()
         stuck = not select.select([self.pidfd], [], [], _GRACE)[0]
-        status = 0 if stuck else os.waitpid(self.child, 0)[1]
+        status = 0 if stuck else self.child.collect()
         kill_tree()
         self._drain(time.monotonic() + _GRACE)
         code = os.waitstatus_to_exitcode(status)

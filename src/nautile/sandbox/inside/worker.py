@@ -19,7 +19,7 @@ import socket
 import sys
 
 from nautile.sandbox.inside import frames
-from nautile.sandbox.inside.supervise import Capture, Job, execute, supervise
+from nautile.sandbox.inside.supervise import Capture, Job, execute, forking, supervise
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _serve(
             _python(header["python"], header.get("arguments", []))
         execute(header["argv"], {**settings["environment"], **header.get("environment", {})})
 
-    outcome = supervise(Job(None, timeout), start, _kill_all, captures, owner=channel.fileno())
+    outcome = supervise(Job(None, timeout), forking(start), _kill_all, captures, owner=channel.fileno())
     clean = not outcome.stuck and not outcome.abandoned and _reap() and _wipe(settings["wipe"]) and not _pending(channel)
     header = {name: getattr(outcome, name) for name in ("exit_code", "truncated", "timed_out", "stuck", "seconds")}
     out, err = (capture.pieces() for capture in captures)

@@ -70,13 +70,14 @@ _EXTENSION = (
 )
 
 
-def _grammar(answer: str, phrases: Mapping[str, str] | None = None, **moods: tuple[str, ...]) -> Grammar:
-    return Grammar(answer=answer, phrases={**_SHARED, **(phrases or {})}, **moods)
+def _grammar(answer: str, phrases: Mapping[str, str] | None = None, topic: str = "", **moods: tuple[str, ...]) -> Grammar:
+    return Grammar(answer=answer, topic=topic, phrases={**_SHARED, **(phrases or {})}, **moods)
 
 
 GRAMMARS: dict[str, Grammar] = {
     "count_lines": _grammar(
         _NUMBER,
+        topic="text",
         direct=(
             "<many> <lines> {@} <have> <text>",
             "<many> <lines> {@} are there [with|that <have>|containing] <text>",
@@ -122,6 +123,7 @@ GRAMMARS: dict[str, Grammar] = {
     "find_definition": _grammar(
         _LINE_NUMBER,
         {"thing": _THING},
+        topic="name",
         direct=(
             "[on|at|in] [which|what] line {@} is <thing> [~defined|~declared|~implemented|~introduced|~written|~created]",
             "[on|at|in] [which|what] line is <thing> [~defined|~declared|~implemented|~written|~created] {@}",
@@ -164,6 +166,7 @@ GRAMMARS: dict[str, Grammar] = {
     ),
     "lookup_value": _grammar(
         _VALUE,
+        topic="key",
         direct=(
             "what is [the [~current|~present|~actual|] value of|the value for|the setting of|] <key> {@}",
             "[what|which] value [does|did|would] <key> have {@}",
@@ -214,6 +217,7 @@ GRAMMARS: dict[str, Grammar] = {
     ),
     "find_line": _grammar(
         _LINE_NUMBER,
+        topic="text",
         direct=(
             "[on|at|in] [which|what] <line> {@} does <text> [first|] [occur|appear|show|come up] [for the first time|first|]",
             "[on|at|in] [which|what] <line> does <text> [first occur|first appear|occur for the first time|come first] {@}",
@@ -255,6 +259,7 @@ GRAMMARS: dict[str, Grammar] = {
     ),
     "find_file": _grammar(
         _PATH,
+        topic="text",
         direct=(
             "[which|what] <afile> [here |of this directory |in this folder |]<has> <text>",
             "[which|what] [file|document] [here |] has a line with <text>",
@@ -297,6 +302,7 @@ GRAMMARS: dict[str, Grammar] = {
     ),
     "file_length": _grammar(
         _NUMBER,
+        topic="file",
         direct=(
             "<many> lines [does {file} have|does {file} contain|does {file} hold|has {file}|are in {file}|are there in {file}|"
             "make up {file}|can be counted in {file}|does {file} comprise|do you count in {file}|is {file} long]",
@@ -370,6 +376,7 @@ GRAMMARS: dict[str, Grammar] = {
     ),
     "last_line": _grammar(
         _LINE,
+        topic="file",
         direct=(
             "what [is|stands|is written|can be read] [on|at|in] the [last|final|very last] line {@}",
             "what is the [last|final|very last|~ultimate|~concluding] line {@}",
@@ -406,6 +413,7 @@ GRAMMARS: dict[str, Grammar] = {
     ),
     "edit_value": _grammar(
         "",
+        topic="key",
         imperative=(
             "[set|set|change|change|~update|~switch|~alter|~modify|~turn|~reset|~bring|~move|~raise|~lower|~edit] [the value "
             "of|] <key> {@} <to> {value}",
@@ -442,6 +450,7 @@ GRAMMARS: dict[str, Grammar] = {
     "replace_text": _grammar(
         "",
         {"old": _OLD},
+        topic="old",
         imperative=(
             "[replace|replace|~swap out|~overwrite|~exchange|~substitute] <old> {@} [with|by] {new}",
             "[replace|replace|~overwrite|~substitute] <old> [with|by] {new} {@}",
@@ -481,6 +490,7 @@ GRAMMARS: dict[str, Grammar] = {
     "rename_file": _grammar(
         "",
         {"file": _FILE},
+        topic="file",
         imperative=(
             "[rename|rename|~move|~retitle|~rechristen] <file> [to|to|as|into|so that it is called] {new}",
             "change the [name|file name|path|title] of <file> [to|into] {new}",

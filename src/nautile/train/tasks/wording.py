@@ -40,6 +40,7 @@ class Grammar:
     imperative: tuple[str, ...] = ()
     statement: tuple[str, ...] = ()
     answer: str = ""
+    topic: str = ""  # a slot that may be named first, and be "it" in the clause
     phrases: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -119,6 +120,25 @@ _AROUND: dict[str, str] = {
     "{file}: |inspect {file}: |inspect {file}. |examine {file}. |see {file}: ]",
     "after": "[ (file {file})| (in {file})|, in {file}| - {file}|; the file is {file}|. the file is {file}|\nfile: {file}|"
     ", file {file}|. look in {file}|. use {file}|. it is about {file}| (see {file})|. i mean {file}]",
+}
+
+_TOPIC = (
+    "[it is about {t}. |this is about {t}. |i mean {t}. |take {t}. |take {t}: |consider {t}: |regarding {t}: |regarding {t}, |"
+    "about {t}: |as for {t}, |as to {t}: |{t}: |{t} - |concerning {t}, |we have {t}. |see {t}. |{k}: {t}\n|{k}: {t}; |{k} = "
+    "{t}, |the {k} is {t}. |here is the {k}: {t}. |i have a {k}, {t}. |the {k} in question is {t}. |look at {t}: |now {t}: |"
+    "first {t}. ]"
+)
+_NAMED = (
+    r"(?:the (?:text|string|phrase|characters|pattern|expression|sequence|words|term|part|key|setting|option|parameter|entry"
+)
+_NAMED += r"|variable|field|property|attribute|config key|file|piece of text)(?: named| called)? )?"
+
+_NOUNS = {
+    "text": "[text|string|phrase]",
+    "key": "[key|setting|option]",
+    "name": "[name|identifier]",
+    "old": "[text|old text]",
+    "file": "[file|document]",
 }
 
 _OPENINGS = (
@@ -209,6 +229,9 @@ class Wording:
         phrases = {**_AROUND, **grammar.phrases}
         clause = expand(rng, rng.choice(getattr(grammar, mood)), phrases)
         before = after = ""
+        topic = ""
+        if f"{{{grammar.topic}}}" in clause and rng.random() < 0.14:
+            topic, clause = _topic(rng, grammar.topic, clause)
         if "{@}" in clause:
             pick = rng.random()
             place = expand(rng, "<place>", phrases) if pick < 0.55 else ""
@@ -216,7 +239,7 @@ class Wording:
                 before = expand(rng, "<before>", phrases) if pick < 0.9 else ""
                 after = expand(rng, "<after>", phrases) if pick >= 0.9 else ""
             clause = clause.replace("{@}", place)
-        clause = before + _framed(rng, mood, clause, phrases) + after
+        clause = topic + before + _framed(rng, mood, clause, phrases) + after
         return re.sub(r" +([,.;:?)])", r"\1", re.sub(r" {2,}", " ", clause)).strip()
 
     def _surrounded(self, pool: Pool, core: str, grammar: Grammar) -> str:
@@ -255,6 +278,14 @@ def _framed(rng: random.Random, mood: str, clause: str, phrases: Mapping[str, st
     )
     asks = (asks and mood != "imperative") or lead.startswith(("could you", "can you", "would you"))
     return lead + clause + ("?" if asks and rng.random() < 0.85 else "")
+
+
+def _topic(rng: random.Random, slot: str, clause: str) -> tuple[str, str]:
+    """What is asked about, named first, and the clause with a word for it: ("the text is {text}. ", "... contain it")."""
+    noun = _NOUNS[slot]
+    word = rng.choice(("it", "it", "it", "that", "this", "this one", f"that {expand(rng, noun, {})}"))
+    front = expand(rng, _TOPIC, {}).replace("{t}", f"{{{slot}}}").replace("{k}", expand(rng, noun, {}))
+    return front, re.sub(_NAMED + rf"\{{{slot}\}}(?: \(a setting\))?", word, clause)
 
 
 def _disturbed(pool: Pool, core: str, noise: float) -> str:

@@ -51,7 +51,9 @@ def site(n, d, device):
 @pytest.mark.parametrize(("tokens", "d"), [(1, 128), (3, 384)])
 def test_mix_and_join(device, tokens, d):
     x, own = torch.randn(tokens, 4, d, device=device) * 3, site(4, d, device)
-    for out, expected in zip(streams.launch_mix(x, own, torch.float32), streams.mix_reference(x, own, torch.float32), strict=True):
+    for out, expected in zip(
+        streams.launch_mix(x, own, torch.float32), streams.mix_reference(x, own, torch.float32), strict=True
+    ):
         close(out, expected)
     _, post, matrix = streams.mix_reference(x, own, torch.float32)
     for count in (1, 2, 3):

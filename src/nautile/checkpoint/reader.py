@@ -111,6 +111,12 @@ class Checkpoint:
             return payload.to(torch.int64)
         return payload
 
+    def stored(self, name: str) -> Tensor:
+        """One tensor of the files as it is stored there, by its name there. Raises CheckpointError when there is none."""
+        if name not in self._owner:
+            raise CheckpointError(f"{self.path}: there is no tensor {name!r}; the checkpoint stores this weight in another way")
+        return self._fetch(Location(name))
+
     def in_file_order(self) -> Iterable[Entry]:
         """The entries, those of one file together."""
         order = {id(shard): number for number, shard in enumerate(self._shards)}

@@ -79,7 +79,13 @@ def encode_row(row: Tensor, width: int, rotated: int) -> Tensor:
 
 
 def store_window(
-    projected: Tensor, norms: tuple[Tensor, Tensor], angles: Angles, window: Tensor, rows: Tensor, eps: float, dtype: torch.dtype
+    projected: Tensor,
+    norms: tuple[Tensor, Tensor],
+    angles: Angles,
+    window: Tensor,
+    rows: Tensor,
+    eps: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Normalise the two halves of ``projected`` and store the second as window rows.
 
@@ -95,7 +101,9 @@ def store_window(
     return _normal(low, norms[0], eps).to(dtype)
 
 
-def compress(kv: Tensor, gate: Tensor, where: CompressorRows, slots: Tensor, positions: Tensor, rows: Tensor, turn: Angles) -> None:
+def compress(
+    kv: Tensor, gate: Tensor, where: CompressorRows, slots: Tensor, positions: Tensor, rows: Tensor, turn: Angles
+) -> None:
     """Take one token of each sequence into the rings; where it completes a block, write that block's entry.
 
     Args: kv, gate float32 [T, w] (rows may be slices of wider ones); slots, positions int64 [T]; rows int64 [T]: index of the
@@ -152,7 +160,13 @@ def _turned(x: Tensor, angles: Angles) -> Tensor:
 
 
 def launch_window(
-    projected: Tensor, norms: tuple[Tensor, Tensor], angles: Angles, window: Tensor, rows: Tensor, eps: float, dtype: torch.dtype
+    projected: Tensor,
+    norms: tuple[Tensor, Tensor],
+    angles: Angles,
+    window: Tensor,
+    rows: Tensor,
+    eps: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The kernel; see ``store_window``. Raises RuntimeError without Triton."""
     if triton is None:

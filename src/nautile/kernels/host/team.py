@@ -62,7 +62,9 @@ class HostTeam:
         Jobs of one expert stand beside each other. Raises ValueError for more tokens or pairs than the team was made for.
         """
         if len(jobs) > self.most[1] or x.shape[0] > self.most[0] or x.shape[1] != self.hidden:
-            raise ValueError(f"{len(jobs)} pairs of x {tuple(x.shape)}: this team takes {self.most[1]} and {self.most[0]} tokens")
+            raise ValueError(
+                f"{len(jobs)} pairs of x {tuple(x.shape)}: this team takes {self.most[1]} and {self.most[0]} tokens"
+            )
         if x.dtype != torch.bfloat16 or out.dtype != torch.float32 or not (x.is_contiguous() and out.is_contiguous()):
             raise ValueError("x is bfloat16 and out float32, both contiguous")
         for slot, job in zip(self._pairs, jobs, strict=False):

@@ -1,0 +1,278 @@
+"""Decoding with packed weights of V4-Flash's or Pro's full layout, random values, experts on the card and in host memory.
+
+    python bench/flash_decode.py --model flash --context 4096 --batch 1 8 --out bench/results/flash_decode_h100.json
+    python bench/flash_decode.py --model flash --layers 6 --batch 1 32          # a slice that lies on the card alone
+
+Every step is fed fresh random ids, because greedy text of random weights collapses onto few tokens and would flatter the
+cache of experts. A figure is void when the measured hit rate is further than 2 points from the share of experts on the card.
+The state of each sequence is filled with random rows instead of by a prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from nautile.config import ModelConfig, RopeScaling
+from nautile.engine.costs import kv_bytes, weight_bytes
+from nautile.engine.expert_dispatch import Dispatch, Speeds
+from nautile.engine.gpu_runner import GPURunner
+from nautile.engine.packed import card_memory, random_packed
+from nautile.engine.packed_weights import PackedWeights
+from nautile.engine.placement import Budget, expert_bytes
+from nautile.engine.plan import Piece, Plan
+from nautile.engine.runner import TorchRunner
+from nautile.kernels.host import ExpertJob, HostTeam
+from nautile.state import PoolOptions, StatePool
+from nautile.state.pages import Pages
+
+TINY = {
+    "vocab_size": 160, "hidden_size": 128, "num_attention_heads": 16, "head_dim": 128, "q_lora_rank": 128, "o_groups": 2,
+    "o_lora_rank": 64, "sliding_window": 16, "index_n_heads": 16, "index_head_dim": 64, "index_topk": 64, "n_routed_experts": 16,
+    "num_experts_per_tok": 3, "moe_intermediate_size": 128, "num_hash_layers": 1, "num_hidden_layers": 4,
+    "compress_ratios": (0, 4, 128, 4, 0), "rope_scaling": RopeScaling(original_max_position_embeddings=256),
+}  # fmt: skip
+
+
+def configuration(name: str, layers: int, experts: int) -> ModelConfig:
+    config = ModelConfig(**TINY) if name == "tiny" else ModelConfig.preset(name)
+    config = config.replace(num_nextn_predict_layers=0)
+    if layers:
+        config = config.replace(num_hidden_layers=layers, num_hash_layers=min(layers, config.num_hash_layers))
+    return config.replace(n_routed_experts=experts) if experts else config
+
+
+def pool_options(context: int, batch: int) -> PoolOptions:
+    blocks = batch * (-(-(context + 512) // 256))
+    return PoolOptions(blocks=blocks, slots=batch, rows="packed", prefix_cache=False)
+
+
+def fill_state(pages: Pages) -> None:
+    """Random rows that are all numbers: payload below 2, powers of two near one."""
+    for rows, row in ((pages.csa, None), (pages.hca, None), (pages.window, None), (pages.index, "key")):
+        if not rows.numel():
+            continue
+        rows.view(-1).random_(0, 256)
+        if row == "key":
+            half = pages.config.index_head_dim // 2
+            rows[..., half:] = 126
+            continue
+        plain = pages.config.head_dim - pages.config.qk_rope_head_dim
+        rows[..., :plain].bitwise_and_(0xBF)
+        rows[..., plain : plain + 2 * pages.config.qk_rope_head_dim].bitwise_and_(0x3F)
+        rows[..., plain + 2 * pages.config.qk_rope_head_dim :] = 127
+
+
+def measure_speeds(weights: PackedWeights, team: HostTeam | None) -> Speeds:
+    """Seconds an expert takes over the link and on the host's cores, both busy at once."""
+    store = weights.store
+    away = [(layer, int(e)) for layer in range(len(store.row)) for e in (store.row[layer] >= 0).nonzero().flatten()]
+    if not away:
+        return Speeds(1e-6, math.inf)
+    random.Random(0).shuffle(away)
+    size = min(store.placement.staging, 16)
+    groups = [away[at : at + size] for at in range(0, min(len(away), 16 * size), size)]
+    config = weights.config
+    x, out = torch.randn(1, config.hidden_size).bfloat16(), torch.empty(1, config.hidden_size)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if store.device.type == "cuda" else []
+    began = time.perf_counter()
+    if events:
+        events[0].record()
+    for group in groups:
+        for layer, expert in group:
+            store.stream(layer, [expert])
+    if events:
+        events[1].record()
+    link_wall = time.perf_counter() - began
+    host, done = 0.0, 0
+    if team is not None:
+        for at in range(0, min(len(away), 64), 2):
+            jobs = [ExpertJob(store.blob(layer, expert), 0, 1.0) for layer, expert in away[at : at + 2]]
+            start = time.perf_counter()
+            team.start(jobs, x, out)
+            team.wait()
+            host += time.perf_counter() - start
+            done += len(jobs)
+    if events:
+        torch.cuda.synchronize()
+        link_wall = events[0].elapsed_time(events[1]) / 1e3
+    return Speeds(link_wall / sum(map(len, groups)), host / done if done else math.inf)
+
+
+def decode(runner: GPURunner, pool: StatePool, context: int, batch: int, steps: int, warm: int) -> dict[str, float]:
+    """Median seconds of a step of ``batch`` sequences of ``context`` tokens, fresh random ids in each."""
+    vocabulary, rng = runner.weights.config.vocab_size, random.Random(batch)
+    sequences = []
+    for _ in range(batch):
+        sequence = pool.open([0])
+        pool.ensure(sequence, context)
+        pool.append(sequence, [rng.randrange(vocabulary) for _ in range(context)])
+        sequences.append(sequence)
+    times = []
+    dispatch = runner.dispatch
+    for number in range(warm + steps):
+        for sequence in sequences:
+            pool.ensure(sequence, 1)
+        plan = Plan(tuple(Piece(sequence, (rng.randrange(vocabulary),)) for sequence in sequences))
+        if number == warm and dispatch is not None:
+            dispatch.counts = type(dispatch.counts)()
+        start = time.perf_counter()
+        logits = runner.step(plan)
+        if logits.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+        for sequence, piece in zip(sequences, plan.pieces, strict=True):
+            pool.append(sequence, piece.ids)
+    if not bool(torch.isfinite(logits).all()):
+        raise SystemExit("the logits are not finite: this run is void")
+    for sequence in sequences:
+        pool.release(sequence)
+    timed = sorted(times[warm:])
+    return {
+        "median_ms": statistics.median(timed) * 1e3, "mean_ms": statistics.fmean(timed) * 1e3, "p90_ms": timed[int(len(timed) * 0.9)] * 1e3,
+        "first_ms": times[0] * 1e3, "tokens_per_s": batch / statistics.fmean(timed),
+    }  # fmt: skip
+
+
+def check(runner: GPURunner, pool: StatePool, prompt: int = 300, steps: int = 6) -> dict[str, float]:
+    """Decode pieces against the ordinary modules on the same card and weights: two sequences of the same tokens."""
+    rng, modules = random.Random(7), TorchRunner(runner.model, pool)
+    ids = [rng.randrange(runner.weights.config.vocab_size) for _ in range(prompt + steps)]
+    sequences, errors, same = [], [], 0
+    for _ in range(2):
+        sequence = pool.open([0])
+        pool.ensure(sequence, prompt)
+        modules.step(Plan((Piece(sequence, tuple(ids[:prompt]), "none"),)))
+        pool.append(sequence, ids[:prompt])
+        sequences.append(sequence)
+    for token in ids[prompt:]:
+        logits = []
+        for sequence, one in zip(sequences, (runner, modules), strict=True):
+            pool.ensure(sequence, 1)
+            logits.append(one.step(Plan((Piece(sequence, (token,)),)))[0].double())
+            pool.append(sequence, [token])
+        errors.append(float((logits[0] - logits[1]).norm() / logits[1].norm()))
+        same += int(logits[0].argmax() == logits[1].argmax())
+    for sequence in sequences:
+        pool.release(sequence)
+    return {"relative_error": statistics.median(errors), "worst": max(errors), "same_argmax": same / steps}
+
+
+def floor_bytes(config: ModelConfig, context: int, batch: int) -> float:
+    """Bytes that a step must read: dense weights once, each chosen expert once (uniform routing), the state that is seen."""
+    dense = weight_bytes(config, "stored").resident
+    unique = config.n_routed_experts * (1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch)
+    experts = config.num_hidden_layers * unique * expert_bytes(config)
+    row = config.head_dim + config.qk_rope_head_dim + 8
+    per = {0: 0, 4: min(config.index_topk, context // 4) * row + context // 4 * 68, 128: context // 128 * row}
+    rows = sum(config.sliding_window * row + per[ratio] for ratio in config.layer_ratios)
+    return dense + experts + batch * rows
+
+
+def profile(runner: GPURunner, pool: StatePool, context: int, batch: int) -> list[tuple[str, float, int]]:
+    """Card time by kernel of one step: (name, microseconds, launches)."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    with record(activities=[ProfilerActivity.CUDA]) as recorded:
+        decode(runner, pool, context, batch, 1, 0)
+    rows = [(event.key[:48], event.self_device_time_total, event.count) for event in recorded.key_averages()]
+    return sorted(rows, key=lambda row: -row[1])[:24]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("flash", "pro", "tiny"), default="flash")
+    parser.add_argument("--layers", type=int, default=0, help="a slice of the first layers")
+    parser.add_argument("--experts", type=int, default=0, help="other than the model's number of routed experts")
+    parser.add_argument("--context", type=int, nargs="+", default=[4096])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--warm", type=int, default=8)
+    parser.add_argument("--card-gb", type=float, default=0, help="card memory to use; 0: what is free")
+    parser.add_argument("--host-gb", type=float, default=120)
+    parser.add_argument(
+        "--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="for host experts; 0: stream all"
+    )
+    parser.add_argument("--bandwidth", type=float, default=3030, help="GB/s of the card, for floors")
+    parser.add_argument("--check", action="store_true", help="compare with the modules first")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", default="unknown")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = configuration(options.model, options.layers, options.experts)
+    most, longest = max(options.batch), max(options.context)
+    state = int(kv_bytes(config, min(longest + 1024, config.max_position_embeddings), most, "packed").total * 1.05)
+    free = card_memory(device) if device.type == "cuda" else 1 << 30
+    card = int(options.card_gb * 1e9) or free
+    budget = Budget(card, int(options.host_gb * 1e9), state, (3 << 29) if device.type == "cuda" else 0)
+    began = time.perf_counter()
+    weights = random_packed(config, budget, device)
+    loaded = time.perf_counter() - began
+    placement = weights.store.placement
+    print(
+        f"{options.model}: {placement.on_card:,} of {placement.on_card + placement.in_host:,} experts on the card "
+        f"({placement.fraction:.1%}), dense {weights.nbytes / 1e9:.2f} GB, host {placement.in_host * expert_bytes(config) / 1e9:.1f}"
+        f" GB, state {state / 1e9:.2f} GB; allocated and filled in {loaded:.1f} s", flush=True,
+    )  # fmt: skip
+    team = None
+    if options.threads and not weights.store.all_on_card:
+        team = HostTeam(
+            options.threads,
+            config.hidden_size,
+            config.moe_intermediate_size,
+            config.swiglu_limit,
+            tokens=max(2, most),
+            pairs=8 * max(2, most),
+        )
+    speeds = measure_speeds(weights, team)
+    print(f"one expert: link {speeds.link * 1e6:.0f} us, host {speeds.host * 1e6:.0f} us (both busy)", flush=True)
+    dispatch = None if weights.store.all_on_card else Dispatch(weights.store, team, speeds)
+    rows = []
+    if options.check:
+        pool = StatePool(config, pool_options(1024, 2), device)
+        print("decode pieces against the modules:", json.dumps(check(GPURunner(weights, pool, dispatch), pool)), flush=True)
+        del pool
+    for context in options.context:
+        for batch in options.batch:
+            pool = StatePool(config, pool_options(context, batch), device)
+            fill_state(pool.pages)
+            runner = GPURunner(weights, pool, dispatch)
+            row: dict[str, object] = {
+                "context": context,
+                "batch": batch,
+                **decode(runner, pool, context, batch, options.steps, options.warm),
+            }
+            floor = floor_bytes(config, context, batch) / options.bandwidth / 1e6
+            row |= {"floor_ms": floor, "layers": config.num_hidden_layers}
+            if dispatch is not None:
+                row |= {**asdict(dispatch.counts), "hit_rate": dispatch.counts.hit_rate}
+                row["void"] = abs(dispatch.counts.hit_rate - placement.fraction) > 0.02
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            if options.profile and device.type == "cuda":
+                for name, micro, count in profile(runner, pool, context, batch):
+                    print(f"  {micro:9.0f} us {count:5d} x {name}", flush=True)
+            del runner, pool
+    if options.out:
+        head = {
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "model": options.model,
+            "resident_fraction": placement.fraction, "experts_on_card": placement.on_card, "experts_in_host": placement.in_host,
+            "load_s": loaded, "seconds_an_expert": asdict(speeds), "commit": options.commit,
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "command": "python bench/flash_decode.py",
+        }  # fmt: skip
+        options.out.write_text(json.dumps({**head, "results": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

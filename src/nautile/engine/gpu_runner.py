@@ -1,0 +1,189 @@
+"""The runner for packed weights: single tokens through decode pieces held in CUDA graphs, prompts through the modules.
+
+Between two pieces the host reads which experts were chosen, and sends what the card lacks (``expert_dispatch``). A piece is
+captured once for a batch size and a capacity of tokens (powers of two) and replayed from then on: nothing is compiled or
+allocated after that. A fault of the card ends the step with an error that names it; no token comes out of a step that failed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nautile.engine.decode_step import DecodeStep, Mail
+from nautile.engine.expert_dispatch import Dispatch
+from nautile.engine.packed_weights import PackedWeights, network
+from nautile.engine.plan import Piece, Plan
+from nautile.engine.runner import TorchRunner
+from nautile.kernels.decode.linear import MOST_TOKENS
+from nautile.state.pool import StatePool
+
+__all__ = ["CardError", "GPURunner"]
+
+_LEAST = 1024  # tokens of the smallest capacity
+
+
+class CardError(RuntimeError):
+    """The card failed in the middle of a step; nothing of the step counts."""
+
+
+class GPURunner(TorchRunner):
+    """Packed weights over a pool of packed rows, on the card that holds both (or, for tests, on the CPU)."""
+
+    def __init__(self, weights: PackedWeights, pool: StatePool, dispatch: Dispatch | None = None) -> None:
+        """``dispatch`` serves experts that are not on the card. Raises ValueError for rows that are not packed, and without
+        a dispatch when experts are in host memory."""
+        if pool.options.rows != "packed":
+            raise ValueError(f'packed weights run with rows="packed", this pool has {pool.options.rows!r}')
+        if dispatch is None and not weights.store.all_on_card:
+            raise ValueError("experts are in host memory: give a dispatch")
+        self.weights, self.dispatch = weights, None if weights.store.all_on_card else dispatch
+        self.device = weights.embed.device
+        super().__init__(network(weights, torch.bfloat16 if self.device.type == "cuda" else torch.float32), pool)
+        self._most = min(MOST_TOKENS, self.dispatch.most_tokens()) if self.dispatch is not None else MOST_TOKENS
+        if self._most < 1:
+            raise ValueError("one token may choose more experts than can be streamed: give the placement more staging slots")
+        self._steps: dict[tuple[int, int], _Graphs] = {}
+
+    @torch.inference_mode()
+    def step(self, plan: Plan) -> Tensor:
+        """See ``Runner.step``."""
+        single = [index for index, piece in enumerate(plan.pieces) if len(piece.ids) == 1]
+        rows: dict[int, Tensor] = {}
+        try:
+            for first in range(0, len(single), self._most):
+                group = single[first : first + self._most]
+                rows.update(zip(group, self._decode([plan.pieces[index] for index in group]).unsqueeze(1), strict=True))
+            for index, piece in enumerate(plan.pieces):
+                if index not in rows:
+                    (streams,) = self._pass([piece])
+                    wanted = streams[len(streams) - piece.rows :]
+                    rows[index] = self.model.logits(self.model.hidden(wanted)) if piece.rows else self._none()
+        except torch.AcceleratorError as error:
+            raise CardError(f"the card failed: {error}; the engine must be started again") from error
+        wanted_rows = [rows[index] for index, piece in enumerate(plan.pieces) if piece.rows]
+        return torch.cat(wanted_rows) if wanted_rows else self._none()
+
+    def _none(self) -> Tensor:
+        return torch.empty(0, self.weights.config.vocab_size, device=self.device)
+
+    def _graphs(self, batch: int, tokens: int) -> _Graphs:
+        block = self.pool.options.block_tokens
+        capacity = max(_LEAST, block, 1 << (tokens - 1).bit_length())
+        capacity = -(-capacity // block) * block
+        key = (batch, capacity)
+        if key not in self._steps:
+            self._steps[key] = _Graphs(self.weights, self.pool, self.dispatch, batch, capacity)
+        return self._steps[key]
+
+    def _decode(self, pieces: list[Piece]) -> Tensor:
+        """Logits [B, V] of one token each."""
+        longest = max(piece.sequence.length for piece in pieces) + 1
+        graphs = self._graphs(len(pieces), longest)
+        per = self.pool.options.block_tokens
+        self.pool.pages.changed({piece.sequence.blocks[piece.sequence.length // per] for piece in pieces})
+        return graphs.run(pieces)
+
+
+class _Graphs:
+    """One ``DecodeStep``, captured on a card, called directly on the CPU."""
+
+    def __init__(self, weights: PackedWeights, pool: StatePool, dispatch: Dispatch | None, batch: int, capacity: int) -> None:
+        config, self.device, self.dispatch = weights.config, weights.embed.device, dispatch
+        on_card = self.device.type == "cuda"
+        self.mail = Mail.allocate(batch, config.num_experts_per_tok, config.hidden_size, on_card) if dispatch else None
+        self.step = DecodeStep(weights, pool.pages, batch, capacity, self.mail)
+        width = 3 * batch + self.step.inputs.table.numel()
+        self._packed = torch.zeros(width, dtype=torch.int64, pin_memory=on_card)
+        self._arrived = torch.cuda.Event() if on_card else None
+        self._pieces: list[torch.cuda.CUDAGraph] = []
+        self._shared: list[torch.cuda.CUDAGraph] = []
+
+    def run(self, pieces: list[Piece]) -> Tensor:
+        """The logits [B, V] of these pieces of one token each."""
+        self._write(pieces)
+        if self._arrived is not None and not self._pieces:
+            self._capture()
+        layers = len(self.step.weights.layers)
+        for index in range(layers + 1):
+            self._piece(index)
+            if index == layers:
+                break
+            if self.mail is not None and self.dispatch is not None:
+                self._arrive()
+                self.dispatch.begin(index, self.mail)
+                self._side(index)
+                self.dispatch.end()
+            else:
+                self._side(index)
+        assert self.step.logits is not None
+        return self.step.logits.clone()
+
+    def _write(self, pieces: list[Piece]) -> None:
+        inputs = self.step.inputs
+        width = inputs.table.shape[1]
+        numbers = [piece.ids[0] for piece in pieces]
+        numbers += [piece.sequence.length for piece in pieces]
+        numbers += [piece.sequence.slot or 0 for piece in pieces]
+        for piece in pieces:
+            blocks = piece.sequence.blocks[:width]
+            numbers += [*blocks, *[0] * (width - len(blocks))]
+        self._packed.copy_(torch.tensor(numbers))
+        batch = len(pieces)
+        packed = self._packed.to(self.device, non_blocking=True)
+        for place, part in zip((inputs.ids, inputs.positions, inputs.slots), packed[: 3 * batch].view(3, batch), strict=True):
+            place.copy_(part)
+        inputs.table.copy_(packed[3 * batch :].view(batch, width))
+
+    def _arrive(self) -> None:
+        """Wait until the router's choice is in the mail."""
+        if self._arrived is not None:
+            self._arrived.record()
+            self._arrived.synchronize()
+
+    def _piece(self, index: int) -> None:
+        if not self._pieces:
+            self.step.piece(index)
+        elif index < len(self._pieces):
+            self._pieces[index].replay()
+
+    def _side(self, index: int) -> None:
+        if not self._pieces:
+            self.step.meanwhile(index)
+        elif self._shared:
+            self._shared[index].replay()
+
+    def _capture(self) -> None:
+        """Run everything once, so that all kernels are compiled, then capture. With nothing for the host to do in between, the
+        whole step is one graph. The rows that this writes are those that the real run writes over."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._all()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        pool = torch.cuda.graph_pool_handle()
+        layers = len(self.step.weights.layers)
+        if self.mail is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._all()
+            self._pieces = [graph]
+            return
+        pieces, shared = [], []
+        for index in range(layers + 1):
+            pieces.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(pieces[-1], pool=pool):
+                self.step.piece(index)
+            if index < layers:
+                shared.append(torch.cuda.CUDAGraph())
+                with torch.cuda.graph(shared[-1], pool=pool):
+                    self.step.meanwhile(index)
+        self._pieces, self._shared = pieces, shared
+
+    def _all(self) -> None:
+        layers = len(self.step.weights.layers)
+        for index in range(layers + 1):
+            self.step.piece(index)
+            if index < layers:
+                self.step.meanwhile(index)

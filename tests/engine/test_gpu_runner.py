@@ -1,0 +1,177 @@
+"""Packed weights: the decode pieces against the modules, on the card or on the CPU, wherever experts lie."""
+
+import pytest
+import torch
+from engine.flash_models import budget, flash_config, packed
+
+from nautile.checkpoint import load_model
+from nautile.checkpoint.errors import CheckpointError
+from nautile.checkpoint.layout import entries, scale_name, stored_tensors
+from nautile.checkpoint.shards import ShardWriter
+from nautile.engine.expert_dispatch import Dispatch, Speeds, divide
+from nautile.engine.fill import fill_from_checkpoint
+from nautile.engine.gpu_runner import GPURunner
+from nautile.engine.packed import load_packed
+from nautile.engine.packed_weights import network
+from nautile.engine.plan import Piece, Plan
+from nautile.engine.runner import TorchRunner
+from nautile.kernels.host import HostTeam
+from nautile.state import PoolOptions, StatePool
+
+OPTIONS = PoolOptions(blocks=24, slots=4, rows="packed", prefix_cache=False)
+STARTS = (2, 127, 250, 383)  # tokens taken in as a prompt; four sequences then decode together across ends of blocks
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+@pytest.fixture(scope="module")
+def config():
+    return flash_config()
+
+
+@pytest.fixture(scope="module")
+def weights(config):
+    return packed(config)
+
+
+@pytest.fixture(scope="module")
+def ids(config):
+    return torch.randint(config.vocab_size, (len(STARTS), 420), generator=torch.Generator().manual_seed(5)).tolist()
+
+
+def feed(runner, pool, ids, steps):
+    """Logits [steps, sequences, V] of tokens that are given, not sampled."""
+    sequences = []
+    for row, count in zip(ids, STARTS, strict=True):
+        sequence = pool.open(row)
+        pool.ensure(sequence, count)
+        runner.step(Plan((Piece(sequence, tuple(row[:count])),)))
+        pool.append(sequence, row[:count])
+        sequences.append(sequence)
+    out = []
+    for _ in range(steps):
+        for sequence in sequences:
+            pool.ensure(sequence, 1)
+        plan = Plan(tuple(Piece(s, (row[s.length],)) for s, row in zip(sequences, ids, strict=True)))
+        out.append(runner.step(plan).cpu())
+        for sequence, piece in zip(sequences, plan.pieces, strict=True):
+            pool.append(sequence, piece.ids)
+    return torch.stack(out)
+
+
+@pytest.fixture(scope="module")
+def expected(config, weights, ids):
+    pool = StatePool(config, OPTIONS)
+    return feed(TorchRunner(network(weights, torch.float32), pool), pool, ids, 9)
+
+
+def copied(weights, config, on_card, device):
+    """The same weights with so many experts on the card."""
+    other = packed(config, on_card, device=device)
+    for (name, target), (same, source) in zip(other.destinations(), weights.destinations(), strict=True):
+        assert name == same
+        target.copy_(source)
+    return other
+
+
+def agree(found, expected, device, exact, limit=0.01):
+    """Argmax nearly everywhere, and logits: in float32 up to values that fall on the other side of a border of FP4 or FP8;
+    with bfloat16 activations up to their rounding."""
+    error = (found - expected).norm() / expected.norm()
+    assert error < (limit if exact and device == "cpu" else 0.1), float(error)
+    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("on_card", [64, 26, 0], ids=["all on the card", "some", "none"])
+@pytest.mark.parametrize("host", [False, True], ids=["streamed", "with the host"])
+def test_the_pieces_are_the_modules(config, weights, ids, expected, device, on_card, host):
+    own = copied(weights, config, on_card, device)
+    team = HostTeam(2, config.hidden_size, config.moe_intermediate_size, config.swiglu_limit, tokens=4) if host else None
+    dispatch = Dispatch(own.store, team, Speeds(1.0, 1.0))
+    pool = StatePool(config, OPTIONS, device)
+    found = feed(GPURunner(own, pool, dispatch), pool, ids, 9)
+    agree(found, expected, device, exact=not host or on_card == 64)
+    counts = dispatch.counts
+    assert (counts.on_host > 0) == (host and on_card < 64) and (counts.streamed > 0) == (on_card < 64)
+    if on_card < 64:
+        assert abs(counts.hit_rate - own.store.placement.fraction) < 0.1
+        assert dispatch.used.sum() == 9 * 4 * 4 * config.num_experts_per_tok
+
+
+def test_the_indexer_selects(ids):
+    """With fewer entries to choose than there are, decode pieces and modules choose the same."""
+    config = flash_config(index_topk=16)
+    weights, pools = packed(config, seed=1), [StatePool(config, OPTIONS) for _ in range(2)]
+    modules = feed(TorchRunner(network(weights, torch.float32), pools[0]), pools[0], ids, 6)
+    agree(feed(GPURunner(weights, pools[1]), pools[1], ids, 6), modules, "cpu", exact=True)
+
+
+def test_each_expert_goes_where_it_ends_first():
+    assert divide([(3, 1), (1, 1), (2, 1)], Speeds(1.0, 1.0)) == ([1, 3], [2])
+    assert divide([(3, 1), (1, 1), (2, 1)], Speeds(1.0, 10.0)) == ([1, 2, 3], [])
+    assert divide([(3, 1), (1, 4), (2, 1)], Speeds(1.0, 0.4)) == ([2], [1, 3])
+    assert divide([(e, 1) for e in range(9)], Speeds(1.0, 100.0), room=2) == ([0, 1], [2, 3, 4, 5, 6, 7, 8])
+    assert divide([], Speeds(1.0, 1.0)) == ([], [])
+
+
+def write_official(path, weights):
+    """A checkpoint directory of these weights, tensor by tensor."""
+    import json
+
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(weights.config.to_json()))
+    values = dict(weights.destinations())
+    stored = [tensor for entry in entries(weights.config) for tensor in stored_tensors(entry)]
+    writer = ShardWriter(path / "model.safetensors", stored)
+    for tensor in stored:
+        wanted = {"BF16": torch.bfloat16, "F32": torch.float32}.get(tensor.dtype)
+        writer.write(tensor.name, values[tensor.name].to(wanted) if wanted else values[tensor.name])
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory, weights):
+    path = tmp_path_factory.mktemp("official") / "model"
+    write_official(path, weights)
+    return path
+
+
+def test_an_official_checkpoint_is_loaded_into_place(config, weights, directory):
+    loaded = load_packed(directory, budget(config, 26), "cpu")
+    for (name, target), (_, source) in zip(loaded.destinations(), weights.destinations(), strict=True):
+        if target.dtype.itemsize == 1 or target.dtype == torch.int64:
+            assert torch.equal(target.view(torch.uint8), source.view(torch.uint8)), name
+        else:
+            expected = source.to(torch.bfloat16) if name.endswith("weight") else source
+            torch.testing.assert_close(target.float(), expected.float())
+    decoded = load_model(directory)
+    pool, ids = StatePool(config, OPTIONS), torch.arange(140)[None] % config.vocab_size
+    sequence = pool.open([0])
+    pool.ensure(sequence, 140)
+    dispatch = Dispatch(loaded.store, None, Speeds(1.0, 1.0))
+    logits = GPURunner(loaded, pool, dispatch).step(Plan((Piece(sequence, tuple(ids[0].tolist()), "all"),)))
+    with torch.inference_mode():
+        # the full pass keeps in float32 what packed rows hold in bfloat16
+        agree(logits, decoded(ids)[0], "cpu", exact=True, limit=0.03)
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(config, weights, directory, tmp_path):
+    data = (directory / "model.safetensors").read_bytes()
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "config.json").write_text((directory / "config.json").read_text())
+    (cut / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match="truncated"):
+        load_packed(cut, budget(config, 26), "cpu")
+    with pytest.raises(CheckpointError, match="allocated for"):
+        fill_from_checkpoint(packed(flash_config(index_topk=16)), directory)
+    assert scale_name("a.weight") == "a.scale"
+
+
+def test_what_cannot_run_says_so(config, weights):
+    with pytest.raises(ValueError, match="packed"):
+        GPURunner(weights, StatePool(config, PoolOptions(blocks=4, slots=1)))
+    with pytest.raises(ValueError, match="dispatch"):
+        GPURunner(packed(config, 26), StatePool(config, OPTIONS))
+    with pytest.raises(ValueError, match="fake_quant"):
+        packed(flash_config(fake_quant_kv=False))

@@ -37,16 +37,12 @@ def samples_of(model, recorder, deterministic, prompts, reward=lambda ids: 0.0, 
     made = []
     try:
         for group, prompt in enumerate(prompts):
-            params = [
-                SamplingParams(
-                    temperature=1.0, logprobs=0, max_tokens=TOKENS, ignore_eos=True, seed=1000 * seed + 50 * group + n
-                )
-                for n in range(samples)
-            ]
-            for number, one in enumerate(params):
-                done = engine.generate([prompt], one)[0]
+            params = SamplingParams(
+                temperature=1.0, logprobs=0, max_tokens=TOKENS, ignore_eos=True, seed=1000 * seed + group, n=samples
+            )
+            for index, done in enumerate(engine.generate([prompt], params)):
                 segment = Segment(tuple(prompt), tuple(done.ids), tuple(event.logprob for event in done.logprobs))
-                planned = Planned(group * samples + number, group, "edit_value", 0)
+                planned = Planned(group * samples + index, group, "edit_value", 0)
                 made.append(Sample(planned, (segment,), "answered", "", reward(done.ids), "", "", ({},)))
     finally:
         engine.close()
@@ -58,17 +54,17 @@ def prompts_of(model, lengths):
 
 
 class Toy(GRPO):
-    """GRPO whose conversations are single turns and whose reward is a share of low ids."""
+    """GRPO whose conversations are single turns and whose reward is higher for lower ids."""
 
     lengths, count = (20,), 4
 
     def _roll_out(self, place, stored, recorder, finished):
         place.mkdir(parents=True, exist_ok=True)
-        half = self.model.config.vocab_size // 2
+        size = self.model.config.vocab_size
         noted = recorder if self.config.replay or self.config.deterministic else None
         return samples_of(
             stored or self.model, noted, self.config.deterministic, prompts_of(self.model, self.lengths),
-            lambda ids: sum(token < half for token in ids) / len(ids), samples=self.count, seed=self.step,
+            lambda ids: 1 - sum(ids) / len(ids) / size, samples=self.count, seed=self.step,
         )  # fmt: skip
 
 
@@ -211,9 +207,13 @@ def test_the_printed_difference(tmp_path, deterministic, qat):
             assert 0 < report.difference_max < 1e-4
 
 
+class Many(Toy):
+    count = 12
+
+
 def test_rewards_rise(tmp_path):
     reports = []
-    toy(tmp_path, steps=10, lr=5e-3, kl=0.0).run(reports.append)
+    toy(tmp_path, kind=Many, steps=12, lr=1e-2, kl=0.0, rows=12).run(reports.append)
     first, last = (sum(report.reward for report in part) / 3 for part in (reports[:3], reports[-3:]))
     assert last > first + 0.05, [round(report.reward, 3) for report in reports]
 

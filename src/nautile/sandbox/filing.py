@@ -21,13 +21,13 @@ from nautile.sandbox.errors import FileRefused
 from nautile.sandbox.inside import frames
 from nautile.sandbox.state import State
 
-__all__ = ["serve"]
+__all__ = ["WHY", "serve"]
 
 _CHUNK = 2**20
 _MOST = 100_000  # entries of one directory, or of one tree
 _DEEPEST = 64
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW
-_WHY = {
+WHY = {
     errno.ELOOP: "its path leads through a symbolic link, which is not followed",
     errno.EXDEV: "its path leads out of the sandbox",
     errno.ENOENT: "it does not exist",
@@ -44,7 +44,7 @@ def serve(state: State, request: dict[str, Any], channel: socket.socket, body: b
     channel.settimeout(60.0)  # a client that does not read, or does not write, holds nothing
     for entrance in state.group.entrances:
         cgroup.enter(entrance)
-    step_inside(state.open(), None, state.tenant)
+    step_inside(state.open(), state.tenant)
     root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     os.umask(0)
     path = request["path"]
@@ -60,7 +60,7 @@ def serve(state: State, request: dict[str, Any], channel: socket.socket, body: b
     except OSError as error:
         if isinstance(error, TimeoutError | BrokenPipeError | ConnectionError):
             raise
-        raise FileRefused("/" + path, _WHY.get(error.errno or 0, os.strerror(error.errno or 0))) from None
+        raise FileRefused("/" + path, WHY.get(error.errno or 0, os.strerror(error.errno or 0))) from None
 
 
 @contextlib.contextmanager

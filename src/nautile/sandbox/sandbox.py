@@ -85,8 +85,8 @@ class Sandbox:
             return cls(client.FleetDriver.create(gateways, {**wish, "idle": keep}), chosen)
         place = _directory(workspace)
         identity = f"{kind[:1]}-{secrets.token_hex(8)}"
-        order = _Order(kind, Image.of(image), chosen, policy, runtime, place, workers)
-        order.check(image is not None, allow_emulation)
+        order = _Order(kind, Image.of(image), chosen, policy, runtime, place, workers, allow_emulation)
+        order.check(image is not None, log is not None)
         if log is None:
             return cls(order.make(identity, None), chosen)
         return cls(_recorded(order, Path(log), identity, replay, keep), chosen)
@@ -262,26 +262,32 @@ class _Order:
     runtime: str | None
     workspace: Path | None
     workers: int
+    allow_emulation: bool = False
 
-    def check(self, has_image: bool, allow_emulation: bool) -> None:
+    def check(self, has_image: bool, has_log: bool) -> None:
         """Raises what ``create`` raises for what can never work."""
         if self.kind not in KINDS:
             raise InvalidRequest(f"kind {self.kind!r}: choose one of {', '.join(KINDS)}")
-        if self.kind in ("microvm", "vm"):
-            why = "virtual machines are not part of this version" + (", emulated or not" if allow_emulation else "")
-            raise SubstrateUnavailable(
-                self.kind, why, "use kind='container'; it shares the host's kernel, which a VM would not"
-            )
-        expected = "bubblewrap" if self.kind == "function" else "crun"
+        expected = {"function": "bubblewrap", "container": "crun"}.get(self.kind, "qemu")
         if self.runtime not in (None, expected):
             why = f"the runtime {self.runtime!r} is not part of this version"
             raise SubstrateUnavailable(self.kind, why, f"leave runtime out, or give {expected!r}")
         if not 0 < self.workers <= 64:
             raise InvalidRequest(f"workers is {self.workers}: give 1 to 64")
+        if self.kind in ("microvm", "vm"):
+            self._check_machine(has_log)
         if self.kind == "function" and has_image:
             raise Unsupported("function", "image", "workers run the host's Python", "use kind='container'")
         if self.kind == "function" and self.policy.rules:
             raise Unsupported("function", "network", "workers have none", "use kind='container'")
+
+    def _check_machine(self, has_log: bool) -> None:
+        if has_log:
+            why = "a machine ends with the process that made it"
+            raise Unsupported(self.kind, "trajectory log", why, "use kind='container'")
+        if self.policy.rules:
+            why = "a machine has no network device, and the proxy cannot be reached from it"
+            raise Unsupported(self.kind, "network", why, "use kind='container'")
 
     def make(self, identity: str, keep: float | None) -> Driver:
         """The driver of a new sandbox."""
@@ -289,6 +295,10 @@ class _Order:
             from nautile.sandbox.function import FunctionDriver  # noqa: PLC0415
 
             return FunctionDriver(identity, self.limits, workers=self.workers, workspace=self.workspace)
+        if self.kind == "microvm":
+            from nautile.sandbox.microvm import MicroVMDriver  # noqa: PLC0415
+
+            return MicroVMDriver.create(identity, self.image, self.limits, allow_emulation=self.allow_emulation)
         from nautile.sandbox.container import ContainerDriver  # noqa: PLC0415
 
         return ContainerDriver.create(identity, self.image, self.limits, self.policy, self.workspace, keep=keep)

@@ -1,0 +1,125 @@
+"""The microVM substrate: QEMU's smallest machine, with the host's /usr or an image as read-only disks and files in memory.
+
+A machine of a shape that has booted before starts from a snapshot of that; a fork is a copy of a running one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import secrets
+import shutil
+import tempfile
+import time
+import weakref
+from pathlib import Path
+
+from nautile.sandbox.errors import SubstrateUnavailable
+from nautile.sandbox.guest import accel, base, boot, template
+from nautile.sandbox.guest.driver import GuestDriver, configure, identity_of
+from nautile.sandbox.image import Image
+from nautile.sandbox.limits import Limits
+from nautile.sandbox.qemu import Emulator, Machine, program, version
+from nautile.sandbox.result import Info
+
+__all__ = ["BOOT_SECONDS", "MicroVMDriver", "disks_of"]
+
+BOOT_SECONDS = 60.0  # an emulated machine on a busy host may need many of them
+
+
+class Disks:
+    """The indexes of an image's layers. What was made for one image goes with the last machine that uses it."""
+
+    def __init__(self, image: Image) -> None:
+        self.held = image.held
+        self.indexes: list[Path] = [base.index()] if image.host_usr else []
+        self.shared = not image.layers
+        if image.layers:
+            place = Path(tempfile.mkdtemp(prefix="nautile-disks-"))
+            self._finalizer = weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
+            for number, layer in enumerate(image.layers):
+                self.indexes.append(base.layer_index(layer, place / f"{number}.index"))
+
+
+def disks_of(substrate: str, image: Image) -> Disks:
+    """The read-only disks for an image. Raises SubstrateUnavailable for more layers than a machine has room for."""
+    if len(image.layers) > 12:
+        why = f"{len(image.layers)} layers are more than a machine has disks"
+        raise SubstrateUnavailable(substrate, why, "pack them into fewer")
+    return Disks(image)
+
+
+class MicroVMDriver(GuestDriver):
+    """One microVM."""
+
+    def __init__(self, emulator: Emulator, info: Info, limits: Limits, image: Image, disks: Disks) -> None:
+        super().__init__(emulator, info, limits, image)
+        self._disks = disks
+
+    @classmethod
+    def create(
+        cls, identity: str, image: Image, limits: Limits, *, allow_emulation: bool, snapshots: bool = True
+    ) -> MicroVMDriver:
+        """Start one; it lives as long as this process. ``snapshots`` False: boot it, whatever is in the cache.
+
+        Raises SubstrateUnavailable, LimitUnavailable.
+        """
+        qemu = version(program("microvm"))
+        chosen = accel.choose("microvm", allow_emulation=allow_emulation)
+        disks = disks_of("microvm", image)
+        processors = math.ceil(limits.cpus or 1)
+        machine = Machine("microvm", chosen, limits, processors, boot.prepare("microvm", "mmio"), tuple(disks.indexes))
+        emulator = _booted(machine, identity, qemu, snapshots and disks.shared)
+        try:
+            configure(emulator, limits, len(disks.indexes), own=False)
+        except BaseException:
+            emulator.close()
+            raise
+        return cls(emulator, _info(identity, qemu, chosen, emulator), limits, image, disks)
+
+    def fork(self) -> MicroVMDriver:
+        """See ``Sandbox.fork``: memory is copied, and with it everything but the processes, which end in the copy."""
+        identity, link = identity_of("microvm"), self._link
+        state = os.memfd_create("state", os.MFD_CLOEXEC)
+        try:
+            link.hold()
+            try:
+                self._emulator.save(state)
+                os.lseek(state, 0, os.SEEK_SET)
+                machine = dataclasses.replace(self._emulator.machine, memory=self._emulator.memory, state=state)
+                emulator = Emulator(machine, identity)  # it has copied the memory when this returns
+            finally:
+                self._emulator.go_on()
+                link.go_on()
+        finally:
+            os.close(state)
+        try:
+            emulator.link.refresh(int(time.time()), secrets.token_hex(32))
+        except BaseException:
+            emulator.close()
+            raise
+        info = dataclasses.replace(self.info, id=identity, limits_enforced=emulator.group.enforced)
+        return MicroVMDriver(emulator, info, self._limits, self._image, self._disks)
+
+
+def _booted(machine: Machine, identity: str, qemu: str, snapshots: bool) -> Emulator:
+    """A machine whose agent waits: from a snapshot if there is one of its shape, which is taken of the first that boots."""
+    key = template.key_of(machine, qemu) if snapshots else ""
+    with contextlib.ExitStack() as kept:
+        found = template.find(key) if snapshots else None
+        if found is not None:
+            kept.callback(found.close)
+            return Emulator(dataclasses.replace(machine, memory=found.memory, state=found.state), identity)
+        emulator = Emulator(machine, identity)
+        kept.callback(emulator.close)
+        emulator.greet(BOOT_SECONDS)
+        if snapshots:
+            template.keep(emulator, key)
+        kept.pop_all()
+        return emulator
+
+
+def _info(identity: str, qemu: str, chosen: str, emulator: Emulator) -> Info:
+    return Info(identity, "microvm", f"qemu {qemu.split(maxsplit=1)[0]}", chosen, emulator.group.enforced)

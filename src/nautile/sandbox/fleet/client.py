@@ -31,6 +31,7 @@ from nautile.sandbox.result import Capabilities, Entry, Info, RunResult
 __all__ = ["Fleet", "FleetDriver", "FleetImage", "FleetSession", "Request", "wish"]
 
 _MARGIN = 20.0  # seconds that an answer may take on top of what was asked for
+_CLOSING = 3.0  # seconds of patience with an edge that is gone: its sandboxes end by themselves
 _MOST = 60 * 2**20
 _Answer = TypeVar("_Answer")
 
@@ -69,7 +70,9 @@ class Fleet:
         """Hang up."""
         self._http.close()
 
-    def ask(self, method: str, path: str, header: dict[str, Any] | None = None, again: bool = True) -> dict[str, Any]:
+    def ask(
+        self, method: str, path: str, header: dict[str, Any] | None = None, again: bool = True, patience: float | None = None
+    ) -> dict[str, Any]:
         """One short exchange in JSON. ``again``: it may be repeated when a gateway or an edge breaks off."""
         content = b"" if header is None else wire.pack(header)
 
@@ -80,7 +83,7 @@ class Fleet:
                 raise wire.rebuilt(said)
             return said
 
-        return self._patiently(once, again)
+        return self._patiently(once, again, self.patience if patience is None else patience)
 
     def operate(self, identity: str, request: Request, again: bool, watch: Watch | None = None) -> tuple[dict[str, Any], bytes]:
         """One operation: its last frame, which may hold an error. ``again`` as for ``ask``."""
@@ -97,11 +100,11 @@ class Fleet:
                     raise wire.rebuilt(said) if "error" in said else EdgeGone("the gateway did not speak of sandboxes")
                 return _last(answer, watch)
 
-        return self._patiently(once, again)
+        return self._patiently(once, again, self.patience)
 
-    def _patiently(self, once: Callable[[], _Answer], again: bool) -> _Answer:
+    def _patiently(self, once: Callable[[], _Answer], again: bool, patience: float) -> _Answer:
         """Try; after something has broken off, the next gateway, for as long as patience lasts, if it may be done again."""
-        deadline, pause = time.monotonic() + self.patience, 0.02
+        deadline, pause = time.monotonic() + patience, 0.02
         while True:
             try:
                 return once()
@@ -251,7 +254,7 @@ class FleetDriver:
     def close(self) -> None:
         """See ``Driver.close``. If nobody answers it ends at its time."""
         with contextlib.suppress(EdgeGone):
-            self._fleet.ask("DELETE", f"/v1/sandboxes/{self.id}")
+            self._fleet.ask("DELETE", f"/v1/sandboxes/{self.id}", patience=min(self._fleet.patience, _CLOSING))
 
     def detach(self) -> None:
         """Let go: a recorded one lives on until somebody asks for its log's name again, or its time is over."""

@@ -1,0 +1,377 @@
+"""A fleet on loopback: three edges and gateways as processes of their own, and what clients see when they are killed."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from conftest import SMALL, client_code, need
+from nautile.sandbox import (
+    AccessDenied,
+    EdgeGone,
+    FileRefused,
+    FleetFull,
+    InvalidRequest,
+    LogFenced,
+    QuotaExceeded,
+    Sandbox,
+    SandboxClosed,
+    SandboxLost,
+    TrajectoryDiverged,
+    Unsupported,
+)
+from nautile.sandbox.container import KeeperClient
+from nautile.sandbox.fleet.client import Fleet
+from nautile.sandbox.fleet.quota import Quota, issue
+from nautile.sandbox.log import verify
+
+COMMAND = "import sys\nfrom nautile.cli import main\nsys.exit(main(sys.argv[1:]))"
+
+
+class Process:
+    """``nautile sandbox ...``, as an edge or a gateway, which can be killed and started again at the same address."""
+
+    def __init__(self, *arguments):
+        self.arguments = list(arguments)
+        self.start()
+
+    def start(self):
+        self.child = subprocess.Popen(
+            [sys.executable, "-c", client_code(COMMAND), "sandbox", *self.arguments], stdout=subprocess.PIPE, text=True
+        )
+        said = self.child.stdout.readline().split()
+        assert said[:1] == ["ready"], said
+        self.url = said[1]
+        self.arguments = [said[1].removeprefix("http://") if one.endswith(":0") else one for one in self.arguments]
+
+    def kill(self):
+        self.child.send_signal(signal.SIGKILL)
+        self.child.wait()
+
+    def end(self):
+        if self.child.poll() is None:
+            self.child.terminate()
+            assert self.child.wait(30) == 0
+        self.child.stdout.close()
+
+
+class Machines:
+    """Three edges, and gateways."""
+
+    def __init__(self, place):
+        self.place, self.tokens = place, place / "tokens.json"
+        (place / "secret").write_text("a secret of the fleet")
+        self.token = issue(self.tokens, "lab/anna", Quota(20))
+        self.small = issue(self.tokens, "few", Quota(1))
+        common = ["--capacity", "5", "--orphan", "60"]
+        self.edges = [self.edge(f"n{number}", *common) for number in range(2)]
+        self.edges.append(self.edge("n2", *common, "--secret-file", str(place / "secret"), listen="127.0.0.1:0"))
+        self.gateways = [self.gateway()]
+
+    def edge(self, name, *options, listen=None):
+        address = listen or f"unix:{self.place}/{name}.sock"
+        return Process("edge", name, "--state", str(self.place / name), "--listen", address, *options)
+
+    def gateway(self):
+        edges = [option for edge in self.edges for option in ("--edge", edge.url)]
+        listen = ["--listen", "127.0.0.1:0", "--secret-file", str(self.place / "secret")]
+        return Process("gateway", str(self.tokens), *edges, *listen)
+
+    def create(self, kind="function", token=None, **options):
+        gateways = [one.url for one in self.gateways]
+        return Sandbox.create(kind, limits=SMALL, fleet=gateways, token=token or self.token, **options)
+
+    def of(self, sandbox):
+        return self.edges[int(sandbox.info.id[1])]
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory):
+    need("bwrap")
+    found = Machines(tmp_path_factory.mktemp("fleet"))
+    try:
+        yield found
+    finally:
+        for one in [*found.gateways, *found.edges]:
+            one.end()
+
+
+@pytest.fixture
+def fleet(machines):
+    """Every edge and one gateway run; what a test leaves is closed."""
+    yield machines
+    for one in [*machines.gateways, *machines.edges]:
+        if one.child.poll() is not None:
+            one.start()
+    asked = Fleet(machines.gateways[0].url, machines.token)
+    seen(asked, 3)
+    for one in asked.ask("GET", "/v1/sandboxes")["sandboxes"]:
+        asked.ask("DELETE", f"/v1/sandboxes/{one['id']}")
+
+
+def seen(asked, count, seconds=15.0):
+    deadline = time.monotonic() + seconds
+    while (found := asked.ask("GET", "/v1/fleet")) and len(found["edges"]) != count:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+    return found
+
+
+def test_the_same_sandbox_through_a_fleet(fleet):
+    with fleet.create() as sandbox:
+        assert sandbox.info.kind == "function" and sandbox.info.id[:3] in ("n0.", "n1.", "n2.")
+        result = sandbox.run(["sh", "-c", "cat; echo err >&2; exit 3"], stdin=b"\xff in")
+        assert (result.exit_code, result.stdout_bytes, result.stderr) == (3, b"\xff in", "err\n")
+        assert sandbox.python("import sys; print(sys.argv[1:])", ["a b"]).stdout == "['a b']\n"
+        assert sandbox.run("sleep 5", timeout=0.2).timed_out
+        assert "omitted" in sandbox.run("head -c 300000 /dev/zero").stdout
+        with pytest.raises(Unsupported):
+            sandbox.read("x")
+    with pytest.raises(SandboxClosed):
+        sandbox.run("true")
+
+
+@pytest.mark.usefixtures("crun")
+def test_a_container_of_a_fleet_does_everything_but_what_is_said(fleet, tmp_path):
+    with fleet.create("container") as sandbox:
+        pieces = []
+        assert sandbox.run("echo a; sleep .1; echo b", on_output=lambda *piece: pieces.append(piece)).stdout == "a\nb\n"
+        assert pieces == [("stdout", b"a\n"), ("stdout", b"b\n")]
+        sandbox.write("d/f", b"x" * 100_000, mode=0o600)
+        assert sandbox.read("d/f") == b"x" * 100_000 and [one.name for one in sandbox.list("d")] == ["f"]
+        with pytest.raises(FileRefused, match="does not exist"):
+            sandbox.read("none")
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in/é\n").write_bytes(b"1")
+        sandbox.upload(tmp_path / "in", "/workspace/up")
+        sandbox.download("/workspace/up", tmp_path / "out")
+        assert (tmp_path / "out/é\n").read_bytes() == b"1"
+        child, image = sandbox.fork(), sandbox.snapshot()
+        sandbox.run("rm -r d")
+        assert child.run("ls").stdout == "d\nup\n"
+        with fleet.create("container", image=image) as third:
+            assert third.run("ls").stdout == "d\nup\n" and third.info.id[:2] == sandbox.info.id[:2]
+        child.close()
+        session = sandbox.session()
+        session.send("echo $((40+2))\n")
+        assert "42" in session.until("42\r\n")
+        assert session.close() == -1
+        sandbox.pause()
+        assert sandbox.run("echo on").ok
+        assert sandbox.pack_diff(tmp_path / "diff").startswith("sha256:") and (tmp_path / "diff").stat().st_size
+        with pytest.raises(Unsupported, match="made without one"):
+            sandbox.set_policy(["a:1"])
+    with pytest.raises(Unsupported, match="of one machine"):
+        fleet.create("container", workspace=tmp_path)
+    with pytest.raises(InvalidRequest, match="no image of this name"):
+        fleet.create("container", image="../etc")
+
+
+def test_tokens_projects_and_quotas(fleet):
+    with pytest.raises(AccessDenied, match="token"):
+        fleet.create(token="wrong")
+    with fleet.create() as mine, fleet.create(token=fleet.small) as other:
+        with pytest.raises(QuotaExceeded, match="project few has 1 sandboxes of 1"):
+            fleet.create(token=fleet.small)
+        stranger = Fleet(fleet.gateways[0].url, fleet.small)
+        with pytest.raises(AccessDenied, match="another project"):
+            stranger.ask("DELETE", f"/v1/sandboxes/{mine.info.id}")
+        assert [one["id"] for one in stranger.ask("GET", "/v1/sandboxes")["sandboxes"]] == [other.info.id]
+    for _ in range(5):  # what was closed counts no longer, at once
+        fleet.create(token=fleet.small).close()
+
+
+def test_edges_refuse_and_others_are_asked_until_the_fleet_is_full(fleet):
+    made = []
+    try:
+        with pytest.raises(FleetFull, match=r"takes the sandbox.*"):
+            while len(made) <= 15:
+                made.append(fleet.create())
+        assert len(made) == 15 and {one.info.id[:2] for one in made} == {"n0", "n1", "n2"}
+        assert all(one.run("true").ok for one in made)
+    finally:
+        for one in made:
+            one.close()
+
+
+def test_an_edge_serves_nobody_without_the_secret(fleet):
+    url = fleet.edges[2].url
+    for headers in ({}, {"x-nautile-secret": "guess"}, {"x-nautile-secret": b"\xff"}, {"x-nautile-project": "lab"}):
+        for method, path in (("GET", "/v1/status"), ("GET", "/v1/sandboxes"), ("POST", "/v1/sandboxes")):
+            assert httpx.request(method, url + path, headers=headers, trust_env=False).status_code == 403
+    assert os.stat(fleet.edges[0].url.removeprefix("unix:")).st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("body", [b"", b"\0" * 8, b"\xff" * 64, b"{}", b"\x02\0\0\0\0\0\0\0[]", b"\x02\0\0\0\0\0\0\0{}tail"])
+def test_garbage_gets_an_answer_and_harms_nothing(fleet, body):
+    headers = {"authorization": f"Bearer {fleet.token}"}
+    base = fleet.gateways[0].url
+    with fleet.create() as sandbox:
+        for path in ("/v1/sandboxes", f"/v1/sandboxes/{sandbox.info.id}/run", f"/v1/sandboxes/{sandbox.info.id}/fork"):
+            answer = httpx.post(base + path, content=body, headers=headers, trust_env=False)
+            said = answer.content
+            assert b"Traceback" not in said and (answer.status_code >= 400 or b'"error"' in said), (path, said)
+        for path in ("/v1/sandboxes/x/run", "/v1/sandboxes/n9.x/run", f"/v1/sandboxes/{sandbox.info.id}/__class__"):
+            answer = httpx.post(base + path, content=b"\x02\0\0\0\0\0\0\0{}", headers=headers, trust_env=False)
+            assert answer.status_code >= 400 or b'"error"' in answer.content
+        assert sandbox.run("true").ok
+
+
+def count(sandbox):
+    return sandbox.run("echo x >> n; sleep 0.05; wc -l < n").stdout.strip()
+
+
+@pytest.mark.usefixtures("crun")
+def test_a_recorded_sandbox_goes_on_whatever_is_killed(fleet):
+    sandbox = fleet.create("container", log="runs/1")
+    assert count(sandbox) == "1"
+    edge = fleet.of(sandbox)
+    answers = []
+    worker = threading.Thread(target=lambda: answers.append(sandbox.run("sleep 0.5; echo x >> n; wc -l < n").stdout.strip()))
+    worker.start()
+    time.sleep(0.25)
+    edge.kill()  # in the middle of a command
+    edge.start()
+    worker.join(30)
+    assert answers == ["2"]
+    fleet.gateways[0].kill()
+    fleet.gateways[0].start()
+    assert count(sandbox) == "3"
+    again = fleet.create("container", log="runs/1")  # another client: from the log first
+    assert again.info.id == sandbox.info.id
+    assert [count(again), again.run("sleep 0.5; echo x >> n; wc -l < n").stdout.strip(), count(again)] == ["1", "2", "3"]
+    assert count(again) == "4"
+    with pytest.raises(LogFenced):
+        count(sandbox)
+    with pytest.raises(TrajectoryDiverged):
+        fleet.create("container", log="runs/1").run("other")
+    again.close()
+    (log,) = (fleet.place / edge.arguments[1] / "logs").iterdir()
+    assert verify(log) == (4, 0)
+    late = fleet.create("container", log="runs/1")
+    assert count(late) == "1"
+    late.run("sleep 0.5; echo x >> n; wc -l < n")
+    count(late)
+    count(late)
+    with pytest.raises(SandboxLost, match="reexecute"):
+        late.read("n")
+    assert "reexecute" in late.run("true").infrastructure_error
+    late.close()
+
+
+@pytest.mark.usefixtures("crun")
+def test_a_fork_of_a_recorded_sandbox_is_found_again(fleet):
+    sandbox = fleet.create("container", log="forked")
+    count(sandbox)
+    child = sandbox.fork()
+    assert count(child) == "2"
+    fleet.of(sandbox).kill()
+    fleet.of(sandbox).start()
+    assert count(child) == "3"
+    again = fleet.create("container", log="forked")
+    assert count(again) == "1"
+    same = again.fork()
+    assert same.info.id == child.info.id and [count(same), count(same), count(same)] == ["2", "3", "4"]
+    assert count(again) == "2"
+    same.close()
+    again.close()
+
+
+@pytest.mark.usefixtures("crun")
+def test_an_edge_that_was_killed_finds_its_sandboxes_and_one_that_ends_leaves_nothing(fleet):
+    plain, function = fleet.create("container"), None
+    edge = fleet.of(plain)
+    plain.write("f", "kept")
+    session = plain.session()
+    while function is None or fleet.of(function) is not edge:
+        function = fleet.create()
+    edge.kill()
+    error = plain.run("true", timeout=2.0).infrastructure_error
+    assert "does not answer" in error
+    edge.start()
+    assert plain.read("f") == b"kept" and plain.run("true").ok and function.run("true").ok
+    with pytest.raises(SandboxLost, match="open another"):
+        session.send("x")
+    edge.end()
+    keeper = KeeperClient()
+    inner = plain.info.id.partition(".")[2]
+    assert not (keeper.place / inner).exists() and not list((fleet.place / edge.arguments[1] / "sandboxes").iterdir())
+
+
+def test_a_silent_edge_is_a_typed_error_and_no_second_trajectory_is_begun(fleet):
+    quick = Fleet(fleet.gateways[0].url, fleet.token, patience=0.5)
+    for edge in fleet.edges[:1]:
+        edge.kill()
+    seen(quick, 2)
+    with pytest.raises(EdgeGone, match="never begun"):
+        Sandbox.create("function", limits=SMALL, fleet=quick, token=None, log="somewhere")
+    for _ in range(3):  # others are placed on the edges that answer
+        with Sandbox.create("function", limits=SMALL, fleet=quick) as sandbox:
+            assert sandbox.info.id[:2] != "n0"
+    with pytest.raises(EdgeGone):
+        quick.ask("GET", "/v1/sandboxes/n0.f-0")
+    with pytest.raises(EdgeGone, match="no edge named n7"):
+        quick.ask("GET", "/v1/sandboxes/n7.f-0")
+
+
+def test_any_gateway_routes_any_sandbox(fleet):
+    other = fleet.gateway()
+    try:
+        with fleet.create() as sandbox:
+            elsewhere = Fleet(other.url, fleet.token)
+            assert elsewhere.ask("GET", f"/v1/sandboxes/{sandbox.info.id}")["state"] == "live"
+            both = Sandbox.create("function", limits=SMALL, fleet=["http://127.0.0.1:9", other.url], token=fleet.token)
+            assert both.run("true").ok
+            both.close()
+    finally:
+        other.end()
+
+
+def test_nobody_there_is_said_in_time():
+    began = time.monotonic()
+    with pytest.raises(EdgeGone, match="does not answer"):
+        Sandbox.create("function", fleet=Fleet("http://127.0.0.1:9", "t", patience=0.3))
+    assert time.monotonic() - began < 5
+    with pytest.raises(InvalidRequest, match="URL of a gateway"):
+        Sandbox.create("function", fleet="gateway", token="t")
+
+
+def test_many_at_once_through_one_gateway(fleet):
+    errors = []
+
+    def work(number):
+        try:
+            with fleet.create() as sandbox:
+                for turn in range(5):
+                    assert sandbox.run(f"echo {number} {turn}").stdout == f"{number} {turn}\n"
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join(60)
+    assert errors == []
+
+
+def test_a_client_that_dies_leaves_a_sandbox_that_ends_when_idle(fleet):
+    script = (
+        "from nautile.sandbox import Sandbox\nimport os\n"
+        f"s = Sandbox.create('function', fleet={fleet.gateways[0].url!r}, token={fleet.token!r}, keep=1.0)\n"
+        "print(s.info.id, flush=True)\nos.kill(os.getpid(), 9)"
+    )
+    identity = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=False).stdout.strip()
+    asked, deadline = Fleet(fleet.gateways[0].url, fleet.token), time.monotonic() + 10
+    with contextlib.suppress(SandboxClosed):
+        while asked.ask("GET", f"/v1/sandboxes/{identity}"):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert not (Path(fleet.place) / identity[:2] / "sandboxes" / f"{identity[3:]}.json").exists()

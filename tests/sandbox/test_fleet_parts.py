@@ -1,0 +1,404 @@
+"""The fleet's parts by themselves: frames, placement, quotas, what an edge owns and when it ends."""
+
+import collections
+import dataclasses
+import json
+import random
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from nautile.sandbox import (
+    AccessDenied,
+    Capabilities,
+    FileRefused,
+    FleetFull,
+    Info,
+    InvalidRequest,
+    Limits,
+    QuotaExceeded,
+    RunResult,
+    Sandbox,
+    SandboxClosed,
+    SandboxError,
+    SandboxLost,
+    TrajectoryDiverged,
+    Unsupported,
+)
+from nautile.sandbox.fleet import wire
+from nautile.sandbox.fleet.admission import Admission
+from nautile.sandbox.fleet.edge import Edge, EdgeConfig, Wish
+from nautile.sandbox.fleet.placement import EdgeView, by_name, order
+from nautile.sandbox.fleet.quota import Book, Ledger, Quota, belongs, issue
+from nautile.sandbox.fleet.watcher import Edges
+
+# -- the wire
+
+
+HEADERS = st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5), max_size=4)
+
+
+@given(sent=st.lists(st.tuples(HEADERS, st.binary(max_size=300)), max_size=5), sizes=st.lists(st.integers(1, 50), min_size=1))
+def test_frames_come_out_whole_however_they_are_cut(sent, sizes):
+    data = b"".join(wire.pack(*one) for one in sent)
+    parser, got, at = wire.Frames(), [], 0
+    while at < len(data):
+        size = sizes[at % len(sizes)]
+        got += parser.feed(data[at : at + size])
+        at += size
+    assert got == sent and parser.whole
+
+
+@settings(max_examples=300)
+@given(data=st.binary(max_size=60))
+def test_what_is_no_frame_is_refused_and_never_read_beyond_its_limits(data):
+    try:
+        header, body = wire.one_frame(data)
+    except InvalidRequest:
+        return
+    assert wire.pack(header, body)[4:8] == data[4:8]
+
+
+@pytest.mark.parametrize("lengths", [(2**31, 0), (0, 2**31), (2**32 - 1, 2**32 - 1)])
+def test_announced_lengths_are_checked_before_anything_is_kept(lengths):
+    with pytest.raises(InvalidRequest, match="was announced"):
+        list(wire.Frames().feed(lengths[0].to_bytes(4, "little") + lengths[1].to_bytes(4, "little")))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [FileRefused("/x", "a link"), TrajectoryDiverged(3, "a", "b"), Unsupported("function", "x", "y", "z"), FleetFull("full")],
+)
+def test_errors_keep_their_class_text_and_fields(error):
+    again = wire.rebuilt(json.loads(json.dumps(wire.error_record(error))))
+    assert type(again) is type(error) and str(again) == str(error) and vars(again) == vars(error)
+
+
+@pytest.mark.parametrize("name", ["SystemExit", "__all__", "annotations", None, 7, "OSError"])
+def test_a_name_that_is_no_sandbox_error_is_a_plain_one(name):
+    assert type(wire.rebuilt({"error": name, "text": "t", "fields": [1]})) is SandboxError
+
+
+@pytest.mark.parametrize("text", ["", "n1", ".x", "n1.", "N1.x", "a/b.c", "../x.y", "a" * 41 + ".x"])
+def test_ids_without_an_edge_are_refused(text):
+    with pytest.raises(InvalidRequest, match="no id"):
+        wire.edge_of(text)
+    assert wire.edge_of("n-1.c-0a") == "n-1"
+
+
+# -- placement
+
+
+def view(name, live=0, capacity=100, kinds=("function",), accepting=True, usage=None):
+    return EdgeView(name, f"http://{name}", live, capacity, kinds, accepting, usage or {}, 0)
+
+
+VIEWS = st.lists(
+    st.builds(
+        view,
+        st.sampled_from("abcdefgh"),
+        st.integers(0, 5),
+        st.integers(0, 5),
+        st.sampled_from([("function",), ("container",)]),
+        st.booleans(),
+    ),
+    unique_by=lambda one: one.name,
+)
+
+
+@given(views=VIEWS, choices=st.integers(1, 4), seed=st.integers(0, 99))
+def test_only_edges_that_may_take_it_are_asked_and_all_of_them(views, choices, seed):
+    found = order(views, "function", choices, random.Random(seed))
+    able = {one.name for one in views if one.accepting and one.live < one.capacity and "function" in one.kinds}
+    assert sorted(one.name for one in found) == sorted(able)
+    first = found[:choices]
+    assert first == sorted(first, key=lambda one: one.load)
+
+
+def test_two_choices_spread_far_better_than_one():
+    def most(choices):
+        chance, counts = random.Random(1), collections.Counter({name: 0 for name in map(str, range(50))})
+        for _ in range(5000):
+            views = [view(name, live, 10**6) for name, live in counts.items()]
+            counts[order(views, "function", choices, chance)[0].name] += 1
+        return max(counts.values()) - 100
+
+    assert most(2) <= 5 < most(1)
+
+
+@given(views=VIEWS, name=st.text(max_size=5))
+def test_a_name_always_asks_the_same_edge_first_and_a_lost_edge_moves_only_its_own(views, name):
+    first = by_name(views, "function", name)
+    assert by_name(views[::-1], "function", name) == first
+    without = [one for one in views if one not in first[:1]]
+    assert by_name(without, "function", name) == first[1:]
+
+
+# -- tokens and quotas
+
+
+def test_tokens_are_kept_as_hashes_and_name_their_project(tmp_path):
+    file = tmp_path / "tokens.json"
+    token = issue(file, "lab/anna", Quota(3))
+    other = issue(file, "lab", Quota(memory=2**30))
+    assert token not in file.read_text() and file.stat().st_mode & 0o077 == 0
+    book = Book.load(file)
+    assert book.project_of(f"Bearer {token}") == "lab/anna" and book.project_of(f"bearer {other}") == "lab"
+    for wrong in (None, "", "Bearer", "Bearer x", f"Basic {token}", f"Bearer {token}x", "Bearer \udcff"):
+        with pytest.raises(AccessDenied):
+            book.project_of(wrong)
+    assert book.projects == {"lab/anna": Quota(3), "lab": Quota(None, 2**30)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"projects": {}, "tokens": {"x": "nobody"}}',
+        '{"projects": {"a": {"b": 1}}, "tokens": {}}',
+        '{"projects": {"A B": {}}, "tokens": {}}',
+        '{"projects": {"a": {"sandboxes": -1}}, "tokens": {}}',
+    ],
+)
+def test_a_wrong_file_says_so(tmp_path, text):
+    (tmp_path / "t").write_text(text)
+    with pytest.raises(InvalidRequest):
+        Book.load(tmp_path / "t")
+    with pytest.raises(InvalidRequest, match="is missing"):
+        Book.load(tmp_path / "none")
+    with pytest.raises(InvalidRequest, match="steps"):
+        issue(tmp_path / "new", "../x", Quota())
+
+
+def test_limits_of_every_level_hold():
+    book = Book({"a": Quota(3, 100), "a/b": Quota(2), "ab": Quota(0)}, {})
+    book.admit("a/b/c", 10, {"a/b": (1, 10), "a/x": (1, 10), "ab": (9, 900)})
+    with pytest.raises(QuotaExceeded, match="project a/b has 2 sandboxes of 2"):
+        book.admit("a/b/c", 10, {"a/b/c": (1, 10), "a/b": (1, 10)})
+    with pytest.raises(QuotaExceeded, match="project a has 3"):
+        book.admit("a/z", 10, {"a/b": (2, 10), "a": (1, 10)})
+    with pytest.raises(QuotaExceeded, match="more do not fit"):
+        book.admit("a/z", 91, {"a": (1, 10)})
+    with pytest.raises(QuotaExceeded):
+        book.admit("ab", 1, {})
+    assert belongs("a/b", "a") and belongs("a", "a") and not belongs("ab", "a") and not belongs("a", "a/b")
+
+
+class Books(RuleBasedStateMachine):
+    """One gateway, edges that number their changes, answers of any age: the ledger never counts too few, and settles to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.ledger, self.change, self.live, self.seen, self.open = Ledger(), {"x": 0, "y": 0}, {"x": [], "y": []}, {}, []
+
+    def truth(self):
+        return sum(map(len, self.live.values()))
+
+    @rule()
+    def begin(self):
+        self.open.append(self.ledger.reserve("p", 5))
+
+    @rule(edge=st.sampled_from("xy"), told=st.booleans())
+    def make(self, edge, told):
+        if self.open:
+            self.change[edge] += 1
+            self.live[edge].append(self.change[edge])
+            if told:
+                self.ledger.settle(self.open.pop(), edge, self.change[edge])
+            else:  # the answer was lost; the edge has it
+                self.ledger.settle(self.open.pop())
+                self.answer(edge, 0)
+
+    @rule()
+    def fail(self):
+        if self.open:
+            self.ledger.settle(self.open.pop())
+
+    @rule(edge=st.sampled_from("xy"))
+    def close(self, edge):
+        if self.live[edge]:
+            self.live[edge].pop()
+            self.change[edge] += 1
+            self.ledger.closed(edge, "p", 5, self.change[edge])
+
+    @rule(edge=st.sampled_from("xy"), delay=st.just(0))
+    def answer(self, edge, delay):
+        self.seen[edge] = {"p": (len(self.live[edge]), 5 * len(self.live[edge]))}
+        self.ledger.answered(edge, self.change[edge])
+
+    @invariant()
+    def exact(self):
+        count, memory = self.ledger.usage(self.seen).get("p", (0, 0))
+        assert count == self.truth() + len(self.open) and memory == 5 * count
+
+
+TestBooks = Books.TestCase
+TestBooks.settings = settings(max_examples=60, stateful_step_count=30)
+
+
+# -- an edge, without HTTP and without real sandboxes
+
+
+class Fake:
+    """A driver that needs nothing."""
+
+    made = 0
+
+    def __init__(self):
+        Fake.made += 1
+        self.info = Info(f"f-{Fake.made:04}", "function", "fake", "native", ())
+        self.capabilities = Capabilities(*[False] * 7)
+        self.closed = False
+
+    def reason(self, feature):
+        return "it is fake", "none"
+
+    def run(self, order, watch):
+        return RunResult(0, " ".join(order.argv), "", False, False, None)
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def make_edge(tmp_path, monkeypatch):
+    edges = []
+    monkeypatch.setattr(Sandbox, "create", classmethod(lambda cls, kind, **options: cls(Fake(), options["limits"])))
+
+    def make(**options):
+        edges.append(Edge(EdgeConfig("n1", tmp_path / "state", **options)))
+        return edges[-1]
+
+    yield make
+    for one in edges:
+        one.stop(leave=False)
+
+
+def wished(edge, project="p", **request):
+    return Wish.of(project, {"kind": "function", **request}, edge.config)
+
+
+def test_an_edge_refuses_what_is_too_much_and_counts_what_is_being_made(make_edge):
+    edge = make_edge(admission=Admission(capacity=2, reserve=0.0))
+    made = [edge.create(wished(edge))["id"] for _ in range(2)]
+    with pytest.raises(FleetFull, match="2 sandboxes, as many as it may"):
+        edge.create(wished(edge))
+    assert edge.status()["usage"] == {"p": [2, 2 * Limits().memory]} and not edge.status()["accepting"]
+    before = edge.change
+    assert edge.close(made[0], "p")["closed"] and edge.change == before + 1
+    assert not edge.close(made[0], "p")["closed"]
+    edge.create(wished(edge))
+    edge.draining = True
+    with pytest.raises(FleetFull, match="about to stop"):
+        edge.create(wished(edge))
+
+
+def test_admission_looks_at_the_machine(tmp_path):
+    (tmp_path / "sys/kernel").mkdir(parents=True)
+    (tmp_path / "self/fd").mkdir(parents=True)
+
+    def says(available=900, processes=10):
+        (tmp_path / "meminfo").write_text(f"MemTotal: 1000 kB\nMemAvailable: {available} kB\n")
+        (tmp_path / "loadavg").write_text(f"0 0 0 1/{processes} 1\n")
+        (tmp_path / "sys/kernel/pid_max").write_text("1000\n")
+        return Admission(10, 0.2).refusal(3, tmp_path)
+
+    assert says() is None
+    assert "memory are left" in says(available=199)
+    assert "processes run" in says(processes=899)
+
+
+def test_projects_see_and_touch_their_own_and_what_is_below(make_edge):
+    edge = make_edge()
+    mine, below, other = (edge.create(wished(edge, name))["id"] for name in ("lab", "lab/anna", "labs"))
+    assert {one["id"] for one in edge.listing("lab")} == {mine, below}
+    assert edge.find(below, "lab").id == below
+    for identity, project in ((other, "lab"), (mine, "lab/anna"), (below, "lab/ann")):
+        with pytest.raises(AccessDenied):
+            edge.living(identity, project)
+        with pytest.raises(AccessDenied):
+            edge.close(identity, project)
+    with pytest.raises(SandboxClosed, match="was closed"):
+        edge.living("n1.f-9", "lab")
+
+
+def test_time_runs_out_for_the_idle_and_for_the_old_and_not_under_a_request(make_edge):
+    edge = make_edge()
+    _, old, busy = (edge.create(wished(edge, **given)) for given in ({"idle": 10}, {"ttl": 20}, {"idle": 10}))
+    for one in edge.held.values():
+        one.used -= 15
+        one.created -= 15
+    with edge.working(edge.find(busy["id"], "p")):
+        edge.maintain()
+        assert set(edge.held) == {old["id"], busy["id"]}
+        edge.held[old["id"]].created -= 10
+        edge.maintain()
+        assert set(edge.held) == {busy["id"]}
+    edge.maintain()
+    assert set(edge.held) == {busy["id"]}  # it has just been used
+    assert [file.name for file in (edge.config.state / "sandboxes").iterdir()] == [f"{busy['id'][3:]}.json"]
+
+
+def test_another_run_of_an_edge_finds_its_sandboxes_with_their_clocks(make_edge):
+    first = make_edge()
+    made = first.create(wished(first, "lab", ttl=50, idle=20))
+    second = make_edge()
+    assert second.adopt() == (1, 0)
+    held = second.find(made["id"], "lab")
+    assert (held.wish, held.created) == (first.held[made["id"]].wish, first.held[made["id"]].created)
+    assert abs(held.used - time.time()) < 5 and second.change > first.change - 1
+    held.wish = dataclasses.replace(held.wish, kind="microvm")
+    second._save(held)
+    third = make_edge()
+    assert third.adopt() == (0, 1)
+    with pytest.raises(SandboxLost, match="did not outlive"):
+        third.living(made["id"], "lab")
+    assert third.describe(third.find(made["id"], "lab"))["state"] == "lost"
+    third.close(made["id"], "lab")
+    first.held.clear()
+
+
+@pytest.mark.parametrize(
+    ("request_", "text"),
+    [
+        ({"kind": "vm"}, "no sandbox of this kind"),
+        ({"limits": {"memory": 1}}, "at least"),
+        ({"limits": {"nothing": 1}}, "limits"),
+        ({"limits": {"allow_unenforced": True}}, "not for a fleet"),
+        ({"ttl": 0}, "ttl"),
+        ({"ttl": 10**9}, "up to"),
+        ({"idle": True}, "idle"),
+        ({"log": "a\nb"}, "log"),
+        ({"log": 3}, "log"),
+        ({"image": 3}, "image"),
+        ({"workspace": "/"}, "no option"),
+        ({"rules": ["host:99999"]}, "HOST:PORT"),
+    ],
+)
+def test_a_wish_that_makes_no_sense_is_refused(make_edge, request_, text):
+    edge = make_edge()
+    with pytest.raises((InvalidRequest, Unsupported), match=text):
+        wished(edge, **request_)
+
+
+@pytest.mark.parametrize("image", ["/", "../x", "..", ".", "a/b", "/etc", "n1.s-0", "", "x\n"])
+def test_an_image_is_never_a_path_of_the_edge(make_edge, tmp_path, image):
+    (tmp_path / "images").mkdir()
+    edge = make_edge(images=tmp_path / "images")
+    with pytest.raises(InvalidRequest):
+        edge._image(wished(edge, image=image))
+
+
+def test_edge_urls_come_from_options_and_a_file_that_may_change(tmp_path):
+    edges = Edges(("http://a:1",), tmp_path / "edges")
+    assert edges.now() == ["http://a:1"]
+    (tmp_path / "edges").write_text("# comment\nunix:/x\nhttp://a:1\n\n")
+    assert edges.now() == ["http://a:1", "unix:/x"]
+    (tmp_path / "edges").write_text("ftp://b\n")
+    with pytest.raises(InvalidRequest, match="give http"):
+        edges.now()

@@ -13,11 +13,12 @@ from nautile.checkpoint import load_model
 from nautile.engine import SamplingParams
 from nautile.model.transformer import Trace
 from nautile.protocol import Tokenizer
-from nautile.train.grpo import GRPO, GRPOConfig, GRPOError
+from nautile.train.grpo import GRPO, GRPOConfig
 from nautile.train.policy import behaviour, hidden_rows, own_routing, row_logprobs, unrolled_logprobs
 from nautile.train.replay import Decisions, Recorder, replayed
 from nautile.train.rollout import Planned, RolloutConfig, Sample, Segment
 from nautile.train.rollout_engine import RolloutEngine, engine_options
+from nautile.train.run_state import RunError
 from nautile.train.unrolled import chunks, unrolled_logits
 from oracles.random_models import random_ids, tiny_network
 
@@ -245,9 +246,9 @@ def test_a_resumed_run_is_the_run(tmp_path):
 
 def test_other_options_and_other_models_are_refused(tmp_path):
     toy(tmp_path, steps=1).run(lambda report: None)
-    with pytest.raises(GRPOError, match="another lr"):
+    with pytest.raises(RunError, match="another lr"):
         toy(tmp_path, lr=1.0).run(lambda report: None)
-    with pytest.raises(GRPOError, match="another model"):
+    with pytest.raises(RunError, match="another model"):
         toy(tmp_path, tiny_network((0, 4))).run(lambda report: None)
 
 
@@ -260,7 +261,7 @@ def test_a_gradient_that_is_no_number_stops_the_run(tmp_path):
 
     toy(tmp_path, steps=1).run(lambda report: None)
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    with pytest.raises(GRPOError, match="not a number in step 2"):
+    with pytest.raises(RunError, match="not a number in step 2"):
         toy(tmp_path, kind=Broken, steps=2).run(lambda report: None)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
@@ -271,7 +272,7 @@ def test_options_that_mean_nothing_are_refused():
         ({"kinds": ("follow_chain",)}, "held out"),
         ({"steps": 0}, "at least"),
     ):
-        with pytest.raises(GRPOError, match=text):
+        with pytest.raises(RunError, match=text):
             GRPOConfig(**{"kinds": ("edit_value",), **changes})
 
 

@@ -17,6 +17,7 @@ from nautile.cli import train_agents
 app = typer.Typer(help="Train a V4 model: tokenizer, data, pretrain, sft, practice, grpo, distill.", no_args_is_help=True)
 app.add_typer(train_agents.app_env, name="env")
 app.command()(train_agents.grpo)
+app.command()(train_agents.distill)
 
 _H100_BF16 = 766e12  # measured with a large product of random matrices
 _LENGTH = 2048  # tokens of a row

@@ -1,14 +1,17 @@
-"""``nautile train env|grpo``: environments and reinforcement learning."""
+"""``nautile train env|grpo|distill``: environments, reinforcement learning, distillation."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-__all__ = ["app_env", "grpo"]
+if TYPE_CHECKING:
+    from nautile.train.distill import Teacher
+
+__all__ = ["app_env", "distill", "grpo"]
 
 app_env = typer.Typer(help="Environments to train and measure agents in.", no_args_is_help=True)
 
@@ -101,3 +104,51 @@ def grpo(  # noqa: PLR0913
     run.run(lambda report: typer.echo(report.line()))
     save_weights(model, out / "weights.safetensors")
     typer.echo(f"wrote {out}/weights.safetensors; next: nautile train page {out}")
+
+
+def distill(  # noqa: PLR0913
+    *,
+    init: Annotated[Path, typer.Option(help="The student: a model directory; its tokenizer is used.")],
+    out: Annotated[Path, typer.Option(help="Directory of the run; what is there is continued.")],
+    teacher: Annotated[list[str], typer.Option(help="NAME=DIRECTORY:kind,kind or NAME=DIRECTORY:kind,kind:weight; repeat it.")],
+    steps: int = 10,
+    tasks: Annotated[int, typer.Option(help="Tasks a step.")] = 4,
+    samples: Annotated[int, typer.Option(help="Conversations of each task.")] = 2,
+    lr: Annotated[float, typer.Option(help="Learning rate of Muon.")] = 1e-4,
+    seed: int = 0,
+    substrate: Annotated[str, typer.Option(help="Where tools run: function or container.")] = "function",
+    reply_tokens: Annotated[int, typer.Option(help="Tokens of one turn.")] = 256,
+    turns: int = 8,
+    qat: Annotated[bool, typer.Option(help="Roll out and train on the values of the exported file.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Several specialists into one model: full-vocabulary reverse KL on the student's own conversations.
+
+    Example: nautile train distill --init M --out runs/out/distill --teacher a=A:rename_file,find_file --teacher b=B:sum_column
+    """
+    from nautile.checkpoint import load_model  # noqa: PLC0415
+    from nautile.protocol import Tokenizer  # noqa: PLC0415
+    from nautile.train.distill import Distill, DistillConfig  # noqa: PLC0415
+    from nautile.train.rollout import RolloutConfig  # noqa: PLC0415
+    from nautile.train.stages import save_weights  # noqa: PLC0415
+
+    rollout = RolloutConfig(seed=seed, turns=turns, reply_tokens=reply_tokens, substrate=substrate)
+    try:
+        teachers = tuple(_teacher(text) for text in teacher)
+        config = DistillConfig(teachers, steps=steps, tasks=tasks, samples=samples, lr=lr, qat=qat, rollout=rollout)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    run = Distill(load_model(init, device=device), Tokenizer.load(init), config, out)
+    run.run(lambda report: typer.echo(report.line()))
+    save_weights(run.model, out / "weights.safetensors")
+    typer.echo(f"wrote {out}/weights.safetensors; next: nautile train page {out}")
+
+
+def _teacher(text: str) -> Teacher:
+    from nautile.train.distill import Teacher  # noqa: PLC0415
+
+    name, _, rest = text.partition("=")
+    path, *more = rest.split(":")
+    if not name or not path or not 1 <= len(more) <= 2:
+        raise ValueError(f"a teacher is NAME=DIRECTORY:kind,kind or NAME=DIRECTORY:kind,kind:weight, got {text!r}")
+    return Teacher(name, Path(path), tuple(kind for kind in more[0].split(",") if kind), float(more[1]) if more[1:] else 1.0)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import random
 import shutil
 import time
@@ -33,12 +32,9 @@ from nautile.train.qat import as_stored, on_grid
 from nautile.train.replay import Recorder
 from nautile.train.rollout import Planned, RolloutConfig, Sample, roll_out
 from nautile.train.rollout_engine import RolloutEngine, engine_options
+from nautile.train.run_state import RunError, read_state, write_state
 
-__all__ = ["GRPO", "GRPOConfig", "GRPOError", "StepReport"]
-
-
-class GRPOError(RuntimeError):
-    """The run cannot start or go on; the text says why and what to do."""
+__all__ = ["GRPO", "GRPOConfig", "StepReport", "weights_digest"]
 
 
 @dataclass(frozen=True)
@@ -68,12 +64,12 @@ class GRPOConfig:
 
     def __post_init__(self) -> None:
         if self.samples < 2:
-            raise GRPOError("a group needs at least two samples: its mean is the baseline")
+            raise RunError("a group needs at least two samples: its mean is the baseline")
         if not self.kinds or min(self.steps, self.groups, self.epochs, self.rows) < 1:
-            raise GRPOError("kinds, steps, groups, epochs and rows must be at least one")
+            raise RunError("kinds, steps, groups, epochs and rows must be at least one")
         held_out = [kind for kind in self.kinds if environment(kind).held_out]
         if held_out:
-            raise GRPOError(f"{held_out[0]} is held out: it is measured, never trained on")
+            raise RunError(f"{held_out[0]} is held out: it is measured, never trained on")
 
 
 @dataclass
@@ -128,7 +124,7 @@ class GRPO:
     # The run ------------------------------------------------------------------------------------------------------
 
     def run(self, report: Callable[[StepReport], None], finished: Callable[[Sample], None] = lambda sample: None) -> None:
-        """Every step that is missing. Raises GRPOError, RolloutError, WalError, SandboxError."""
+        """Every step that is missing. Raises RunError, RolloutError, WalError, SandboxError."""
         self.resume()
         while self.step < self.config.steps:
             report(self.take_step(finished))
@@ -161,11 +157,11 @@ class GRPO:
         options = engine_options(actor, config.rollout.at_once, config.deterministic)
         noted = recorder if config.replay or config.deterministic else None
         engine = RolloutEngine(actor, self.tokenizer, options, noted, config.deterministic)
-        head = {"weights": _digest(actor), "step": self.step + 1, "deterministic": config.deterministic}
+        head = {"weights": weights_digest(actor), "step": self.step + 1, "deterministic": config.deterministic}
         try:
             samples = roll_out(engine, self._plan(), place, config.rollout, head, finished)
             if config.deterministic and engine.stats().preemptions:
-                raise GRPOError("a rollout was preempted, so its chunks differ: lower at_once, or raise the pool's size")
+                raise RunError("a rollout was preempted, so its chunks differ: lower at_once, or raise the pool's size")
             return samples
         finally:
             engine.close()
@@ -266,7 +262,7 @@ class GRPO:
                 parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
         if not torch.isfinite(norm):
-            raise GRPOError(f"the gradient is not a number in step {self.step + 1}; the last checkpoint is untouched")
+            raise RunError(f"the gradient is not a number in step {self.step + 1}; the last checkpoint is untouched")
         outcome.grad_norm = norm.item()
         self.optimizers.step(self.config.lr)
 
@@ -294,40 +290,23 @@ class GRPO:
             file.write(json.dumps(outcome.row()) + "\n")
 
     def save(self) -> None:
-        """Write everything a resumed run needs; the file appears whole or not at all."""
+        """Write everything a resumed run needs. Raises RunError."""
         state = {
             "model": self.model.state_dict(),
             "reference": self.reference.state_dict(),
             "optimizers": self.optimizers.state_dict(),
             "step": self.step,
             "config": self.model.config.to_json(),
-            "grpo": self._identity(),
+            "options": self._identity(),
         }
-        path = self.directory / "checkpoint.pt"
-        temporary = path.with_suffix(".tmp")
-        try:
-            with temporary.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise GRPOError(
-                f"no checkpoint could be written ({error.strerror}); that of the step before is untouched"
-            ) from None
+        write_state(self.directory / "checkpoint.pt", state)
 
     def resume(self) -> bool:
-        """Go on from the directory's checkpoint, if there is one. Raises GRPOError when it is of another run."""
-        path = self.directory / "checkpoint.pt"
-        if not path.exists():
+        """Go on from the directory's checkpoint, if there is one. Raises RunError when it is of another run."""
+        device = self.model.embed.weight.device
+        state = read_state(self.directory / "checkpoint.pt", self.model.config.to_json(), self._identity(), device)
+        if state is None:
             return False
-        state = torch.load(path, map_location=self.model.embed.weight.device, weights_only=True)
-        if state["config"] != self.model.config.to_json():
-            raise GRPOError(f"{path} belongs to another model: choose another --out directory")
-        changed = [key for key, value in self._identity().items() if state["grpo"].get(key) != value]
-        if changed:
-            raise GRPOError(f"{path} was made with another {changed[0]}: use the options of that run, or another --out")
         self.model.load_state_dict(state["model"])
         self.reference.load_state_dict(state["reference"])
         self.optimizers.load_state_dict(state["optimizers"])
@@ -366,7 +345,7 @@ def _compare(part: Sequence[Sample], currents: Sequence[Tensor], found: Sequence
     outcome.unrecorded += sum(one.missing for one in found)
 
 
-def _digest(model: Transformer) -> str:
+def weights_digest(model: Transformer) -> str:
     """A name for exactly these weights."""
     total = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

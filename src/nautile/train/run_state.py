@@ -1,0 +1,50 @@
+"""One file that holds all a run needs to go on: it appears whole or not at all, and says when it is of another run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["RunError", "read_state", "write_state"]
+
+
+class RunError(RuntimeError):
+    """A run cannot start or go on; the text says why and what to do."""
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Replace ``path`` by ``state``. Raises RunError when the disk is full or read-only; the old file is untouched then."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer wraps what the system said
+        temporary.unlink(missing_ok=True)
+        why = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise RunError(f"no checkpoint could be written to {path.parent} ({why}): the last one is untouched") from None
+
+
+def read_state(path: Path, model: dict[str, Any], options: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
+    """The state at ``path``; None when there is none. ``model`` and ``options`` must be what it was written with.
+
+    Raises RunError when they are not, or when the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        found, made_with = state["config"], state["options"]
+    except Exception as error:  # whatever is wrong with a file that was cut or changed
+        raise RunError(f"{path} is damaged ({type(error).__name__}): remove it to start anew, or put a copy back") from None
+    if found != model:
+        raise RunError(f"{path} belongs to another model: choose another --out directory")
+    changed = [key for key, value in options.items() if made_with.get(key) != value]
+    if changed:
+        raise RunError(f"{path} was made with another {changed[0]}: use the options of that run, or another --out")
+    return state

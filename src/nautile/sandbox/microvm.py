@@ -16,9 +16,12 @@ import time
 import weakref
 from pathlib import Path
 
+from nautile.sandbox import seccomp
 from nautile.sandbox.errors import SubstrateUnavailable
+from nautile.sandbox.function import ENVIRONMENT
 from nautile.sandbox.guest import accel, base, boot, template
-from nautile.sandbox.guest.driver import GuestDriver, configure, identity_of
+from nautile.sandbox.guest import link as wire
+from nautile.sandbox.guest.driver import GuestDriver, identity_of, settings_of
 from nautile.sandbox.image import Image
 from nautile.sandbox.limits import Limits
 from nautile.sandbox.qemu import Emulator, Machine, program, version
@@ -71,12 +74,7 @@ class MicroVMDriver(GuestDriver):
         disks = disks_of("microvm", image)
         processors = math.ceil(limits.cpus or 1)
         machine = Machine("microvm", chosen, limits, processors, boot.prepare("microvm", "mmio"), tuple(disks.indexes))
-        emulator = _booted(machine, identity, qemu, snapshots and disks.shared)
-        try:
-            configure(emulator, limits, len(disks.indexes), own=False)
-        except BaseException:
-            emulator.close()
-            raise
+        emulator = _started(machine, identity, qemu, snapshots and disks.shared)
         return cls(emulator, _info(identity, qemu, chosen, emulator), limits, image, disks)
 
     def fork(self) -> MicroVMDriver:
@@ -104,21 +102,42 @@ class MicroVMDriver(GuestDriver):
         return MicroVMDriver(emulator, info, self._limits, self._image, self._disks)
 
 
-def _booted(machine: Machine, identity: str, qemu: str, snapshots: bool) -> Emulator:
-    """A machine whose agent waits: from a snapshot if there is one of its shape, which is taken of the first that boots."""
+def _started(machine: Machine, identity: str, qemu: str, snapshots: bool) -> Emulator:
+    """A machine that is ready: from a snapshot if there is one of its shape, which is taken of the first that boots."""
     key = template.key_of(machine, qemu) if snapshots else ""
+    settings = settings_of(machine.limits, len(machine.disks), own=False)
     with contextlib.ExitStack() as kept:
         found = template.find(key) if snapshots else None
         if found is not None:
             kept.callback(found.close)
-            return Emulator(dataclasses.replace(machine, memory=found.memory, state=found.state), identity)
-        emulator = Emulator(machine, identity)
-        kept.callback(emulator.close)
-        emulator.greet(BOOT_SECONDS)
-        if snapshots:
-            template.keep(emulator, key)
+            emulator = Emulator(dataclasses.replace(machine, memory=found.memory, state=found.state), identity)
+            kept.callback(emulator.close)
+            emulator.link.go_on()  # it was held when its state was saved
+        else:
+            emulator = Emulator(machine, identity)
+            kept.callback(emulator.close)
+            emulator.greet(BOOT_SECONDS)
+            emulator.link.configure(settings, seccomp.program(system_v=True))
+            if snapshots:
+                _warm(emulator.link)
+                emulator.link.hold(clear=True)
+                template.keep(emulator, key)
+                emulator.link.go_on()
+        emulator.link.adjust(settings)
         kept.pop_all()
+        if found is not None:
+            found.close()
         return emulator
+
+
+def _warm(link: wire.Link) -> None:
+    """Start once what most commands start."""
+    for words in (["/bin/sh", "-c", "ls /workspace; cat /dev/null; true"], ["/usr/bin/python3", "-I", "-c", ""]):
+        stream = link.spawn(wire.EXECUTE, words, ENVIRONMENT)
+        stream.end_input()
+        deadline = time.monotonic() + BOOT_SECONDS
+        while stream.ended is None and (event := stream.next(deadline)) is not None and event[0] != wire.FAILED:
+            pass
 
 
 def _info(identity: str, qemu: str, chosen: str, emulator: Emulator) -> Info:

@@ -50,7 +50,7 @@ def choose(substrate: str, *, allow_emulation: bool, cache: Path | None = None) 
 
 
 def probe(cache: Path | None = None, *, again: bool = False) -> Probe:
-    """Boot the canary, or say what came of the last one (``again``: boot it anyway). Raises SubstrateUnavailable without QEMU."""
+    """Boot the canary, or say what came of the last one (``again``: boot it anyway). Raises SubstrateUnavailable."""
     place = cache or kernel.cache_directory()
     path = program("microvm")
     for why in devices():

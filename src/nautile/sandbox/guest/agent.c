@@ -28,6 +28,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/reboot.h>
@@ -55,7 +56,7 @@
 #define DEEPEST 512
 #define GRACE 5000                  /* milliseconds that killed processes may take to be gone */
 
-enum { CONFIGURE = 1, SPAWN, SPAWN_PART, DATA, END, KILL, CREDIT, RESIZE, REFRESH, HOLD, GO_ON,
+enum { CONFIGURE = 1, SPAWN, SPAWN_PART, DATA, END, KILL, CREDIT, RESIZE, REFRESH, HOLD, GO_ON, ADJUST,
        HELLO = 16, READY, OUT, ERR, EXIT, TAKEN, OPEN, FAILED, REFRESHED };
 enum { EXECUTE, READ_FILE, WRITE_FILE, LIST, UPLOAD, DOWNLOAD, PACK, WALK };
 enum { DISCARD = 1 };
@@ -294,21 +295,32 @@ static int mount_devices(const struct plan *plan) {
     TRY(symlink("pts/ptmx", "/root/dev/ptmx")); TRY(symlink("/proc/self/fd", "/root/dev/fd"));
     TRY(symlink("/proc/self/fd/0", "/root/dev/stdin")); TRY(symlink("/proc/self/fd/1", "/root/dev/stdout"));
     TRY(symlink("/proc/self/fd/2", "/root/dev/stderr"));
-    int file = open("/root/dev/.boot_id", O_WRONLY | O_CREAT | O_CLOEXEC, 0444);
-    dprintf(file, "%s\n", plan->boot_id); /* two machines from one snapshot must not have the same */
-    close(file);
     TRY(mount(NULL, "/root/dev", NULL, MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_STRICTATIME, "mode=755,size=65536"));
     return 0;
 }
 
-static int make_groups(const struct plan *plan) {
-    char number[32];
+static int make_groups(void) {
     TRY(put_text("/sys/fs/cgroup/cgroup.subtree_control", "+memory +pids"));
     TRY(mkdir("/sys/fs/cgroup/tenant", 0755));
     TRY(mkdir("/sys/fs/cgroup/tenant/init", 0755));
+    return 0;
+}
+
+/* What differs between two machines that have booted alike: limits, randomness, time, names. */
+static int adjust(const struct plan *plan) {
+    char options[128];
+    self.disk = strtoull(plan->disk, NULL, 10), self.open_files = strtoull(plan->open_files, NULL, 10);
+    set_clock_and_entropy(plan->seconds, plan->entropy);
     TRY(put_text("/sys/fs/cgroup/tenant/memory.max", plan->memory));
-    snprintf(number, sizeof number, "%d", atoi(plan->pids) + 1);
-    TRY(put_text("/sys/fs/cgroup/tenant/pids.max", number));
+    snprintf(options, sizeof options, "%d", atoi(plan->pids) + 1);
+    TRY(put_text("/sys/fs/cgroup/tenant/pids.max", options));
+    snprintf(options, sizeof options, "size=%s,nr_inodes=%s", plan->disk, plan->inodes);
+    if (!self.own) TRY(mount(NULL, "/upper", NULL, MS_REMOUNT | MS_NODEV | MS_NOSUID, options));
+    snprintf(options, sizeof options, "size=%s,nr_inodes=4096", plan->disk);
+    TRY(mount(NULL, "/root/dev/shm", NULL, MS_REMOUNT | MS_NOSUID | MS_NODEV | MS_NOEXEC, options));
+    int file = open("/identity/boot_id", O_WRONLY | O_TRUNC | O_CREAT | O_CLOEXEC, 0444);
+    dprintf(file, "%s\n", plan->boot_id); /* two machines from one snapshot must not have the same */
+    close(file);
     return 0;
 }
 
@@ -325,13 +337,16 @@ static void mask(const char *path) {
     struct stat found;
     if (stat(path, &found)) return;
     if (S_ISDIR(found.st_mode)) mount("none", path, "tmpfs", MS_RDONLY, "size=4096");
-    else mount("/dev/null", path, NULL, MS_BIND, NULL);
+    else if (!mount("/dev/null", path, NULL, MS_BIND, NULL)) /* without devices: it cannot even be opened */
+        mount(NULL, path, NULL, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NODEV | MS_NOSUID | MS_NOEXEC, NULL);
 }
 
 /* Process 1 of the tenant's namespaces: makes them habitable, then only collects orphans. */
 static int inner(const struct plan *plan, int told) {
     struct ifreq loopback = {.ifr_name = "lo", .ifr_flags = IFF_UP};
     int control = socket(AF_INET, SOCK_DGRAM, 0);
+    int identity = open("/identity/boot_id", O_PATH | O_CLOEXEC);
+    char place[64];
     TRY(put_text("/sys/fs/cgroup/tenant/init/cgroup.procs", "0"));
     TRY(ioctl(control, SIOCSIFFLAGS, &loopback));
     TRY(sethostname(plan->hostname, strlen(plan->hostname)));
@@ -342,7 +357,8 @@ static int inner(const struct plan *plan, int told) {
     TRY(chdir("/"));
     TRY(mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL));
     for (int i = 0; i < plan->masks; i++) mask(plan->masked[i]);
-    mount("/dev/.boot_id", "/proc/sys/kernel/random/boot_id", NULL, MS_BIND, NULL);
+    snprintf(place, sizeof place, "/proc/self/fd/%d", identity);
+    mount(place, "/proc/sys/kernel/random/boot_id", NULL, MS_BIND, NULL);
     TRY(mount("/proc/sys", "/proc/sys", NULL, MS_BIND | MS_REC, NULL));
     TRY(mount(NULL, "/proc/sys", NULL, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL));
     if (write(told, "ok", 2) != 2) return -1;
@@ -423,16 +439,18 @@ static int read_plan(char *data, size_t size, struct plan *plan) {
 static int configure(char *data, size_t size) {
     struct plan plan;
     TRY(read_plan(data, size, &plan));
-    self.disk = strtoull(plan.disk, NULL, 10), self.open_files = strtoull(plan.open_files, NULL, 10);
-    set_clock_and_entropy(plan.seconds, plan.entropy);
     put_text("/proc/sys/user/max_user_namespaces", "0");
     put_text("/proc/sys/kernel/modules_disabled", "1");
     put_text("/proc/sys/kernel/kptr_restrict", "2");
     put_text("/proc/sys/kernel/dmesg_restrict", "1");
+    put_text("/proc/sys/vm/overcommit_memory", "1"); /* the control group is the limit, as on the host */
     put_text("/proc/self/oom_score_adj", "-1000");
-    TRY(make_groups(&plan));
+    mkdir("/identity", 0700);
+    TRY(mount("identity", "/identity", "tmpfs", MS_NODEV | MS_NOSUID, "size=4096,mode=0700"));
+    TRY(make_groups());
     TRY(mount_root(&plan));
     TRY(mount_devices(&plan));
+    TRY(adjust(&plan));
     return start_inner(&plan);
 }
 
@@ -1032,6 +1050,18 @@ static void connect_proxy(void) {
     emit(OPEN, one->id, "", 0);
 }
 
+/* Memory that is free holds what was there before: cleared, a snapshot is half as large. */
+static void clear_free_memory(void) {
+    char text[2048], *at;
+    put_text("/proc/sys/vm/compact_memory", "1");
+    if (get_text("/proc/meminfo", text, sizeof text) < 0 || !(at = strstr(text, "MemFree:"))) return;
+    size_t size = strtoull(at + 8, NULL, 10) * 1024;
+    if (size < (16 << 20)) return;
+    size -= 8 << 20;
+    char *all = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    if (all != MAP_FAILED) munmap(all, size);
+}
+
 /* Before a copy is made: what is written is on the disk, and no frame is half sent. */
 static void hold(bool held) {
     int upper = self.own ? open("/upper", O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
@@ -1081,7 +1111,14 @@ static void handle(const struct frame *head, uint8_t *data) {
     case REFRESH:
         refresh((char *)data, head->size);
         return emit(REFRESHED, 0, "", 0);
+    case ADJUST: {
+        struct plan plan;
+        if (!self.ready || read_plan((char *)data, head->size, &plan) || adjust(&plan))
+            return say(FAILED, 0, "%s: %s", fail_step ? fail_step : "adjust", strerror(errno));
+        return emit(READY, 0, "", 0);
+    }
     case HOLD:
+        if (number) clear_free_memory();
         hold(true);
         return emit(REFRESHED, 0, "", 0);
     case GO_ON: return hold(false);

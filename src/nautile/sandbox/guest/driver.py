@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from nautile.sandbox import layers, seccomp
+from nautile.sandbox import layers
 from nautile.sandbox.container import _walk as walk_host
 from nautile.sandbox.driver import Order, Watch
 from nautile.sandbox.errors import InvalidRequest, SandboxLost
@@ -215,11 +215,6 @@ class GuestDriver:
     def close(self) -> None:
         """See ``Driver.close``."""
         self._emulator.close()
-
-
-def configure(emulator: Emulator, limits: Limits, layer_count: int, *, own: bool) -> None:
-    """Tell a machine that has just started about its tenant. Raises SandboxLost."""
-    emulator.link.configure(settings_of(limits, layer_count, own=own), seccomp.program(system_v=True))
 
 
 def identity_of(kind: str) -> str:

@@ -22,13 +22,21 @@ __all__ = ["ERR", "EXIT", "FAILED", "OUT", "VERSION", "WINDOW", "Ended", "Link",
 VERSION = 1
 PIECE, WINDOW = 65_536, 256 * 1024
 REQUEST = 4 * 2**20 - 64
-CONFIGURE, SPAWN, SPAWN_PART, DATA, END, KILL, CREDIT, RESIZE, REFRESH, HOLD, GO_ON = range(1, 12)
+CONFIGURE, SPAWN, SPAWN_PART, DATA, END, KILL, CREDIT, RESIZE, REFRESH, HOLD, GO_ON, ADJUST = range(1, 13)
 HELLO, READY, OUT, ERR, EXIT, TAKEN, OPEN, FAILED, REFRESHED = range(16, 25)
 EXECUTE, READ_FILE, WRITE_FILE, LIST, UPLOAD, DOWNLOAD, PACK, WALK = range(8)
 _HEAD = struct.Struct("<IB3xI")
 _EXIT = struct.Struct("<iBB2xI")
 _PATIENCE = 20.0  # seconds for what a guest must do at once
 _CONNECTIONS = 0x80000000
+
+
+def _settings(settings: Mapping[str, str | Sequence[str]]) -> bytes:
+    out = bytearray()
+    for name, value in settings.items():
+        for one in [value] if isinstance(value, str) else value:
+            out += f"{name}={one}".encode() + b"\0"
+    return bytes(out)
 
 
 class Ended:
@@ -143,11 +151,12 @@ class Link:
 
     def configure(self, settings: Mapping[str, str | Sequence[str]], program: bytes) -> None:
         """Make the tenant's surroundings. Raises SandboxLost with the step that failed."""
-        out = bytearray()
-        for name, value in settings.items():
-            for one in [value] if isinstance(value, str) else value:
-                out += f"{name}={one}".encode() + b"\0"
-        self.send(CONFIGURE, 0, bytes(out) + b"filter=" + program)
+        self.send(CONFIGURE, 0, _settings(settings) + b"filter=" + program)
+        self._answer(READY, _PATIENCE)
+
+    def adjust(self, settings: Mapping[str, str | Sequence[str]]) -> None:
+        """Change limits, clock, randomness and names of a machine that is configured. Raises SandboxLost."""
+        self.send(ADJUST, 0, _settings(settings))
         self._answer(READY, _PATIENCE)
 
     def refresh(self, seconds: int, entropy: str) -> None:
@@ -155,9 +164,9 @@ class Link:
         self.send(REFRESH, 0, f"{seconds} {entropy}".encode())
         self._answer(REFRESHED, _PATIENCE)
 
-    def hold(self) -> None:
-        """Nothing is begun or said until ``go_on``; everything written is on the disk."""
-        self.send(HOLD, 0)
+    def hold(self, *, clear: bool = False) -> None:
+        """Nothing is begun or said until ``go_on``; everything written is on the disk; with ``clear`` free memory is zero."""
+        self.send(HOLD, 0, struct.pack("<I", clear))
         self._answer(REFRESHED, _PATIENCE)
 
     def go_on(self) -> None:

@@ -1,14 +1,15 @@
 """Snapshots of machines that have just booted: the next one of the same shape starts from one instead of booting.
 
-A template is two files, the guest's memory (sparse) and the rest of its state. It is taken before the guest has been told
-anything: no secret, no file and no name of a tenant is in it, and clocks and randomness are set when it is used. Machines copy
-its memory into their own, so none can reach another's through it.
+A template is two files, the guest's memory (sparse) and the rest of its state. It is taken before any tenant: no secret and no
+file of one is in it, and limits, clock, randomness and names are set when it is used. The shell and Python have been started in
+it once, so that they are in the guest's memory. Machines copy its memory into their own: none reaches another's through it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import mmap
 import os
 import secrets
 import shutil
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nautile.sandbox.guest import kernel
-from nautile.sandbox.guest.warden import copy_sparse
 from nautile.sandbox.qemu import Emulator, Machine, guest_memory
 
 __all__ = ["Template", "find", "keep", "key_of"]
@@ -63,7 +63,7 @@ def find(key: str, cache: Path | None = None) -> Template | None:
 
 
 def keep(emulator: Emulator, key: str, cache: Path | None = None) -> None:
-    """Take a template of a machine that has just booted, which then goes on. A full disk is a warning, no error."""
+    """Take a template of a machine without a tenant, which is held and then goes on. A full disk is a warning, no error."""
     place = (cache or kernel.cache_directory()) / "templates"
     work = place / f".part-{secrets.token_hex(6)}"
     try:
@@ -73,7 +73,7 @@ def keep(emulator: Emulator, key: str, cache: Path | None = None) -> None:
         try:
             emulator.save(state)
             try:
-                copy_sparse(emulator.memory, memory)
+                _copy_nonzero(emulator.memory, memory)
             finally:
                 emulator.go_on()
         finally:
@@ -85,6 +85,22 @@ def keep(emulator: Emulator, key: str, cache: Path | None = None) -> None:
         if not (place / key).exists():
             warnings.warn(f"no snapshot of a booted machine could be kept in {place} ({error}): each will boot", stacklevel=2)
     _forget(place)
+
+
+def _copy_nonzero(source: int, target: int) -> None:
+    """Copy a memory file, pages of zeros left out."""
+    size, page = os.fstat(source).st_size, 16_384
+    nothing = bytes(page)
+    os.ftruncate(target, size)
+    with mmap.mmap(source, size, prot=mmap.PROT_READ) as view:
+        begin: int | None = None
+        for at in range(0, size + page, page):
+            zero = at >= size or view[at : at + page] == nothing
+            if zero and begin is not None:
+                os.pwrite(target, memoryview(view)[begin:at], begin)
+                begin = None
+            elif not zero and begin is None:
+                begin = at
 
 
 def _forget(place: Path) -> None:

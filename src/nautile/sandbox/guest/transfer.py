@@ -34,7 +34,7 @@ _KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "link"}
 
 
 class _Incoming:
-    """The output of one of the agent's programs as a stream of bytes. Use it with ``with``: it is killed unless it has ended."""
+    """The output of one of the agent's programs as a stream of bytes; ``with`` kills it unless it has ended."""
 
     def __init__(self, stream: Stream, path: str, budget: int | None = None) -> None:
         self.stream, self.path, self._budget = stream, path, budget

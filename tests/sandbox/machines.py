@@ -1,4 +1,4 @@
-"""What the tests of virtual machines share: one machine a kind, and the rule that a missing part is a skip here, an error in CI."""
+"""What the tests of virtual machines share: how one is made, and that a missing part is a skip here and an error in CI."""
 
 import os
 

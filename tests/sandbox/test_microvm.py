@@ -5,18 +5,18 @@ import pytest
 from sandbox.machines import create
 from sandbox.test_container import (  # noqa: F401  # collected here with this module's fixtures
     test_a_fork_has_the_files_and_goes_its_own_way,
+    test_a_path_that_is_swapped_while_it_is_opened_gives_nothing_of_the_target,
     test_a_pause_stops_everything_and_a_request_goes_on,
+    test_a_session_is_a_terminal,
+    test_a_session_over_pipes_gives_its_exit_code,
     test_a_snapshot_is_an_image,
     test_a_tree_goes_out_and_in_again_without_links,
+    test_a_watcher_that_gives_up_ends_the_command,
     test_files_go_in_and_out,
     test_only_plain_files_are_read_and_no_link_is_followed,
     test_output_comes_as_it_is_written,
     test_what_changed_is_an_oci_layer,
     test_writing_never_goes_through_a_link,
-    test_a_session_is_a_terminal,
-    test_a_session_over_pipes_gives_its_exit_code,
-    test_a_path_that_is_swapped_while_it_is_opened_gives_nothing_of_the_target,
-    test_a_watcher_that_gives_up_ends_the_command,
 )
 from sandbox.test_sdk import (  # noqa: F401
     test_a_flood_is_cut_where_it_is_produced,

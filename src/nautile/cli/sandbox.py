@@ -45,8 +45,9 @@ def doctor(json_: Annotated[bool, typer.Option("--json", help="Print the finding
 def run(  # noqa: PLR0913  # one parameter an option
     command: Annotated[str, typer.Argument(help="What to run, as for sh -c.")],
     *,
-    kind: Annotated[str, typer.Option(help="function or container.")] = "container",
+    kind: Annotated[str, typer.Option(help="function, container, microvm or vm.")] = "container",
     image: Annotated[Path | None, typer.Option(help="A directory with a root file system. Default: the host's /usr.")] = None,
+    emulate: Annotated[bool, typer.Option("--emulate", help="Let QEMU emulate the processor where KVM does not work.")] = False,
     workspace: Annotated[Path | None, typer.Option(help="A directory to bind at /workspace, read and write.")] = None,
     allow: Annotated[list[str] | None, typer.Option(help="HOST:PORT that may be reached; may be given again.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds.")] = 60.0,
@@ -63,7 +64,13 @@ def run(  # noqa: PLR0913  # one parameter an option
 
     given = sys.stdin.buffer.read(64 * MIB + 1) if stdin else b""
     with Sandbox.create(
-        kind, image=image, limits=Limits(memory=memory * MIB), network=allow, workspace=workspace, log=log
+        kind,
+        image=image,
+        limits=Limits(memory=memory * MIB),
+        network=allow,
+        allow_emulation=emulate,
+        workspace=workspace,
+        log=log,
     ) as sandbox:
         result = sandbox.run(command, timeout, given)
     if json_:
@@ -78,6 +85,21 @@ def run(  # noqa: PLR0913  # one parameter an option
                 typer.echo(f"nautile: {said}", err=True)
     if result.infrastructure_error or result.exit_code:
         raise typer.Exit(1 if result.infrastructure_error else result.exit_code)
+
+
+@app.command()
+def kernel() -> None:
+    """Download the kernel of virtual machines (Debian's cloud kernel, through apt) into the cache; nothing is installed.
+
+    Example: nautile sandbox kernel
+    """
+    from nautile.sandbox.errors import SubstrateUnavailable  # noqa: PLC0415
+    from nautile.sandbox.guest.kernel import KernelMissing, fetch  # noqa: PLC0415
+
+    try:
+        typer.echo(f"kernel for guests: {fetch().version}")
+    except KernelMissing as error:
+        raise SubstrateUnavailable("microvm", str(error), "then run this again") from None
 
 
 @app.command()

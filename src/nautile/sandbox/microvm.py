@@ -105,7 +105,7 @@ class MicroVMDriver(GuestDriver):
 def _started(machine: Machine, identity: str, qemu: str, snapshots: bool) -> Emulator:
     """A machine that is ready: from a snapshot if there is one of its shape, which is taken of the first that boots."""
     key = template.key_of(machine, qemu) if snapshots else ""
-    settings = settings_of(machine.limits, len(machine.disks), own=False)
+    settings = settings_of(machine.limits, len(machine.disks), own=0)
     with contextlib.ExitStack() as kept:
         found = template.find(key) if snapshots else None
         if found is not None:

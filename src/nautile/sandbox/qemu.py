@@ -29,7 +29,7 @@ from nautile.sandbox.guest.qmp import Monitor
 from nautile.sandbox.inside import frames
 from nautile.sandbox.limits import MIB, Limits
 
-__all__ = ["Emulator", "Machine", "guest_memory", "program", "version"]
+__all__ = ["Drive", "Emulator", "Machine", "guest_memory", "program", "version"]
 
 _OVERHEAD = 192 * MIB  # of QEMU beside the guest's memory: its own, and translated code
 _TRANSLATED = 64  # MiB of translated code that are kept
@@ -305,6 +305,7 @@ class _Command:
                 "node-name": f"file{number}",
                 "filename": f"/dev/fdset/{number + 1}",
                 "read-only": not top,
+                "locking": "off",  # one machine writes each file: the chain sees to it
             }
             node: dict[str, Any] = {
                 "driver": kind,

@@ -85,7 +85,7 @@ class Sandbox:
             return cls(client.FleetDriver.create(gateways, {**wish, "idle": keep}), chosen)
         place = _directory(workspace)
         identity = f"{kind[:1]}-{secrets.token_hex(8)}"
-        order = _Order(kind, Image.of(image), chosen, policy, runtime, place, workers, allow_emulation)
+        order = _Order(kind, _image(kind, image), chosen, policy, runtime, place, workers, allow_emulation)
         order.check(image is not None, log is not None)
         if log is None:
             return cls(order.make(identity, None), chosen)
@@ -299,6 +299,10 @@ class _Order:
             from nautile.sandbox.microvm import MicroVMDriver  # noqa: PLC0415
 
             return MicroVMDriver.create(identity, self.image, self.limits, allow_emulation=self.allow_emulation)
+        if self.kind == "vm":
+            from nautile.sandbox.vm import VMDriver  # noqa: PLC0415
+
+            return VMDriver.create(identity, self.image, self.limits, allow_emulation=self.allow_emulation)
         from nautile.sandbox.container import ContainerDriver  # noqa: PLC0415
 
         return ContainerDriver.create(identity, self.image, self.limits, self.policy, self.workspace, keep=keep)
@@ -364,6 +368,15 @@ def _inside(path: str) -> str:
     if ".." in steps:
         raise InvalidRequest(f"path {path!r}: '..' is not followed; give the path itself")
     return "/".join(steps) or "."
+
+
+def _image(kind: str, image: Image | Path | str | None) -> Image:
+    """A VM also takes a file with a disk on it."""
+    if kind == "vm" and isinstance(image, Path | str) and not Path(image).is_dir():
+        from nautile.sandbox.vm import DiskImage  # noqa: PLC0415
+
+        return DiskImage.of_file(Path(image))
+    return Image.of(image)
 
 
 def _directory(workspace: Path | str | None) -> Path | None:

@@ -79,7 +79,8 @@ static struct {
     int port, signals, init, listener;
     struct sock_fprog filter;
     uint64_t disk, open_files;
-    bool ready, held, own;          /* held: nothing is said or begun until the host goes on: a copy is being made */
+    const char *own;                /* where a disk of the machine's own is mounted, if it has one */
+    bool ready, held;          /* held: nothing is said or begun until the host goes on: a copy is being made */
 } self = {.port = -1, .init = -1, .listener = -1};
 static struct stream streams[STREAMS];
 static uint8_t *outgoing;
@@ -247,9 +248,24 @@ struct plan {
     int masks;
 };
 
+/* A disk with a system on it: the whole disk or its first partition that can be mounted. */
+static int mount_system(void) {
+    char device[300], part[320];
+    TRY(find_disk("own", device, sizeof device));
+    for (int number = 0; number < 16; number++) {
+        snprintf(part, sizeof part, number ? "%s%d" : "%s", device, number);
+        if (!mount(part, "/root", "ext4", MS_NODEV | MS_NOSUID | MS_NOATIME, NULL)) {
+            self.own = "/root";
+            return 0;
+        }
+    }
+    return -1;
+}
+
 static int mount_root(const struct plan *plan) {
     char device[300], lower[2048] = "", options[4096];
     mkdir("/layers", 0700), mkdir("/upper", 0700), mkdir("/root", 0755);
+    if (atoi(plan->own) == 2) return mount_system();
     for (int number = atoi(plan->layers) - 1; number >= 0; number--) {
         char serial[32], place[64];
         snprintf(serial, sizeof serial, "layer%d", number);
@@ -262,7 +278,7 @@ static int mount_root(const struct plan *plan) {
     if (atoi(plan->own)) {
         TRY(find_disk("own", device, sizeof device));
         TRY(mount(device, "/upper", "ext4", MS_NODEV | MS_NOSUID | MS_NOATIME, NULL));
-        self.own = true;
+        self.own = "/upper";
     } else {
         snprintf(options, sizeof options, "size=%s,nr_inodes=%s,mode=0700", plan->disk, plan->inodes);
         TRY(mount("upper", "/upper", "tmpfs", MS_NODEV | MS_NOSUID, options));
@@ -270,6 +286,11 @@ static int mount_root(const struct plan *plan) {
     mkdir("/upper/fs", 0755), mkdir("/upper/work", 0755);
     snprintf(options, sizeof options, "lowerdir=%s,upperdir=/upper/fs,workdir=/upper/work", lower);
     TRY(mount("overlay", "/root", "overlay", MS_NODEV | MS_NOSUID, options));
+    return 0;
+}
+
+/* What a tenant needs of any system. */
+static int furnish(void) {
     const char *needed[] = {"/root/dev", "/root/proc", "/root/tmp", "/root/workspace"};
     for (int i = 0; i < 4; i++)
         if (!mkdir(needed[i], 0755) && i == 3) TRY(chown(needed[i], TENANT, TENANT));
@@ -449,6 +470,7 @@ static int configure(char *data, size_t size) {
     TRY(mount("identity", "/identity", "tmpfs", MS_NODEV | MS_NOSUID, "size=4096,mode=0700"));
     TRY(make_groups());
     TRY(mount_root(&plan));
+    TRY(furnish());
     TRY(mount_devices(&plan));
     TRY(adjust(&plan));
     return start_inner(&plan);
@@ -1064,7 +1086,7 @@ static void clear_free_memory(void) {
 
 /* Before a copy is made: what is written is on the disk, and no frame is half sent. */
 static void hold(bool held) {
-    int upper = self.own ? open("/upper", O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
+    int upper = self.own ? open(self.own, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
     if (self.held == held) return;
     self.held = held;
     if (upper < 0) return;

@@ -32,8 +32,11 @@ _GRACE = 15.0  # seconds that a guest may take to kill a command
 _LARGEST = 2**34  # bytes of a packed layer
 
 
-def settings_of(limits: Limits, layer_count: int, *, own: bool) -> dict[str, str | list[str]]:
-    """What the agent is told about its tenant; new randomness and a new boot id with every call."""
+def settings_of(limits: Limits, layer_count: int, *, own: int) -> dict[str, str | list[str]]:
+    """What the agent is told about its tenant; new randomness and a new boot id with every call.
+
+    ``own``: 0, changes are in memory; 1, on a disk of the machine's own; 2, a disk holds the whole system.
+    """
     return {
         "memory": str(limits.memory),
         "pids": str(limits.pids),
@@ -41,7 +44,7 @@ def settings_of(limits: Limits, layer_count: int, *, own: bool) -> dict[str, str
         "inodes": str(limits.inodes),
         "open_files": str(limits.open_files),
         "layers": str(layer_count),
-        "own": str(int(own)),
+        "own": str(own),
         "proxy": "0",
         "seconds": str(int(time.time())),
         "entropy": secrets.token_hex(32),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -96,6 +96,75 @@ def tools(  # noqa: PLR0913  # one parameter an option
         typer.echo(f"pass@1 {result['pass@1']:.1%}, bar {'met' if report.met else 'not met'}, {report.seconds:.0f} s")
     if not report.met:
         raise typer.Exit(1)
+
+
+@app.command()
+def needle(  # noqa: PLR0913  # one parameter an option
+    *,
+    model: Annotated[Path | None, typer.Option(help="Model directory. Default: the shipped nano.")] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of the prompts, separated by commas.")] = "4096,8192,16384,32768,65536",
+    variants: Annotated[str, typer.Option(help="single, eight, natural; separated by commas.")] = "single,eight,natural",
+    trials: Annotated[int, typer.Option(help="Texts a variant and length. The bar wants 100.")] = 10,
+    first_seed: Annotated[int | None, typer.Option(help="Begin here instead of the published seeds.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of the native kernels.")] = "float32",
+    out: Annotated[
+        Path | None, typer.Option(help="Also write the result to this file, and each trial's to a .jsonl beside it.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Find a sentence in long texts, by length and depth; exit status 1 when single needles are below the bar.
+
+    Example: nautile eval needle --lengths 4096,16384 --variants single --trials 20
+    """
+    import dataclasses  # noqa: PLC0415
+
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import Progress  # noqa: PLC0415
+
+    from nautile.evals.needle import NeedleConfig, NeedleOutcome, run_needles  # noqa: PLC0415
+
+    directory = model or Path(__file__).parents[1] / "weights" / "nano"
+    try:
+        sizes = tuple(int(part) for part in lengths.split(","))
+        kinds: tuple[Any, ...] = tuple(variants.split(","))
+        config = NeedleConfig(sizes, kinds, trials, precision=_precision(dtype))
+        if first_seed is not None:
+            config = dataclasses.replace(config, first_seed=first_seed)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if out is not None:
+        out.with_suffix(".jsonl").unlink(missing_ok=True)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("trials", total=len(config.cases()))
+
+        def count(outcome: NeedleOutcome) -> None:
+            progress.update(bar, advance=1, description=f"{outcome.length} tokens, {outcome.variant}")
+            if out is not None:
+                _append(out.with_suffix(".jsonl"), json.dumps(dataclasses.asdict(outcome), ensure_ascii=False))
+
+        report = run_needles(directory, config, count)
+    result = report.to_json()
+    if out is not None:
+        _write(out, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+    if json_:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        for variant, cells in result["needle"].items():
+            for length, cell in cells.items():
+                depths = " ".join(f"{right}/{all_}" for right, all_ in cell["by_depth"])
+                typer.echo(
+                    f"{variant:8} {length:>6}  {cell['passed']:3}/{cell['total']:<3} {cell['low']:6.1%} to "
+                    f"{cell['high']:6.1%}   by depth {depths}"
+                )
+        typer.echo(f"bar {'met' if report.met else 'not met'}, {report.seconds:.0f} s, {report.runner}")
+    if not report.met:
+        raise typer.Exit(1)
+
+
+def _precision(name: str) -> Literal["float32", "bfloat16"]:
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"--dtype is float32 or bfloat16, not {name!r}")
+    return "float32" if name == "float32" else "bfloat16"
 
 
 def _append(path: Path, line: str) -> None:

@@ -17,11 +17,11 @@ from typing import Any
 
 import httpx
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from nautile.sandbox.errors import EdgeGone, FleetFull, InvalidRequest, SandboxError
+from nautile.sandbox.errors import EdgeGone, FleetFull, InvalidRequest, SandboxError, SandboxLost
 from nautile.sandbox.fleet import wire
 from nautile.sandbox.fleet.placement import EdgeView, by_name, order
 from nautile.sandbox.fleet.quota import Book
@@ -93,6 +93,8 @@ class _Service:
                 return await handler(request, self.book.project_of(request.headers.get("authorization")))
             except SandboxError as error:
                 record = wire.error_record(error)
+            except ClientDisconnect:
+                record = wire.error_record(SandboxLost("the client hung up"))
             except Exception as error:
                 _log.exception("%s %s", request.method, request.url.path)
                 record = wire.error_record(error)
@@ -144,11 +146,13 @@ class _Service:
     async def _candidates(self, header: dict[str, Any], project: str) -> list[EdgeView] | str:
         """Edges to ask for a new one, in order; or the name of the one that has what is wanted."""
         kind, image, log = str(header.get("kind", "container")), header.get("image"), header.get("log")
-        seen = self.watcher.seen
+        if not self.watcher.seen:  # this gateway, or all edges, have just been started
+            await self.watcher.look()
         if log is not None:
             owner = await self._owner(str(log), project)
             if owner is not None:
                 return owner
+        seen = self.watcher.seen
         if isinstance(image, str) and "." in image and wire.is_edge_name(image.partition(".")[0]):
             home = [edge for edge in seen if edge.name == wire.edge_of(image)]
             if home:  # a snapshot is where it was made
@@ -248,12 +252,12 @@ class _Service:
             try:
                 async for piece in answer.aiter_raw():
                     yield piece
+            except httpx.HTTPError as error:  # the last frame is missing, by which the client sees it
+                _log.warning("edge %s broke off: %s %s", edge, type(error).__name__, error)
             finally:
                 await answer.aclose()
 
-        kind = answer.headers.get("content-type")
-        length = {name: answer.headers[name] for name in ("content-length",) if name in answer.headers}
-        return StreamingResponse(pieces(), answer.status_code, headers=length, media_type=kind)
+        return StreamingResponse(pieces(), answer.status_code, media_type=answer.headers.get("content-type"))
 
 
 def _gone(edge: str, error: httpx.HTTPError) -> EdgeGone:

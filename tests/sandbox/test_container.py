@@ -304,6 +304,65 @@ def test_a_workspace_belongs_to_the_tenant_and_survives(fresh, tmp_path):
     assert (tmp_path / "in").read_text() == "given" and (tmp_path / "sub/deep").is_dir()
 
 
+# -- what is made ahead
+
+
+def test_a_container_made_ahead_has_the_limits_of_the_one_that_is_asked_for(fresh, own_keeper):
+    fresh()
+    group = "/sys/fs/cgroup/memory/nautile/*/{}/memory.limit_in_bytes"
+    deadline = time.monotonic() + 10
+    while len(list(own_keeper.glob("c-*/state.json"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ready = {place.parent.name for place in own_keeper.glob("c-*/state.json")}
+    assert len(ready) == 3
+    inside = {(own_keeper / name / "group").read_text() for name in ready}
+    sandbox = fresh(limits=Limits(memory=33 * 2**20, pids=9, disk=SMALL.disk, inodes=SMALL.inodes, open_files=77, output=600))
+    assert group_of(sandbox.info.id) in inside
+    (limit,) = Path("/").glob(group.format(group_of(sandbox.info.id))[1:])
+    assert int(limit.read_text()) == 33 * 2**20
+    result = sandbox.run("ulimit -n; seq 1000; for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 1 & done")
+    assert result.stdout.startswith("77\n") and "fork" in result.stderr and result.truncated and result.exit_code == 2
+    assert sandbox.run("ls -A").stdout == "" and sandbox.run("df --output=size -B1 . | tail -1").stdout.strip() == str(
+        SMALL.disk
+    )
+
+
+def test_the_kernel_may_kill_the_seat_and_the_next_command_has_another(fresh):
+    """At the memory limit its choice is the kernel's; here a test kills the process itself, from outside."""
+    sandbox = fresh()
+    sandbox.run("true")
+    session = sandbox.session(["sleep", "7326"])
+    assert began("sleep 7326")
+    freezer = Path("/sys/fs/cgroup/memory/nautile")
+    (procs,) = freezer.glob(f"*/{group_of(sandbox.info.id)}/cgroup.procs")
+    for process in procs.read_text().split():
+        if b"nautile.sandbox.keeper" in Path(f"/proc/{process}/cmdline").read_bytes():
+            os.kill(int(process), signal.SIGKILL)
+    time.sleep(0.05)
+    assert sandbox.run("echo again").stdout == "again\n"
+    session.close()
+    assert gone("sleep 7326")
+
+
+def test_a_full_container_is_its_tenants_doing(fresh):
+    """The limit on processes is the tenant's, and nothing of ours counts against it."""
+    sandbox = fresh(limits=Limits(memory=64 * 2**20, pids=12))
+    full = (
+        "import os, time\n"
+        "while True:\n"
+        "    try:\n        os.fork() or time.sleep(60)\n"
+        "    except OSError:\n        print('full', flush=True)\n        time.sleep(0.01)\n"
+    )
+    session = sandbox.session(["python3", "-c", full], pty=False)
+    session.until("full")
+    outcomes = [sandbox.run("true") for _ in range(3)]
+    assert [one.infrastructure_error for one in outcomes] == [None] * 3
+    assert {one.exit_code for one in outcomes} <= {0, 125} and 125 in {one.exit_code for one in outcomes}
+    assert any("could not be started" in one.stderr for one in outcomes)
+    session.close()
+    assert sandbox.run("echo room").stdout == "room\n"
+
+
 # -- the end
 
 
@@ -317,9 +376,13 @@ def began(command):
     return True
 
 
-def leftovers(identity):
+def group_of(identity):
+    return (KeeperClient().place / identity / "group").read_text()
+
+
+def leftovers(identity, group="none"):
     found = [place for place in KeeperClient().place.glob(f"*{identity}*")]
-    found += [place for place in Path("/sys/fs/cgroup").glob(f"*/nautile/*/{identity}")]
+    found += [place for place in Path("/sys/fs/cgroup").glob(f"*/nautile/*/{group}")]
     found += [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if identity in line]
     return found
 
@@ -327,11 +390,11 @@ def leftovers(identity):
 def test_closing_leaves_nothing(fresh):
     sandbox = fresh()
     identity = sandbox.info.id
-    session = sandbox.session(["sleep", "7323"])
-    assert began("sleep 7323") and leftovers(identity)
+    session, group = sandbox.session(["sleep", "7323"]), group_of(identity)
+    assert began("sleep 7323") and len(leftovers(identity, group)) > len(leftovers(identity))
     sandbox.close()
     assert gone("sleep 7323")
-    assert leftovers(identity) == []
+    assert leftovers(identity, group) == []
     assert session.close() in (-1, 137)
 
 
@@ -344,13 +407,14 @@ def test_a_killed_client_leaves_nothing():
     other = subprocess.Popen([sys.executable, "-c", client_code(script)], stdout=subprocess.PIPE, text=True)
     identity = other.stdout.readline().strip()
     assert began("sleep 7324")
+    group = group_of(identity)
     other.kill()
     other.communicate()
     assert gone("sleep 7324")
     deadline = time.monotonic() + 10
-    while leftovers(identity) and time.monotonic() < deadline:
+    while leftovers(identity, group) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert leftovers(identity) == []
+    assert leftovers(identity, group) == []
 
 
 def test_a_container_that_died_is_lost_not_hung(fresh):
@@ -383,13 +447,16 @@ def test_a_killed_keeper_is_an_error_and_the_next_one_sweeps(tmp_path):
 @pytest.mark.usefixtures("crun")
 @pytest.mark.slow
 def test_the_keeper_leaves_when_it_is_idle(own_keeper):
-    Sandbox.create("container").close()
+    with Sandbox.create("container") as sandbox:  # and what is made ahead
+        owner = next(Path("/sys/fs/cgroup").glob(f"*/nautile/*/{group_of(sandbox.info.id)}")).parent.name
+        time.sleep(0.3)
+        assert len(list(Path("/sys/fs/cgroup").glob(f"*/nautile/{owner}/*"))) > 10
     deadline = time.monotonic() + 15
     left = ["keeper.lock", "start.lock"]
     while sorted(os.listdir(own_keeper)) != left and time.monotonic() < deadline:  # to ask it would keep it up
         time.sleep(0.2)
     assert sorted(os.listdir(own_keeper)) == left
-    assert not KeeperClient().running
+    assert not KeeperClient().running and list(Path("/sys/fs/cgroup").glob(f"*/nautile/{owner}")) == []
 
 
 @pytest.mark.usefixtures("crun")
@@ -421,7 +488,7 @@ def test_a_pool_gives_each_sandbox_once_and_fills_up_again(crun):
     assert [one for sandbox in taken for one in leftovers(sandbox.info.id)] == []
     with pytest.raises(SandboxClosed):
         pool.take()
-    with SandboxPool(1, lambda: Sandbox.create("vm")) as broken, pytest.raises(SubstrateUnavailable):
+    with SandboxPool(1, lambda: Sandbox.create("container", runtime="kata")) as broken, pytest.raises(SubstrateUnavailable):
         broken.take()
 
 

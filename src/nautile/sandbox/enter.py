@@ -1,8 +1,9 @@
 """Commands in a container: its seat's fork enters its namespaces, gives up every right, and becomes the command.
 
 Two processes see to a command. One is outside: it keeps the output, the time and the outcome (``run``, ``session``). The other
-is started by the seat, inside the container's groups (``become_command``, ``become_session``). From the moment it is inside until it has become the command it cannot be traced or read by the tenant (it is not dumpable),
-and it holds no descriptor but the command's three and one for its own use.
+is started by the seat, inside the container's groups (``become_command``, ``become_session``). From the moment it is inside
+until it has become the command it cannot be traced or read by the tenant (it is not dumpable), and it holds no descriptor but
+the command's three and one for its own use.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import fcntl
 import json
 import os
 import resource
-import secrets
 import signal
 import socket
 import struct
@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nautile.sandbox import cgroup, kernel
-from nautile.sandbox.errors import SandboxLost
+from nautile.sandbox.errors import SandboxError, SandboxLost
 from nautile.sandbox.function import ENVIRONMENT
 from nautile.sandbox.inside import frames
 from nautile.sandbox.inside.supervise import Capture, Job, Outcome, execute, supervise
 from nautile.sandbox.proxy import ENVIRONMENT as PROXIED
-from nautile.sandbox.seat import Started, start
+from nautile.sandbox.seat import NotStarted, Started, start
 from nautile.sandbox.state import State
 
 __all__ = ["become_command", "become_session", "outcome", "run", "session"]
@@ -45,39 +45,28 @@ class Run:
 
     def __init__(self, state: State) -> None:
         self.state = state
-        tracker = state.group.tracker
-        self.place = tracker / f"r{secrets.token_hex(6)}" if tracker is not None else None
-        self.entrance: str | None = None  # into which the command moves, where it cannot be started in the group
-        self.descriptor = -1
-        if self.place is None or tracker is None:
-            return
-        self.place.mkdir()
-        if state.group.places[tracker].version == 2:
-            self.descriptor = os.open(self.place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        else:
-            self.entrance = str(self.place / "cgroup.procs")
+        self.place: Path | None = None
 
     def start(self, letter: str, descriptors: list[int], orders: dict[str, Any], program: bytes) -> Started:
-        """Let the container's seat start what ``orders`` say, in this group."""
+        """Let the container's seat start what ``orders`` say."""
         state = self.state
-        orders |= {"entrance": self.entrance, "tenant": state.tenant, "network": state.network}
+        orders |= {"tenant": state.tenant, "network": state.network}
         orders["limits"] = {"open_files": state.limits.open_files, "disk": state.limits.disk}
         pidfd = state.open()
         try:
-            # Something must stand where the group would: descriptors have no names.
-            passed = [pidfd, pidfd if self.descriptor < 0 else self.descriptor, *descriptors]
-            letter += "" if self.descriptor < 0 else "+"
-            return start(state.control, letter, passed, lambda channel: frames.send(channel, orders, program))
+            started = start(state.control, letter, [pidfd, *descriptors], lambda channel: frames.send(channel, orders, program))
         finally:
             os.close(pidfd)
-            if self.descriptor >= 0:
-                os.close(self.descriptor)
-                self.descriptor = -1
+        if started.group and state.group.tracker is not None:
+            self.place = state.group.tracker / started.group
+        return started
 
     def kill(self) -> None:
         """End everything that the command has started."""
         if self.place is not None:
             cgroup.kill_group(self.place)
+            return
+        if self.state.group.tracker is not None:  # nothing was started
             return
         # Nobody can keep track without cgroups, which the caller allowed: whatever runs in the container ends, sessions too.
         with contextlib.suppress(SandboxLost):
@@ -113,10 +102,8 @@ def _tracked(state: State) -> Iterator[Run]:
         tracked.remove()
 
 
-def step_inside(pidfd: int, entrance: str | None, tenant: int) -> None:
-    """Enter a container's namespaces, and a group, and become its tenant, without a right left. Cannot be undone."""
-    if entrance is not None:
-        cgroup.enter(Path(entrance))
+def step_inside(pidfd: int, tenant: int) -> None:
+    """Enter a container's namespaces and become its tenant, without a right left. Cannot be undone."""
     kernel.set_namespaces(pidfd, _INSIDE)
     os.close(pidfd)
     kernel.become(tenant, tenant)
@@ -124,15 +111,15 @@ def step_inside(pidfd: int, entrance: str | None, tenant: int) -> None:
 
 
 def become_command(channel: socket.socket, descriptors: list[int]) -> NoReturn:
-    """In a seat's fork: become the command whose orders come on ``channel``. Descriptors: process 1, group, stdin and outputs."""
-    for source, target in zip(descriptors[2:], (0, 1, 2), strict=True):
+    """In a seat's fork: become the command whose orders come on ``channel``. Descriptors: process 1, stdin, stdout, stderr."""
+    for source, target in zip(descriptors[1:], (0, 1, 2), strict=True):
         os.dup2(source, target)
     with _said_on_stderr():
         message = frames.receive(channel)
         assert message is not None
         orders, program = message
         os.setsid()
-        step_inside(descriptors[0], orders["entrance"], orders["tenant"])
+        step_inside(descriptors[0], orders["tenant"])
         os.closerange(3, 2**20)
         _exec(orders, program)
 
@@ -181,34 +168,33 @@ def run(state: State, request: dict[str, Any], channel: socket.socket, body: byt
             if name is None:  # a named operation ends even if nobody listens
                 raise
 
-    started: list[Started] = []
-    with _tracked(state) as tracked:
-
-        def spawn(*descriptors: int) -> Started:
-            started.append(tracked.start("r", list(descriptors), orders, program))
-            return started[0]
-
-        ended = supervise(
-            Job(stdin, request["timeout"]),
-            spawn,
-            tracked.kill,
-            capture,
-            owner=channel.fileno() if name is None else None,
-            watch=watch if request.get("watch") else None,
-        )
-    header = _answer(state, ended, before, started[0].lost)
-    out, err = (one.pieces() for one in capture)
+    try:
+        with _tracked(state) as tracked:
+            ended = supervise(
+                Job(stdin, request["timeout"]),
+                lambda *descriptors: tracked.start("r", list(descriptors), orders, program),
+                tracked.kill,
+                capture,
+                owner=channel.fileno() if name is None else None,
+                watch=watch if request.get("watch") else None,
+            )
+        out, err = (one.pieces() for one in capture)
+    except NotStarted as error:
+        ended, out = Outcome(), []
+        ended.exit_code = 125
+        err = [memoryview(f"sandbox: the command could not be started: {error}\n".encode())]
+    header = _answer(state, ended, before)
     header["stdout"] = sum(map(len, out))
     if name is not None:
         _record(state, name, header, [*out, *err])
     frames.send(channel, header, *out, *err)
 
 
-def _answer(state: State, ended: Outcome, before: int, lost: bool) -> dict[str, Any]:
+def _answer(state: State, ended: Outcome, before: int) -> dict[str, Any]:
     killed = state.group.memory_kills() > before
     failure = "a process could not be killed within 5 s" if ended.stuck else None
     # At the memory limit the kernel may choose the seat: the tenant's doing, therefore its result.
-    if lost and not killed and not ended.timed_out:
+    if ended.lost and not killed and not ended.timed_out:
         failure = "the process that starts commands in the container died"
     if not os.path.exists(f"/proc/{state.process}"):
         failure = "the container died during the command"
@@ -275,7 +261,10 @@ def session(state: State, request: dict[str, Any], channel: socket.socket, body:
         def spawn(*_: int) -> Started:
             return tracked.start("s", [channel.fileno()], orders, body)
 
-        ended = supervise(Job(None, request["timeout"]), spawn, tracked.kill, captures, owner=channel.fileno())
+        try:
+            ended = supervise(Job(None, request["timeout"]), spawn, tracked.kill, captures, owner=channel.fileno())
+        except NotStarted as error:
+            raise SandboxError(f"the session could not be started: {error}; end some of the container's processes") from None
     if not ended.abandoned:
         frames.send(channel, {"exit_code": ended.exit_code, "timed_out": ended.timed_out})
 
@@ -286,9 +275,9 @@ def become_session(channel: socket.socket, descriptors: list[int]) -> NoReturn:
         message = frames.receive(channel)
         assert message is not None
         orders, program = message
-        client = socket.socket(fileno=descriptors[2])
+        client = socket.socket(fileno=descriptors[1])
         os.setsid()
-        step_inside(descriptors[0], orders["entrance"], orders["tenant"])
+        step_inside(descriptors[0], orders["tenant"])
         if orders["pty"]:
             _terminal(client)
         else:

@@ -34,14 +34,13 @@ from nautile.sandbox.errors import SandboxError, SandboxLost, SubstrateUnavailab
 from nautile.sandbox.inside import frames
 from nautile.sandbox.operations import MOUNTS, Task, become_crun, carry_out, end_first_process, group_name
 from nautile.sandbox.seat import Seat, open_seat
+from nautile.sandbox.spares import SPARE_IDLE, Clerk, Spare, Spares, kind_of, receive_task, rehearse, send_task
 from nautile.sandbox.state import SHARE, Settings, version
 
 __all__ = ["Keeper", "main"]
 
 _IDLE = 5.0  # seconds without a sandbox and without a request, after which the keeper ends
-_SPARE_SEATS = 2
-_SEAT_IDLE = 10.0  # seconds after which an unused seat ends; the next command makes another
-_CALM = 0.005  # seconds without a request after which seats are made ahead
+_CALM = 0.005  # seconds without a request after which things are made ahead
 _ENTRIES = {"c": become_crun, "r": enter.become_command, "s": enter.become_session}
 _FIRST_BASE, _BASES = 524_288, 20_000  # each keeper's share of user ids that no account has
 
@@ -71,9 +70,9 @@ class Keeper:
         self.leases: dict[int, tuple[socket.socket, str]] = {}
         self.live: dict[str, tuple[float, float] | None] = {}  # without a lease: (seconds, the time until which it may live)
         self.children: set[int] = set()
-        self.spare: list[Seat] = []
+        self.spares = Spares()
+        self.makers: dict[int, Spare] = {}
         self.seats: dict[str, Seat] = {}
-        self.wanted = False  # whether seats are to be made ahead: since the last creation, for a while
         self.poll = select.poll()
         self.version = version()
         self._sweep()
@@ -138,10 +137,10 @@ class Keeper:
         gc.freeze()
         last = time.monotonic()
         while True:
-            short = self.wanted and len(self.spare) < _SPARE_SEATS
-            ready = [descriptor for descriptor, _ in self.poll.poll(_CALM * 1000 if short else 1000)]
-            if short and not ready:
-                self.spare.append(self._seat())
+            missing = self.spares.missing() if self.live else None
+            ready = [descriptor for descriptor, _ in self.poll.poll(_CALM * 1000 if missing else 1000)]
+            if missing and not ready:
+                self._make_ahead(missing)
             for descriptor in ready:
                 if descriptor == woken:
                     os.read(woken, 4096)
@@ -175,6 +174,11 @@ class Keeper:
         """A seat in groups of this name, or in new ones."""
         return open_seat(self.settings, name or f"c-{os.urandom(8).hex()}", _ENTRIES)
 
+    def _new_seat(self) -> Seat:
+        seat = self.spares.seats.pop(0) if self.spares.seats else self._seat()
+        seat.used = time.monotonic()
+        return seat
+
     def _seat_of(self, identity: str) -> Seat | None:
         """The seat of a container, made again if it had none lately; None if there is no such container."""
         found = self.seats.get(identity)
@@ -194,15 +198,43 @@ class Keeper:
 
     def _rest(self) -> None:
         """End the seats that have not been used lately. One whose command still runs ends after that."""
-        before = time.monotonic() - _SEAT_IDLE
+        before = time.monotonic() - SPARE_IDLE
         for identity in [one for one, seat in self.seats.items() if seat.used < before]:
             self._leave_seat(identity)
-        if self.wanted and self.spare and self.spare[-1].used < before:
-            self.wanted = False
-            for seat in self.spare:
-                seat.control.close()
-                self.settings.group(seat.name).remove()
-            self.spare.clear()
+        if not self.live or self.spares.created < before:
+            self._drop_spares(clerks=not self.live or self.spares.used < before)
+
+    # -- spares
+
+    def _make_ahead(self, what: str) -> None:
+        if what == "seat":
+            self.spares.seats.append(self._seat())
+        elif what == "container" and self.spares.pattern is not None:
+            identity, seat = f"c-{os.urandom(8).hex()}", self._new_seat()
+            request = {**self.spares.pattern, "op": "create", "id": identity, "ahead": True}
+            spare = Spare(kind_of(request) or "", identity, seat)
+            self.spares.containers.append(spare)
+            self.makers[self._fork(Task(request, seat=seat))] = spare
+        else:
+            mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            child = os.fork()
+            if child == 0:
+                self._child(theirs)
+            theirs.close()
+            self.spares.clerks.append(Clerk(child, mine))
+
+    def _drop_spares(self, clerks: bool) -> None:
+        while clerks and self.spares.clerks:
+            self.spares.clerks.pop().channel.close()
+        while self.spares.seats:
+            seat = self.spares.seats.pop()
+            seat.control.close()
+            self.settings.group(seat.name).remove()
+        while self.spares.containers:
+            spare = self.spares.containers.pop()
+            spare.seat.control.close()
+            self._fork(Task({"op": "close", "id": spare.identity}))
+        self.spares.pattern = None
 
     def _accept(self) -> None:
         channel, _ = self.listener.accept()
@@ -215,9 +247,10 @@ class Keeper:
         if message is None:
             return channel.close()
         request, body = message
+        self.spares.used = time.monotonic()
         if request["op"] in ("lease", "keep", "create") and request["version"] != self.version:
             text = "the keeper was started by another version of this package: close its sandboxes, or nautile sandbox stop"
-            _refuse(channel, SubstrateUnavailable("container", text, "try again after that"))
+            _refuse(Task(request, b"", channel), SubstrateUnavailable("container", text, "try again after that"))
             return channel.close()
         match request["op"]:
             case "lease" | "keep":
@@ -227,10 +260,7 @@ class Keeper:
                     channel.close()
             case "create":
                 self._hold(request, channel)
-                self.wanted = True
-                seat = self.seats[request["id"]] = self.spare.pop(0) if self.spare else self._seat()
-                seat.used = time.monotonic()
-                self._fork(Task(request, body, channel, seat), keep=request["seconds"] is None)
+                self._create(request, channel)
             case "stop":
                 self._end()
             case "close":
@@ -242,6 +272,17 @@ class Keeper:
                     self.live[request["id"]] = (kept[0], time.time() + kept[0] + float(request.get("timeout", 0)))
                 self._fork(Task(request, body, channel, self._seat_of(request["id"])))
 
+    def _create(self, request: dict[str, Any], channel: socket.socket) -> None:
+        self.spares.note(request)
+        spare = self.spares.take(request, lambda one: not _speaks(one.seat.control))
+        if spare is not None:
+            request, seat = {**request, "op": "adopt", "spare": spare.identity}, spare.seat
+            seat.used = time.monotonic()
+        else:
+            seat = self._new_seat()
+        self.seats[request["id"]] = seat
+        self._fork(Task(request, b"", channel, seat), keep=request["seconds"] is None)
+
     def _hold(self, request: dict[str, Any], channel: socket.socket) -> None:
         """Keep a sandbox as long as its client holds the connection, or some seconds after the last request."""
         seconds = request["seconds"]
@@ -252,41 +293,47 @@ class Keeper:
         else:
             self.live[request["id"]] = (seconds, time.time() + seconds)
 
-    def _fork(self, task: Task, keep: bool = False) -> None:
-        """Carry out a task in a fork. ``keep``: its connection is also a lease."""
-        child = os.fork()
-        if child == 0:
-            self._child(task)
+    def _fork(self, task: Task, keep: bool = False) -> int:
+        """Carry out a task in a fork, one that waits for it or a new one. ``keep``: its connection is also a lease."""
+        child = 0
+        while self.spares.clerks and not child:
+            clerk = self.spares.clerks.pop(0)
+            child = clerk.process if send_task(clerk, task) else 0
+            clerk.channel.close()
+        if not child:
+            child = os.fork()
+            if child == 0:
+                self._child(task)
         self.children.add(child)
         if task.channel is not None and not keep:
             task.channel.close()
+        return child
 
-    def _child(self, task: Task) -> NoReturn:
-        """Carry out one request in a process of its own; an error becomes the answer."""
-        channel = task.channel
+    def _child(self, source: Task | socket.socket) -> NoReturn:
+        """In a fork: carry out a task, or the one that comes on a channel; an error becomes the answer."""
+        task: Task | None = None
         try:
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGCHLD, signal.SIGTERM):
                 signal.signal(number, signal.SIG_DFL)
-            # Its connection and its seat stay open, as descriptors 3 and 4, and nothing else.
-            kept = [] if channel is None else [channel.fileno()]
-            kept += [] if task.seat is None else [task.seat.control.fileno()]
-            moved = [fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, 64) for one in kept]
-            for target, one in enumerate(moved, 3):
-                os.dup2(one, target, inheritable=False)
-            os.closerange(3 + len(moved), 2**20)
-            if channel is not None:
-                channel = socket.socket(fileno=3)
-                channel.settimeout(None)
-            seat = task.seat and Seat(task.seat.name, socket.socket(fileno=2 + len(moved)))
-            carry_out(self.place, self.settings, Task(task.request, task.body, channel, seat))
+            if isinstance(source, Task):
+                task = _alone(source)
+            else:
+                (waiting,) = _only(source)
+                rehearse()
+                task = receive_task(waiting)
+            if task is not None:
+                if task.channel is not None:
+                    task.channel.settimeout(None)
+                carry_out(self.place, self.settings, task)
         except SandboxError as error:
-            _refuse(channel, error)
+            _refuse(task, error)
         except (OSError, frames.BrokenFrameError) as error:
-            _refuse(channel, SandboxLost(f"{task.request['op']}: {error}"))
+            _refuse(task, SandboxLost(f"{task.request['op'] if task else 'keeper'}: {error}"))
         except BaseException as error:
             traceback.print_exc()
-            _refuse(channel, SandboxLost(f"{task.request['op']} failed inside the keeper: {type(error).__name__}: {error}"))
+            what = task.request["op"] if task else "a request"
+            _refuse(task, SandboxLost(f"{what} failed inside the keeper: {type(error).__name__}: {error}"))
         finally:
             os._exit(0)
 
@@ -295,6 +342,15 @@ class Keeper:
         with contextlib.suppress(ChildProcessError):
             while child := os.waitpid(-1, os.WNOHANG)[0]:
                 self.children.discard(child)
+                self._made(self.makers.pop(child, None))
+
+    def _made(self, spare: Spare | None) -> None:
+        if spare is not None:
+            spare.made = (self.place / spare.identity / "state.json").exists()
+            if not spare.made and spare in self.spares.containers:  # it will fail for the next caller too, who is told why
+                self.spares.containers.remove(spare)
+                self.spares.pattern = None
+                spare.seat.control.close()
 
     def _leave(self) -> bool:
         """End, unless somebody has just connected."""
@@ -355,10 +411,26 @@ def _in_use(entry: Path) -> bool:
     return entry.name.startswith("images-") and cgroup.alive(entry.name.removeprefix("images-"))
 
 
-def _refuse(channel: socket.socket | None, error: SandboxError) -> None:
-    if channel is not None:
+def _only(*sockets: socket.socket) -> list[socket.socket]:
+    """Close every other descriptor than these and the standard ones; they become 3 and up."""
+    moved = [fcntl.fcntl(one.fileno(), fcntl.F_DUPFD_CLOEXEC, 64) for one in sockets]
+    for target, one in enumerate(moved, 3):
+        os.dup2(one, target, inheritable=False)
+    os.closerange(3 + len(moved), 2**20)
+    return [socket.socket(fileno=target) for target in range(3, 3 + len(moved))]
+
+
+def _alone(task: Task) -> Task:
+    """The same task with nothing else open."""
+    sockets = _only(*([] if task.channel is None else [task.channel]), *([] if task.seat is None else [task.seat.control]))
+    channel = None if task.channel is None else sockets[0]
+    return Task(task.request, task.body, channel, None if task.seat is None else Seat(task.seat.name, sockets[-1]))
+
+
+def _refuse(task: Task | None, error: SandboxError) -> None:
+    if task is not None and task.channel is not None:
         with contextlib.suppress(OSError, frames.BrokenFrameError):
-            frames.send(channel, {"error": type(error).__name__, "text": str(error), "fields": vars(error)})
+            frames.send(task.channel, {"error": type(error).__name__, "text": str(error), "fields": vars(error)})
 
 
 def _enter_user_namespace() -> None:

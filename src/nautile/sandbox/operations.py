@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -12,7 +13,6 @@ import signal
 import socket
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -20,7 +20,7 @@ from nautile.sandbox import bundle, cgroup, enter, filing, kernel, layers, proxy
 from nautile.sandbox.errors import SandboxLost, SubstrateUnavailable
 from nautile.sandbox.inside import frames
 from nautile.sandbox.limits import Limits
-from nautile.sandbox.seat import Seat, start
+from nautile.sandbox.seat import Seat, start, warm
 from nautile.sandbox.state import SHARE, Settings, State
 
 __all__ = ["MOUNTS", "Task", "become_crun", "carry_out", "end_first_process", "group_name", "locked"]
@@ -31,7 +31,7 @@ _CRUN_LIMIT = 20.0  # seconds
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Task:
     """One request: its header, its body, who gets the answer, and the seat of its container (if it needs one)."""
 
@@ -46,9 +46,12 @@ def carry_out(keeper: Path, settings: Settings, task: Task) -> None:
     request, channel, body = task.request, task.channel, task.body
     identity = request["id"]
     place = keeper / identity
-    if request["op"] == "create":
+    if request["op"] in ("create", "adopt"):
+        make = _create if request["op"] == "create" else _adopt
         with locked(place):
-            frames.send(_present(channel), {"ok": True, **_create(keeper, settings, request, _present(task.seat))})
+            made = make(keeper, settings, request, _present(task.seat))
+        if channel is not None:  # a spare has nobody to answer to
+            frames.send(channel, {"ok": True, **made})
         return
     if request["op"] == "close":
         _close(place, settings, identity)
@@ -123,7 +126,7 @@ def _create(keeper: Path, settings: Settings, request: dict[str, Any], seat: Sea
     try:
         top = _file_system(keeper, settings, request, limits)
         process = _start(keeper, settings, request, seat, top)
-        group.apply(limits)
+        group.apply(_with_seat(limits))
         state = {
             "group": seat.name,
             "process": process,
@@ -136,8 +139,45 @@ def _create(keeper: Path, settings: Settings, request: dict[str, Any], seat: Sea
         }
         if request["rules"] is not None:
             _start_proxy(place, process, request["rules"], settings.base)
-        (place / "state.new").write_text(json.dumps(state))
-        os.rename(place / "state.new", place / "state.json")
+        _write_state(place, state)
+        if request.get("ahead"):
+            with _opened(os.pidfd_open(process)) as pidfd:
+                warm(seat.control, pidfd)
+    except BaseException:
+        group.remove()
+        end_first_process(place)
+        _dismantle(place)
+        raise
+    return {"enforced": group.enforced, "tenant": state["tenant"]}
+
+
+@contextlib.contextmanager
+def _opened(descriptor: int) -> Iterator[int]:
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _with_seat(limits: Limits) -> Limits:
+    """The limits of the group: the seat and its stand-in are on top of what the tenant may have."""
+    return dataclasses.replace(limits, pids=limits.pids + 2)
+
+
+def _write_state(place: Path, state: dict[str, Any]) -> None:
+    (place / "state.new").write_text(json.dumps(state))
+    os.rename(place / "state.new", place / "state.json")
+
+
+def _adopt(keeper: Path, settings: Settings, request: dict[str, Any], seat: Seat) -> dict[str, Any]:
+    """Give a spare container the name and the limits of the one that is asked for."""
+    place, limits = keeper / request["id"], Limits(**request["limits"])
+    os.rename(keeper / request["spare"], place)
+    group = settings.group(seat.name)
+    try:
+        group.apply(_with_seat(limits))
+        state = json.loads((place / "state.json").read_text())
+        _write_state(place, {**state, "limits": request["limits"]})
     except BaseException:
         group.remove()
         end_first_process(place)

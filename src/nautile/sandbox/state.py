@@ -18,7 +18,7 @@ __all__ = ["SHARE", "Settings", "State", "version"]
 
 SHARE = 65_536  # user ids of a container
 _SHARED = tuple(
-    str.split("bundle cgroup container enter filing keeper kernel layers limits operations policy proxy seat state")
+    str.split("bundle cgroup container enter filing keeper kernel layers limits operations policy proxy seat spares state")
 )
 
 

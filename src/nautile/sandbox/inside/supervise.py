@@ -33,10 +33,13 @@ class Job:
 
 
 class Outcome:
-    """How it ended. ``stuck``: killed, and still there after the grace period; ``abandoned``: its owner hung up."""
+    """How it ended. ``stuck``: killed, and still there after the grace period; ``abandoned``: its owner hung up.
+
+    ``lost``: who could have said its exit status had ended before.
+    """
 
     exit_code = -1
-    truncated = timed_out = stuck = abandoned = False
+    truncated = timed_out = stuck = abandoned = lost = False
     seconds = 0.0
 
 
@@ -94,7 +97,9 @@ def execute(argv: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
 
 
 class Forked:
-    """A child of our own. What ``supervise`` needs of anything that was started: a pidfd, ``kill`` and ``collect``."""
+    """A child of our own. What ``supervise`` needs of anything that was started: a pidfd, ``kill``, ``collect``, ``lost``."""
+
+    lost = False  # whether nobody can say its status
 
     def __init__(self, process: int) -> None:
         self.process, self.pidfd = process, os.pidfd_open(process)
@@ -197,7 +202,7 @@ class _Pump:
         outcome.exit_code = code if code >= 0 else 128 - code
         outcome.truncated = any(capture.truncated for _, capture in self.captures.values())
         outcome.timed_out, outcome.abandoned = not ended and not abandoned, abandoned
-        outcome.stuck = stuck or bool(self.open)
+        outcome.stuck, outcome.lost = stuck or bool(self.open), self.child.lost
         outcome.seconds = time.monotonic() - began
         return outcome
 

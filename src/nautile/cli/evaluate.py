@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from nautile.evals.tools import Outcome
 
 __all__ = ["app"]
 
@@ -39,6 +42,9 @@ def tools(  # noqa: PLR0913  # one parameter an option
     out: Annotated[
         Path | None, typer.Option(help="Also write the result to this file, and each task's to a .jsonl beside it.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a run with the same --out, model and options was cut short.")
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """pass@1 of the agent on tasks from seeds that no training run has seen; exit status 1 below the bar.
@@ -52,7 +58,7 @@ def tools(  # noqa: PLR0913  # one parameter an option
     from rich.progress import Progress  # noqa: PLC0415
 
     from nautile.cli.agent import open_client  # noqa: PLC0415
-    from nautile.evals.tools import EvalConfig, Outcome, evaluate, evaluate_in_processes  # noqa: PLC0415
+    from nautile.evals.tools import EvalConfig, evaluate, evaluate_in_processes  # noqa: PLC0415
     from nautile.train.tasks import KINDS  # noqa: PLC0415
 
     chosen = tuple(name for part in kinds or [] for name in part.split(",") if name) or tuple(KINDS)
@@ -68,11 +74,10 @@ def tools(  # noqa: PLR0913  # one parameter an option
         raise typer.BadParameter(str(error)) from None
     opening = functools.partial(open_client, model, dialect=dialect)
     client = opening() if processes == 1 else None  # opened before anything is measured: a model that is missing says so
-    if out is not None:
-        out.with_suffix(".jsonl").unlink(missing_ok=True)
-    passed, done = 0, 0
+    known = _begun(out, {"model": _identity(model), "config": repr(config)}, resume)
+    passed, done = sum(outcome.passed for outcome in known), len(known)
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("tasks", total=len(config.cases()))
+        bar = progress.add_task("tasks", total=len(config.cases()), completed=done)
 
         def count(outcome: Outcome) -> None:
             nonlocal passed, done
@@ -82,9 +87,9 @@ def tools(  # noqa: PLR0913  # one parameter an option
                 _append(out.with_suffix(".jsonl"), json.dumps(dataclasses.asdict(outcome), ensure_ascii=False))
 
         if client is not None:
-            report = evaluate(client, config, count)
+            report = evaluate(client, config, count, known)
         else:
-            report = evaluate_in_processes(opening, config, processes, count)
+            report = evaluate_in_processes(opening, config, processes, count, known)
     result = report.to_json()
     if out is not None:
         _write(out, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
@@ -165,6 +170,37 @@ def _precision(name: str) -> Literal["float32", "bfloat16"]:
     if name not in ("float32", "bfloat16"):
         raise ValueError(f"--dtype is float32 or bfloat16, not {name!r}")
     return "float32" if name == "float32" else "bfloat16"
+
+
+def _identity(model: str) -> str:
+    """The model as a string that changes with its weights: a directory's files with sizes and times, or the Hub id."""
+    directory = Path(model) if model else Path(__file__).parents[1] / "weights" / "nano"
+    if not directory.is_dir():
+        return model
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(directory.glob("*.safetensors"))]
+    return f"{directory.resolve()} {files}"
+
+
+def _begun(out: Path | None, run: dict[str, str], resume: bool) -> list[Outcome]:
+    """Begin the log beside ``out``, or with ``resume`` read what it holds. Raises BadParameter when it is another run's."""
+    if out is None:
+        if resume:
+            raise typer.BadParameter("--resume goes on with a run that had --out; give the same --out")
+        return []
+    log = out.with_suffix(".jsonl")
+    if not resume or not log.exists():
+        log.unlink(missing_ok=True)
+        _append(log, json.dumps(run))
+        return []
+    try:
+        first, *rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    except ValueError:
+        raise typer.BadParameter(f"{log} is not the log of a run; run without --resume") from None
+    if first != run:
+        raise typer.BadParameter(f"{log} is of another model or other options; run without --resume, or choose another --out")
+    from nautile.evals.tools import Outcome  # noqa: PLC0415
+
+    return [Outcome(**row) for row in rows]
 
 
 def _append(path: Path, line: str) -> None:

@@ -104,6 +104,7 @@ class Report:
     seconds: float
     commit: str = "unknown"  # of the code when the run began
     processes: int = 1
+    known: int = 0  # outcomes that an earlier part of the run, cut short, had measured
 
     def score(self, kind: str | None = None) -> KindScore:
         """The score of one kind, or of everything."""
@@ -135,37 +136,53 @@ class Report:
             "commit": self.commit,
             "seconds": round(self.seconds, 1),
             "processes": self.processes,
+            **({"measured_before": self.known} if self.known else {}),
             "failures": [vars(outcome) for outcome in failures[:_FAILURES_KEPT]],
         }
 
 
-def evaluate(client: ChatClient, config: EvalConfig, report_progress: Callable[[Outcome], None]) -> Report:
-    """Run every task once. ``report_progress`` sees each outcome. Raises SandboxError when tools cannot be confined."""
+def evaluate(
+    client: ChatClient, config: EvalConfig, report_progress: Callable[[Outcome], None], known: Sequence[Outcome] = ()
+) -> Report:
+    """Run every task once, but those whose outcome is ``known`` from a run that was cut short.
+
+    ``report_progress`` sees each new outcome. Raises SandboxError when tools cannot be confined.
+    """
     began, version = time.monotonic(), commit()
-    outcomes = []
-    for outcome in _outcomes(client, config, config.cases()):
-        outcomes.append(outcome)
+    outcomes = {(outcome.kind, outcome.seed): outcome for outcome in known}
+    cases = config.cases()
+    for outcome in _outcomes(client, config, [case for case in cases if case not in outcomes]):
+        outcomes[outcome.kind, outcome.seed] = outcome
         report_progress(outcome)
-    return Report(tuple(outcomes), config, client.name, time.monotonic() - began, version)
+    ordered = tuple(outcomes[case] for case in cases)
+    return Report(ordered, config, client.name, time.monotonic() - began, version, 1, len(known))
 
 
 def evaluate_in_processes(
-    open_client: Callable[[], ChatClient], config: EvalConfig, processes: int, report_progress: Callable[[Outcome], None]
+    open_client: Callable[[], ChatClient],
+    config: EvalConfig,
+    processes: int,
+    report_progress: Callable[[Outcome], None],
+    known: Sequence[Outcome] = (),
 ) -> Report:
     """``evaluate`` by several processes with a client and one thread each; outcomes in the order of the cases.
 
     ``open_client`` must survive pickling. Raises RuntimeError with the traceback of a process that fails.
     """
-    began, version, cases = time.monotonic(), commit(), config.cases()
+    outcomes = {(outcome.kind, outcome.seed): outcome for outcome in known}
+    cases = config.cases()
+    todo = [case for case in cases if case not in outcomes]
+    if not todo:  # nothing is left to do
+        return evaluate(open_client(), config, report_progress, known)
+    began, version = time.monotonic(), commit()
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     workers = [
-        context.Process(target=_work, args=(open_client, config, cases[index::processes], queue), daemon=True)
-        for index in range(min(processes, len(cases)))
+        context.Process(target=_work, args=(open_client, config, todo[index::processes], queue), daemon=True)
+        for index in range(min(processes, len(todo)))
     ]
     for worker in workers:
         worker.start()
-    outcomes: dict[tuple[str, int], Outcome] = {}
     names: set[str] = set()
     try:
         while len(outcomes) < len(cases):
@@ -180,7 +197,8 @@ def evaluate_in_processes(
         for worker in workers:
             worker.terminate()
             worker.join()
-    return Report(tuple(outcomes[case] for case in cases), config, names.pop(), time.monotonic() - began, version, len(workers))
+    ordered = tuple(outcomes[case] for case in cases)
+    return Report(ordered, config, names.pop(), time.monotonic() - began, version, len(workers), len(known))
 
 
 def _next_item(queue: Any, workers: Sequence[Any]) -> Any:

@@ -22,7 +22,7 @@ from nautile.state.pages import HISTORY, TAIL, Pages
 __all__ = ["NativeRunner", "NativeUnavailable"]
 
 KINDS = {
-    "float32": Kinds(),
+    "float32": Kinds(index="sifted"),
     "bfloat16": Kinds(main="split", experts="bfloat16", head="bfloat16", attention="bfloat16", index="int8"),
 }
 
@@ -70,6 +70,10 @@ class NativeRunner:
             raise ValueError("a sequence may be in a plan once")
         blocks = [piece.sequence.blocks for piece in plan.pieces]
         return self._step.run(pieces, ids, blocks, plan.rows, (None, self._keep_streams(plan)))
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of wall time in each part of the steps since the last call."""
+        return self._step.parts()
 
     def _keep_streams(self, plan: Plan) -> Tensor | None:
         """Where the residual streams of this step's tokens shall go; None: nowhere."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from nautile.engine.native import NativeRunner, pack
 from nautile.engine.plan import Piece, Plan
-from nautile.kernels.native import NativeModel
+from nautile.kernels.native import Kinds, NativeModel
 from nautile.state.pages import Pages, PoolOptions, Sequence
 from oracles.random_models import random_ids, tiny_network
 
@@ -78,6 +79,59 @@ def test_any_chunks_of_several_sequences(dtype, sizes, threads, block_tokens):
     sequences = list(enumerate(sizes, start=1))
     for seed, logits in run(dtype, sequences, threads, block_tokens).items():
         assert torch.equal(logits, expected(dtype, seed))
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 2**31),
+    spread=st.sampled_from([0.0, 1e-3, 1.0, 1e4]),
+    grid=st.booleans(),
+    topk=st.sampled_from([1, 5, 64]),
+    count=st.sampled_from([1, 3, 40]),
+    threads=st.integers(1, 3),
+)
+def test_keys_ruled_out_by_bounds_are_never_chosen(seed, spread, grid, topk, count, threads):
+    """Scoring in float32 only what 8-bit bounds leave over changes no bit, whatever the keys: all alike, of very different
+    sizes, or on a coarse grid with many ties."""
+    whole, sifted = dense_and_sifted(topk)
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.exp(spread**0.25 * torch.randn(4, 2, 64, 1, generator=generator))
+    keys = torch.randn(4, 2, 64, 18, generator=generator) * (size if spread else 0.0)
+    keys = (2 * keys).round() / 2 if grid else keys
+    tokens = random_ids(whole.config, 1000 + count, seed % 1000).tolist()
+    out = []
+    for model in (whole, sifted):
+        pages = Pages(model.config, PoolOptions(blocks=5, slots=1))
+        sequence = Sequence(blocks=pages.allocate(5), slot=pages.allocate_slot())
+        runner = NativeRunner(model, pages, threads=threads)
+        runner.step(Plan((Piece(sequence, tuple(tokens[:1000]), "none"),)))
+        pages.index[:4] = keys
+        pages.changed(sequence.blocks)
+        sequence.ids += tokens[:1000]
+        out.append(runner.step(Plan((Piece(sequence, tuple(tokens[1000:]), "all"),))))
+    assert torch.equal(*out)
+
+
+@functools.cache
+def dense_and_sifted(topk: int) -> tuple[NativeModel, NativeModel]:
+    model = tiny_network((4, 4), seed=3, index_topk=topk, index_n_heads=5, index_head_dim=18)
+    tensors = {name: getattr(model, name) for name in ("window_frequencies", "compressed_frequencies")}
+    tensors = {**model.state_dict(), **tensors}
+    whole, sifted = (NativeModel(model.config, tensors, Kinds(index=index)) for index in ("float32", "sifted"))
+    return whole, sifted
+
+
+def test_the_time_of_a_step_is_accounted_for(bench):
+    run_ = bench(packed("float32"))
+    ids = random_ids(run_.runner.config, 200, seed=1).tolist()
+    run_.feed(run_.open(200), ids, [200])
+    began = time.perf_counter()
+    run_.runner.parts()
+    run_.feed(run_.open(200), ids, [50, 1])
+    elapsed, parts = time.perf_counter() - began, run_.runner.parts()
+    assert 0 < sum(parts.values()) <= elapsed
+    assert all(parts[name] > 0 for name in ("projections", "compression", "attention", "mixing", "experts", "head"))
+    assert sum(run_.runner.parts().values()) == 0
 
 
 def test_rows_that_somebody_else_wrote():

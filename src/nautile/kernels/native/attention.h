@@ -85,11 +85,17 @@ class Packer {
         return out;
     }
 
+    // Whether `values` would only copy: rows are whole vectors of the product's type (pairs cost more than a copy for many rows).
+    bool direct(int first, int tiles, int rows) const {
+        if ((first + tiles) * LANES > width) return false;
+        return kind == WIDE ? type == FLOAT32 : kind == PAIRS && type == BFLOAT16 && rows <= ROWS;
+    }
+
     // Asks for the bytes of rows that are to be packed soon: they lie anywhere.
     void fetch(const void* const* rows, int count) const {
         const int bytes = width * (type == FLOAT32 ? 4 : 2);
         for (int i = 0; i < count; i++)
-            for (int at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)rows[i] + at);
+            for (int at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)rows[i] + at, 0, 2);  // a block would fill the first cache
     }
 
     const int kind;
@@ -151,6 +157,41 @@ static inline void key_logits(Packer& packer, const KeyList& keys, Range blocks,
 }
 static inline int key_blocks(const KeyList& keys) { return ((int)keys.size() + KEYS - 1) / KEYS; }
 
+// The same where rows already are what the product reads: no copy is made. `first` is in bytes of a row, `count` even.
+template <int KIND, int R, int T>
+static inline void value_block(const uint32_t* const* a, const void* const* rows, int64_t first, int count, float* const* c) {
+    vec acc[R][T];
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) acc[r][t] = load(c[r] + t * LANES);
+    for (int j = 0; j < count; j += KIND == WIDE ? 1 : 2) {
+        const char* row = (const char*)rows[j] + first;
+        uvec column[T];
+        for (int t = 0; t < T; t++) {
+            if (KIND == WIDE) std::memcpy(&column[t], row + t * LANES * 4, 64);
+            else column[t] = widen((const uint16_t*)row + t * LANES) | widen((const uint16_t*)((const char*)rows[j + 1] + first) + t * LANES) << 16;
+        }
+        for (int r = 0; r < R; r++) {
+            uvec x = uvec{} + a[r][KIND == WIDE ? j : j / 2];
+            for (int t = 0; t < T; t++)
+                acc[r][t] = KIND == WIDE ? fma((vec)x, (vec)column[t], acc[r][t]) : dot_pairs(acc[r][t], x, column[t]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) store(c[r] + t * LANES, acc[r][t]);
+}
+template <int KIND>
+static void value_rows(int rows, const uint32_t* const* a, const void* const* keys, int64_t first, int count, float* const* c) {
+    constexpr int T = TOGETHER;
+    switch (rows) {
+        case 6: return value_block<KIND, 6, T>(a, keys, first, count, c);
+        case 5: return value_block<KIND, 5, T>(a, keys, first, count, c);
+        case 4: return value_block<KIND, 4, T>(a, keys, first, count, c);
+        case 3: return value_block<KIND, 3, T>(a, keys, first, count, c);
+        case 2: return value_block<KIND, 2, T>(a, keys, first, count, c);
+        default: return value_block<KIND, 1, T>(a, keys, first, count, c);
+    }
+}
+
 // out[r][16 t ..] += sum_j weight[r][at + j] key_j for channel tiles t in `tiles`. Weights are operand rows of the packer's kind.
 static inline void weighted_values(Packer& packer, const KeyList& keys, Range tiles, const Rows& weights, int rows, int64_t at,
                                    float* out, int64_t stride) {
@@ -159,7 +200,8 @@ static inline void weighted_values(Packer& packer, const KeyList& keys, Range ti
         int count = std::min(KEYS, (int)keys.size() - first);
         for (int t = tiles.begin; t < tiles.end; t += PANEL) {
             int wide = std::min(PANEL, tiles.end - t);
-            const uint32_t* panel = packer.values(keys.data() + first, count, t, wide);
+            const bool direct = wide == TOGETHER && packer.direct(t, wide, rows);
+            const uint32_t* panel = direct ? nullptr : packer.values(keys.data() + first, count, t, wide);
             const uint32_t* from[ROWS];
             float* to[ROWS];
             for (int r = 0; r < rows; r += ROWS) {
@@ -168,7 +210,9 @@ static inline void weighted_values(Packer& packer, const KeyList& keys, Range ti
                     from[i] = weights.row(r + i) + (at + first) / per_word;
                     to[i] = out + (r + i) * stride + (int64_t)t * LANES;
                 }
-                panel_product(packer.kind, tall, from, weights.low, panel, wide, count / per_word, to, true);
+                if (!direct) panel_product(packer.kind, tall, from, weights.low, panel, wide, count / per_word, to, true);
+                else if (packer.kind == WIDE) value_rows<WIDE>(tall, from, keys.data() + first, (int64_t)t * LANES * 4, count, to);
+                else value_rows<PAIRS>(tall, from, keys.data() + first, (int64_t)t * LANES * 2, count, to);
             }
         }
     }

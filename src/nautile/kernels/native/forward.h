@@ -3,6 +3,7 @@
 // member for itself, which is cheaper than waiting. With a few tokens, products are split by outputs and per-token work by
 // tokens. With many, everything is split by tokens and members meet only where a token needs another one's keys.
 #pragma once
+#include "clock.h"
 #include "indexer.h"
 #include "model.h"
 #include "quantise.h"
@@ -15,6 +16,8 @@ constexpr int MANY = 48;    // tokens from which work is split by tokens
 constexpr int GROUP = 4;    // tokens whose attention shares packed keys
 constexpr int INDEX_GROUP = 32;  // tokens that are scored against a block of indexer keys together
 
+constexpr int BLOCKS_AHEAD = 2;  // of 8-bit keys: how early they are fetched
+
 struct Segment {
     const Piece* piece;
     const int64_t* blocks;
@@ -24,15 +27,18 @@ struct Segment {
 
 // Buffers with one row a token that a member fills for its own tokens (or, with one token, for itself).
 struct TokenBuffers {
-    Buffer<float> mix, wide, head_rows, gate, index_weights, route_weights;
-    Buffer<uint32_t> input, q_low, query, index_query, output, low;
+    Buffer<float> mix, wide, head_rows, gate, index_weights, byte_weights, route_weights;
+    Buffer<uint32_t> input, q_low, query, index_query, byte_query, output, low;
+    Buffer<Margin> margin;
     Buffer<int> route;
 };
 
 struct MemberBuffers {
+    Clock clock;
     TokenBuffers own;  // for one token
     std::unique_ptr<Packer> rows, keys;
     Selection selections[INDEX_GROUP], merged;
+    Sieve sieves[INDEX_GROUP];
     const int32_t* chosen[INDEX_GROUP];  // the entries of each token of a run
     int sees[INDEX_GROUP];               // how many entries each sees; 0 where it takes all of them
     Buffer<float> logits, sums, products, pooled;
@@ -48,6 +54,7 @@ class Runner {
     Runner(const Model& model, int threads, const Pools& pools)
         : model_(model), s_(model.shape), row_type_((RowType)pools.row_type), index_type_((RowType)pools.index_type), pools_(pools), team_(threads),
           members_(threads) {
+        for (const Pool* pool : {&pools.csa, &pools.index, &pools.hca}) ask_for_large_pages(pool->base, pool->first * pools.blocks);
         nd_ = round_up(s_.streams * s_.hidden, LANES);
         d_ = round_up(s_.hidden, LANES);
         outs_ = round_up(model.mixing().outputs(), LANES);
@@ -68,12 +75,12 @@ class Runner {
         turns_ = allocate<float>(SLICE * 4 * half_);
         logits_ = allocate<float>(SLICE * model.head().tiles * LANES);
         for (const Layer& layer : model.layers) csa_layers_ += layer.ratio == 4;
-        if (s_.index_kind == BYTES)
-            byte_keys_ = std::make_unique<ByteKeys>(pools.blocks, csa_layers_, pools.block_tokens / 4, (int)s_.index_dim);
+        if (s_.index_kind == BYTES || sifts())
+            byte_keys_ = std::make_unique<ByteKeys>(pools.blocks, csa_layers_, pools.block_tokens / 4, (int)s_.index_dim, sifts());
         for (MemberBuffers& member : members_) {
             prepare(member.own, 1);
             member.rows = std::make_unique<Packer>((int)s_.attention_kind, row_type_, (int)s_.head_dim);
-            if (s_.index_kind != BYTES) member.keys = std::make_unique<Packer>((int)s_.index_kind, index_type_, (int)s_.index_dim);
+            if (s_.index_kind != BYTES) member.keys = std::make_unique<Packer>(key_kind(), index_type_, (int)s_.index_dim);
             member.sums = allocate<float>(GROUP * s_.heads * round_up(s_.head_dim, LANES));
             member.products = allocate<float>(ROWS * KEYS);
             member.pooled = allocate<float>(round_up(std::max(s_.head_dim, s_.index_dim), LANES));
@@ -103,6 +110,17 @@ class Runner {
         if (filled) slice(segments, filled);
     }
 
+    // Seconds by part since the last call, as wall time: every member counts equally.
+    void parts(double* seconds) {
+        int64_t ticks[PARTS] = {}, all = 0;
+        for (int part = 0; part < PARTS; part++) {
+            for (MemberBuffers& member : members_) ticks[part] += member.clock.take(part);
+            all += ticks[part];
+        }
+        for (int part = 0; part < PARTS; part++) seconds[part] = all ? seconds_ * (double)ticks[part] / (double)all : 0.0;
+        seconds_ = 0;
+    }
+
   private:
     // What a member knows about its share of the slice.
     struct Share {
@@ -115,6 +133,8 @@ class Runner {
         bool writes_tokens() const { return !one || member == 0; }  // of shared buffers
     };
 
+    bool sifts() const { return s_.index_kind == SIFTED; }
+    int key_kind() const { return sifts() ? WIDE : (int)s_.index_kind; }
     Rows operand(int64_t inputs) const {  // every operand row has room for both kinds
         Rows rows;
         rows.stride = round_up(inputs, LANES), rows.low = rows.stride / 2;
@@ -136,6 +156,8 @@ class Runner {
         t.q_low = allocate<uint32_t>(tokens * operand(s_.q_rank).stride);
         t.query = allocate<uint32_t>(tokens * s_.heads * operand(s_.head_dim).stride);
         t.index_query = allocate<uint32_t>(tokens * s_.index_heads * operand(s_.index_dim).stride);
+        t.byte_query = allocate<uint32_t>(tokens * s_.index_heads * operand(s_.index_dim).stride);
+        t.byte_weights = allocate<float>(tokens * s_.index_heads), t.margin = allocate<Margin>(tokens);
         t.low = allocate<uint32_t>(tokens * operand(s_.groups * s_.o_rank).stride);
     }
 
@@ -162,7 +184,9 @@ class Runner {
         if (byte_keys_)
             for (const Segment& segment : segments) update_byte_keys(segment);
         const std::function<void(int)> job = [this](int member) { work(member); };
+        const auto began = std::chrono::steady_clock::now();
         team_.run(job);
+        seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
         out_ += wanted_count_ * s_.vocabulary;
         if (streams_in_) streams_in_ += tokens * s_.streams * s_.hidden;
         if (streams_out_) streams_out_ += tokens * s_.streams * s_.hidden;
@@ -174,23 +198,38 @@ class Runner {
         s.tokens = s.one ? Range{0, 1} : part(tokens_, member, s.parts);
         s.rows = s.many ? s.tokens : Range{0, tokens_};
         s.t = s.one ? &s.m->own : &shared_;
+        s.m->clock.start();
         begin(s);
-        team_.barrier();
+        s.m->clock.lap(REST);
+        meet(s);
         for (const Layer& layer : model_.layers) {
-            read_streams(s, {layer.attn_fn.data.get(), layer.t.attn_base, layer.t.attn_scale, layer.attn_fn.stride}, layer.t.attn_norm,
+            read_streams(s, {layer.attn_fn.data, layer.t.attn_base, layer.t.attn_scale, layer.attn_fn.stride}, layer.t.attn_norm,
                          (int)s_.main_kind);
             attention(s, layer);
-            read_streams(s, {layer.ffn_fn.data.get(), layer.t.ffn_base, layer.t.ffn_scale, layer.ffn_fn.stride}, layer.t.ffn_norm,
+            read_streams(s, {layer.ffn_fn.data, layer.t.ffn_base, layer.t.ffn_scale, layer.ffn_fn.stride}, layer.t.ffn_norm,
                          (int)s_.expert_kind);
             experts(s, layer);
         }
         keep_streams(s);
+        s.m->clock.lap(REST);
         finish(s);
+        s.m->clock.lap(HEAD);
+    }
+
+    void meet(const Share& s) {
+        team_.barrier();
+        s.m->clock.lap(WAITING);
     }
 
     // Barriers after work that was split by outputs, or by tokens where somebody else goes on with all of them.
-    void after_product(const Share& s) { if (!s.many) team_.barrier(); }
-    void after_tokens(const Share& s) { if (!s.many && !s.one) team_.barrier(); }
+    void after_product(const Share& s, Part part) {
+        s.m->clock.lap(part);
+        if (!s.many) meet(s);
+    }
+    void after_tokens(const Share& s, Part part) {
+        s.m->clock.lap(part);
+        if (!s.many && !s.one) meet(s);
+    }
 
     const float* cosine(int token, bool compressed) const { return turns_.get() + ((int64_t)token * 4 + 2 * compressed) * half_; }
     const float* sine(int token, bool compressed) const { return cosine(token, compressed) + half_; }
@@ -228,7 +267,7 @@ class Runner {
         int outs = mix.outputs();
         dot_rows(streams_.get(), nd_, s.rows, site.fn, site.stride, s.many ? Range{0, outs} : part(outs, s.member, s.parts), nd_,
                  z_.get(), outs_);
-        after_product(s);
+        after_product(s, MIXING);
         Rows input = operand(s.t->input, s_.hidden);
         for (int m = s.tokens.begin; m < s.tokens.end;) {
             int count = std::min(LANES, s.tokens.end - m);
@@ -245,7 +284,7 @@ class Runner {
                 write_row(kind, input.row(m), input.low, 0, x, (int)s_.hidden);
             }
         }
-        after_tokens(s);
+        after_tokens(s, MIXING);
     }
 
     // Adds a sublayer's output to the streams, for this member's tokens and columns of `last`, the product that made it.
@@ -256,7 +295,7 @@ class Runner {
             const float* mix = s.t->mix.get() + m * outs_;
             distribute(streams_.get() + m * nd_, y_.get() + m * d_, mix + n, mix + 2 * n, n, (int)s_.hidden, begin, end);
         }
-        after_product(s);
+        after_product(s, MIXING);
     }
 
     // forward_attention.h
@@ -272,7 +311,8 @@ class Runner {
     int64_t visible(const Layer& layer, int token) const { return layer.ratio ? (positions_[token] + 1) / layer.ratio : 0; }
     void select_entries(const Share& s, const Layer& layer, int first, int count);
     void score_block(const Share& s, const Layer& layer, int first, int count, int b, bool more);
-    void score_bytes(const Share& s, const Layer& layer, int first, int count, int b, bool more);
+    void score_bytes(const Share& s, const Layer& layer, int first, int count, Range blocks, int b);
+    void score_sifted(const Share& s, const Layer& layer, int first, int count);
     void update_byte_keys(const Segment& segment);
     void attend_group(const Share& s, const Layer& layer, int first, int count, int in_run);
     void list_window(const Share& s, const Layer& layer, int first, int last);
@@ -318,6 +358,7 @@ class Runner {
     float* out_ = nullptr;
     const float* streams_in_ = nullptr;
     float* streams_out_ = nullptr;
+    double seconds_ = 0;  // of all slices since parts() was asked
 };
 
 }  // namespace nautile

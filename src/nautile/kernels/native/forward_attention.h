@@ -6,17 +6,23 @@ namespace nautile {
 
 inline void Runner::attention(const Share& s, const Layer& layer) {
     multiply(layer.inputs, operand(s.t->input, s_.hidden), s.rows, s.panels(layer.inputs), proj_.get(), projected_);
-    team_.barrier();
+    s.m->clock.lap(PROJECTIONS);
+    meet(s);
     read_inputs(s, layer);
+    s.m->clock.lap(REST);
     compress(s, layer);
-    after_tokens(s);
+    after_tokens(s, COMPRESSION);
     multiply(layer.queries, operand(s.t->q_low, s_.q_rank), s.rows, s.panels(layer.queries), q_.get(), queries_);
-    team_.barrier();
+    s.m->clock.lap(PROJECTIONS);
+    meet(s);
     save_tails(s, layer);
     prepare_queries(s, layer);
+    s.m->clock.lap(REST);
     attend(s, layer);
-    team_.barrier();
+    s.m->clock.lap(ATTENTION);
+    meet(s);
     save_window(s, layer);
+    s.m->clock.lap(REST);
     project_output(s, layer);
 }
 
@@ -130,7 +136,7 @@ inline void Runner::save_window(const Share& s, const Layer& layer) {
 
 inline void Runner::prepare_queries(const Share& s, const Layer& layer) {
     const int c = (int)s_.head_dim, ci = (int)s_.index_dim;
-    Rows query = operand(s.t->query, c), index = operand(s.t->index_query, ci);
+    Rows query = operand(s.t->query, c), index = operand(s.t->index_query, ci), bytes = operand(s.t->byte_query, ci);
     float row[4096];
     for (int m = s.tokens.begin; m < s.tokens.end; m++) {
         const float *x = q_.get() + m * queries_, *cosines = cosine(m, layer.ratio != 0), *sines = sine(m, layer.ratio != 0);
@@ -140,13 +146,17 @@ inline void Runner::prepare_queries(const Share& s, const Layer& layer) {
             write_row((int)s_.attention_kind, query.row(m * s_.heads + h), query.low, 0, row, c);
         }
         if (!selects(layer, m)) continue;
+        s.t->margin[m] = {};
         for (int h = 0; h < s_.index_heads; h++) {
             std::memcpy(row, x + layer.index_column + h * ci, (size_t)ci * 4);
             turn(row, ci, cosines, sines, half_, 1.0f, 0, ci);
             if (s_.quantise_index) quantise_index(row, ci);
-            uint32_t* to = index.row(m * s_.index_heads + h);
-            if (s_.index_kind == BYTES) s.t->index_weights[m * s_.index_heads + h] *= to_bytes(row, ci, 128, (uint8_t*)to);
-            else write_row((int)s_.index_kind, to, index.low, 0, row, ci);
+            const int64_t number = m * s_.index_heads + h;
+            if (s_.index_kind != BYTES) write_row(key_kind(), index.row(number), index.low, 0, row, ci);
+            if (!byte_keys_) continue;
+            const float w = s.t->index_weights[number], unit = query_bytes(row, ci, bytes.row(number));
+            s.t->byte_weights[number] = w * unit;
+            if (byte_keys_->bounded()) s.t->margin[m].add(w, row, ci, (const uint8_t*)bytes.row(number), unit);
         }
     }
 }
@@ -155,7 +165,11 @@ inline void Runner::attend(const Share& s, const Layer& layer) {
     for (int m = s.tokens.begin; m < s.tokens.end;) {
         int count = 1;
         while (count < INDEX_GROUP && m + count < s.tokens.end && segment_of_[m + count] == segment_of_[m]) count++;
-        if (selects(layer, m + count - 1)) select_entries(s, layer, m, count);
+        if (selects(layer, m + count - 1)) {
+            s.m->clock.lap(ATTENTION);
+            select_entries(s, layer, m, count);
+            s.m->clock.lap(INDEXER);
+        }
         for (int i = 0; i < count; i += GROUP) attend_group(s, layer, m + i, std::min(GROUP, count - i), i);
         m += count;
     }
@@ -170,14 +184,17 @@ inline void Runner::select_entries(const Share& s, const Layer& layer, int first
     for (int i = 0; i < count; i++) {
         m.sees[i] = selects(layer, first + i) ? (int)visible(layer, first + i) : 0;
         m.selections[i].begin(k);
+        if (sifts()) m.sieves[i].begin(k, m.sees[i]);
     }
     Range mine = s.one ? part(blocks, s.member, s.parts) : Range{0, blocks};
     for (int b = mine.begin; b < mine.end; b++)
-        if (byte_keys_) score_bytes(s, layer, first, count, b, b + 1 < mine.end);
+        if (byte_keys_) score_bytes(s, layer, first, count, mine, b);
         else score_block(s, layer, first, count, b, b + 1 < mine.end);
+    if (sifts()) score_sifted(s, layer, first, count);
     const Selection* chosen = m.selections;
     if (s.one) {
-        team_.barrier();
+        s.m->clock.lap(INDEXER);
+        meet(s);
         m.merged.begin(k);
         for (const MemberBuffers& other : members_) m.merged.append(other.selections[0]);
         chosen = &m.merged;
@@ -211,25 +228,67 @@ inline void Runner::score_block(const Share& s, const Layer& layer, int first, i
     }
 }
 
-// The same with 8-bit keys, for one block of the pool.
-inline void Runner::score_bytes(const Share& s, const Layer& layer, int first, int count, int b, bool more) {
+// The same with 8-bit keys, for one block of the pool. Each tile of a later block is asked for beside the work on a tile of
+// this one: all at once they would not find room on their way.
+inline void Runner::score_bytes(const Share& s, const Layer& layer, int first, int count, Range mine, int b) {
     const int heads = (int)s_.index_heads, depth = byte_keys_->depth(), last = (int)visible(layer, first + count - 1);
-    const int64_t rows = byte_keys_->rows(), stride = (depth + 2) * LANES;
+    const int64_t rows = byte_keys_->rows(), stride = byte_keys_->tile_words();
     const int64_t* blocks = (*segments_)[segment_of_[first]].blocks;
     const uint32_t* tile = byte_keys_->tile(blocks[b], layer.ordinal, 0);
-    if (more)
-        for (int64_t word = 0; word < rows / LANES * stride; word += LANES)
-            __builtin_prefetch(byte_keys_->tile(blocks[b + 1], layer.ordinal, 0) + word);
-    Rows queries = operand(s.t->index_query, s_.index_dim);
+    const uint32_t* next = byte_keys_->tile(blocks[std::min(b + BLOCKS_AHEAD, mine.end - 1)], layer.ordinal, 0);
+    Rows queries = operand(s.t->byte_query, s_.index_dim);
     const int here = (int)std::min<int64_t>(rows, last - b * rows);
-    for (int row = 0; row < here; row += KEYS, tile += PANEL * stride) {
+    for (int row = 0; row < here; row += KEYS, tile += PANEL * stride, next += PANEL * stride) {
         const int tiles = std::min(PANEL, (int)(rows - row) / LANES);
+        for (int64_t word = 0; word < tiles * stride; word += LANES) __builtin_prefetch(next + word, 0, 2);
         for (int i = 0; i < count; i++) {
             if (!s.m->sees[i]) continue;
             vec scores[PANEL];
-            tile_scores(queries, (first + i) * heads, heads, s.t->index_weights.get() + (first + i) * heads, tile, stride, tiles, depth, scores);
-            for (int t = 0; t < tiles; t++)
-                s.m->selections[i].push(scores[t], (int)(b * rows) + row + t * LANES, s.m->sees[i]);
+            tile_scores(queries, (first + i) * heads, heads, s.t->byte_weights.get() + (first + i) * heads, tile, stride, tiles, depth, scores);
+            const int index = (int)(b * rows) + row;
+            for (int t = 0; t < tiles; t++) {
+                if (!sifts()) {
+                    s.m->selections[i].push(scores[t], index + t * LANES, s.m->sees[i]);
+                    continue;
+                }
+                const float* lengths = (const float*)tile + t * stride + (depth + 1) * LANES;
+                const Margin& margin = s.t->margin[first + i];
+                s.m->sieves[i].push(scores[t], fma(spread(margin.rest), load(lengths + LANES), margin.whole * load(lengths)),
+                                    index + t * LANES, s.m->sees[i]);
+            }
+        }
+    }
+}
+
+// The exact scores of the keys that the 8-bit scores did not rule out. Members that share the keys of one token rule out by
+// what they saw together.
+inline void Runner::score_sifted(const Share& s, const Layer& layer, int first, int count) {
+    MemberBuffers& m = *s.m;
+    const int heads = (int)s_.index_heads;
+    const int64_t per_block = byte_keys_->rows(), bytes = row_bytes(index_type_, s_.index_dim);
+    const int64_t* blocks = (*segments_)[segment_of_[first]].blocks;
+    auto row = [&](int32_t key) { return (const char*)pools_.index.at(blocks[key / per_block], layer.ordinal, key % per_block); };
+    if (s.one) {
+        s.m->clock.lap(INDEXER);
+        meet(s);
+        m.merged.begin((int)s_.index_topk);
+        for (const MemberBuffers& other : members_) m.merged.append(other.sieves[0].lowest);
+    }
+    for (int i = 0; i < count; i++) {
+        if (!m.sees[i]) continue;
+        int left;
+        const std::vector<int32_t>& keys = m.sieves[i].finish((s.one ? m.merged : m.sieves[i].lowest).kth_best(), left);
+        for (int j = 0; j < left; j += LANES) {
+            const void* rows[LANES];
+            for (int lane = 0; lane < LANES; lane++) rows[lane] = j + lane < left ? row(keys[j + lane]) : zeros_.get();
+            for (int next = j + 2 * LANES; next < std::min(left, j + 3 * LANES); next++)
+                for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row(keys[next]) + byte);
+            vec scores[1];
+            panel_scores<WIDE>(operand(s.t->index_query, s_.index_dim), (first + i) * heads, heads,
+                               s.t->index_weights.get() + (first + i) * heads, m.keys->keys(rows, 1), 1, m.keys->depth, scores);
+            ivec at;
+            std::memcpy(&at, keys.data() + j, sizeof at);
+            m.selections[i].push_at(scores[0], at, left - j);
         }
     }
 }
@@ -312,7 +371,10 @@ inline void Runner::attend_group(const Share& s, const Layer& layer, int first, 
         key_logits(*m.rows, m.entries, part(key_blocks(m.entries), mine, parts), queries, first * heads + row, rows, logits + row * lanes_,
                    lanes_, window_lanes);
     }
-    if (s.one) team_.barrier();
+    if (s.one) {
+        s.m->clock.lap(ATTENTION);
+        meet(s);
+    }
     std::vector<float>& scale = m.inverse;
     scale.resize(count * heads);
     for (int i = 0; i < count; i++) {
@@ -356,13 +418,14 @@ inline void Runner::project_output(const Share& s, const Layer& layer) {
         heads.base += s_.main_kind == WIDE ? g * slice : g * slice / 2;
         multiply(layer.wo_a[g], heads, s.rows, s.panels(layer.wo_a[g]), u_.get() + g * rank_, s_.groups * rank_);
     }
-    after_product(s);
+    after_product(s, PROJECTIONS);
     Rows low = operand(s.t->low, s_.groups * s_.o_rank);
     for (int m = s.tokens.begin; m < s.tokens.end; m++)
         for (int g = 0; g < s_.groups; g++)
             write_row((int)s_.main_kind, low.row(m), low.low, g * s_.o_rank, u_.get() + (m * s_.groups + g) * rank_, (int)s_.o_rank);
-    after_tokens(s);
+    after_tokens(s, PROJECTIONS);
     multiply(layer.wo_b, low, s.rows, s.panels(layer.wo_b), y_.get(), d_);
+    s.m->clock.lap(PROJECTIONS);
     write_streams(s, layer.wo_b);
 }
 

@@ -9,11 +9,12 @@ inline void Runner::experts(const Share& s, const Layer& layer) {
     wide.base = (uint32_t*)s.t->wide.get(), wide.stride = d_;
     multiply(layer.gate, wide, s.tokens, {0, layer.gate.panels}, s.t->gate.get(), layer.gate.tiles * LANES);
     for (int m = s.tokens.begin; m < s.tokens.end; m++) route(s, layer, m);
-    after_tokens(s);
+    after_tokens(s, EXPERTS);
     group_by_expert(s);
     expert_up(s, layer);
-    after_product(s);
+    after_product(s, EXPERTS);
     expert_down(s, layer);
+    s.m->clock.lap(EXPERTS);
     write_streams(s, layer.experts.back().down);
 }
 
@@ -119,10 +120,11 @@ inline void Runner::finish(const Share& s) {
     const int count = (int)wanted.size();
     if (s.member == 0) wanted_count_ = count;
     if (!count) return;
-    team_.barrier();
+    meet(s);
     Range mine = part(count, s.member, s.parts);
     for (int i = mine.begin; i < mine.end; i++) read_head(s, i, wanted[i]);
-    team_.barrier();
+    s.m->clock.lap(HEAD);
+    meet(s);
     const Matrix& head = model_.head();
     const int64_t stride = (int64_t)head.tiles * LANES;
     const bool direct = stride == s_.vocabulary;
@@ -139,7 +141,7 @@ inline void Runner::read_head(const Share& s, int row, int token) {
     const int n = (int)s_.streams;
     const float* streams = streams_.get() + token * nd_;
     float z[LANES] = {}, pre[LANES];
-    dot_rows(streams, nd_, {0, 1}, model_.fn().data.get(), model_.fn().stride, {0, n}, nd_, z, LANES);
+    dot_rows(streams, nd_, {0, 1}, model_.fn().data, model_.fn().stride, {0, n}, nd_, z, LANES);
     float root = 1.0f / std::sqrt(sum_of_squares(streams, nd_) / (float)(n * s_.hidden) + (float)model_.numbers.norm_eps);
     vec value = model_.t.scale[0] * (load(z) * root) + load_some(model_.t.base, n);
     store(pre, sigmoid(value) + (float)model_.numbers.eps);

@@ -4,15 +4,13 @@
 // Packed matrices are panels of up to 64 outputs, [k][tiles][16] floats, or [k / 2][tiles][16] pairs of bfloat16. Rows that
 // meet bfloat16 panels are pairs of bfloat16 too, either one term (8 bits of mantissa) or two (high and low part, 16 bits).
 #pragma once
-#include <cstdlib>
-#include <memory>
-#include <vector>
-
+#include "memory.h"
 #include "vec.h"
 
 namespace nautile {
 
-enum Kind { WIDE, PAIRS, SPLIT_PAIRS, BYTES };  // float32; bfloat16 rows in one term; in two; 8-bit indexer keys
+// float32; bfloat16 rows in one term; in two; 8-bit indexer keys; float32 indexer keys of which 8-bit copies rule most out.
+enum Kind { WIDE, PAIRS, SPLIT_PAIRS, BYTES, SIFTED };
 
 constexpr int ROWS = 6;          // of one register block
 constexpr int PANEL = 4;         // tiles of one panel
@@ -22,16 +20,6 @@ constexpr int TOGETHER = PANEL;  // tiles of one register block
 #else
 constexpr int TOGETHER = 1;
 #endif
-
-template <class T> struct Free { void operator()(T* p) const { std::free(p); } };
-template <class T> using Buffer = std::unique_ptr<T[], Free<T>>;
-template <class T> static Buffer<T> allocate(int64_t count) {
-    int64_t bytes = round_up((count + 64) * (int64_t)sizeof(T), 64);
-    void* p = std::aligned_alloc(64, bytes);
-    if (!p) throw std::bad_alloc();
-    std::memset(p, 0, bytes);
-    return Buffer<T>((T*)p);
-}
 
 // Rows as the kernels read them: `low` is the distance from the high to the low terms in 32-bit words.
 struct Rows {
@@ -113,11 +101,11 @@ static inline void panel_product(int kind, int rows, const uint32_t* const* a, i
 class Matrix {
   public:
     Matrix() = default;
-    Matrix(int kind, int outputs, int inputs) : kind(kind), inputs(inputs) {
+    Matrix(Slab& slab, int kind, int outputs, int inputs) : kind(kind), inputs(inputs) {
         tiles = (int)round_up(outputs, LANES) / LANES;
         panels = (tiles + PANEL - 1) / PANEL;
         depth = kind == WIDE ? inputs : (inputs + 1) / 2;
-        data_ = allocate<uint32_t>((int64_t)tiles * LANES * depth);
+        data_ = slab.take<uint32_t>((int64_t)tiles * LANES * depth);
     }
     // Puts rows of weight [count, inputs] at outputs first, first + 1, ...
     void put(const float* weight, int first, int count) {
@@ -125,7 +113,7 @@ class Matrix {
             for (int k = 0; k < inputs; k++) set(first + n, k, weight[(int64_t)n * inputs + k]);
     }
     int panel_tiles(int p) const { return p + 1 < panels ? PANEL : tiles - (panels - 1) * PANEL; }
-    const uint32_t* panel(int p) const { return data_.get() + (int64_t)p * PANEL * LANES * depth; }
+    const uint32_t* panel(int p) const { return data_ + (int64_t)p * PANEL * LANES * depth; }
     int64_t bytes() const { return (int64_t)tiles * LANES * depth * 4; }
 
     int kind = WIDE, inputs = 0, tiles = 0, panels = 0, depth = 0;
@@ -133,25 +121,27 @@ class Matrix {
   private:
     void set(int n, int k, float value) {
         int p = n / (PANEL * LANES), width = panel_tiles(p) * LANES, column = n % (PANEL * LANES);
-        uint32_t* base = data_.get() + (int64_t)p * PANEL * LANES * depth;
+        uint32_t* base = data_ + (int64_t)p * PANEL * LANES * depth;
         if (kind == WIDE) {
             std::memcpy(base + (int64_t)k * width + column, &value, 4);
         } else {
             ((uint16_t*)(base + (int64_t)(k / 2) * width + column))[k % 2] = to_bf16(value);
         }
     }
-    Buffer<uint32_t> data_;
+    uint32_t* data_ = nullptr;
 };
 
-// One panel of a matrix with `count` rows, found by a(i) and c(i) (c already at the panel's first column).
+// One panel of a matrix with `count` rows, found by a(i) and c(i) (c already at the panel's first column). The first pass over
+// the panel waits for memory; the second one, which finds it near, asks for the next panel meanwhile.
 template <class A, class C>
 static inline void multiply_panel(const Matrix& w, int p, int64_t low, int count, A a, C c, bool add) {
     const uint32_t* from[ROWS];
     float* to[ROWS];
     for (int i = 0; i < count; i += ROWS) {
         int rows = count - i < ROWS ? count - i : ROWS;
+        int64_t ahead = i == 0 ? FETCH : i == ROWS && p + 1 < w.panels ? w.panel(p + 1) - w.panel(p) : 0;
         for (int r = 0; r < rows; r++) from[r] = a(i + r), to[r] = c(i + r);
-        panel_product(w.kind, rows, from, low, w.panel(p), w.panel_tiles(p), w.depth, to, add, i ? 0 : FETCH);  // then it is near
+        panel_product(w.kind, rows, from, low, w.panel(p), w.panel_tiles(p), w.depth, to, add, ahead);
     }
 }
 

@@ -57,6 +57,9 @@ _PACKED = {  # copied into panels, so the originals need not stay
 }  # fmt: skip
 
 
+PARTS = ("projections", "compression", "indexer", "attention", "mixing", "experts", "head", "rest", "waiting")  # of clock.h
+
+
 class _Shape(ctypes.Structure):
     _fields_: ClassVar = [(name, _int) for name in _SHAPE]
 
@@ -92,7 +95,8 @@ class _Piece(ctypes.Structure):
 @dataclass(frozen=True)
 class Kinds:
     """How each kind of product reads its numbers: "float32"; "bfloat16" (weights and rows); or "split" (weights in bfloat16,
-    rows as a high and a low bfloat16 part, 16 bits together). Indexer keys may also be "int8": bytes with a scale a key."""
+    rows as a high and a low bfloat16 part, 16 bits together). Indexer keys may also be "int8": bytes with a scale a key; or
+    "sifted": float32 scores, but only of keys that bounds on their 8-bit scores do not rule out, which changes no choice."""
 
     main: str = "float32"
     experts: str = "float32"
@@ -100,7 +104,7 @@ class Kinds:
     attention: str = "float32"
     index: str = "float32"
 
-    NUMBER: ClassVar[Mapping[str, int]] = {"float32": 0, "bfloat16": 1, "split": 2, "int8": 3}
+    NUMBER: ClassVar[Mapping[str, int]] = {"float32": 0, "bfloat16": 1, "split": 2, "int8": 3, "sifted": 4}
 
     def numbers(self) -> dict[str, int]:
         """The fields of Shape in model.h."""
@@ -122,6 +126,7 @@ class _Library:
         self.runner = self._function("nautile_runner", _pointer, [_pointer, _int, _pointer])
         self.free_runner = self._function("nautile_free_runner", None, [_pointer])
         self.step = self._function("nautile_step", _int, [_pointer, _pointer, _int, *[_pointer] * 5])
+        self.parts = self._function("nautile_parts", None, [_pointer, _pointer])
         self.features = self._function("nautile_features", ctypes.c_char_p, [])
 
     def _function(self, name: str, result: type | None, arguments: list[type]) -> ctypes._NamedFuncPointer:
@@ -238,6 +243,12 @@ class NativeStep:
         if failed:
             raise MemoryError("not enough memory for the native kernels' buffers")
         return logits
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of wall time in each part of a step (``PARTS``) since the last call, all threads counting alike."""
+        seconds = (_double * len(PARTS))()
+        self.model.library.parts(self.handle, seconds)
+        return dict(zip(PARTS, seconds, strict=True))
 
 
 def _shape(config: ModelConfig, kinds: Kinds) -> _Shape:

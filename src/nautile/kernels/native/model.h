@@ -31,12 +31,12 @@ struct GlobalTensors {
 
 // A matrix of float rows padded with zeros to whole vectors.
 struct Padded {
-    Buffer<float> data;
+    float* data = nullptr;
     int64_t stride = 0;
-    void put(const float* x, int rows, int64_t size) {
+    void put(Slab& slab, const float* x, int rows, int64_t size) {
         stride = round_up(size, LANES);
-        data = allocate<float>(rows * stride);
-        for (int r = 0; r < rows; r++) std::memcpy(data.get() + r * stride, x + r * size, (size_t)size * 4);
+        data = slab.take<float>(rows * stride);
+        for (int r = 0; r < rows; r++) std::memcpy(data + r * stride, x + r * size, (size_t)size * 4);
     }
 };
 
@@ -65,9 +65,9 @@ class Model {
   public:
     Model(const Shape& shape, const Numbers& numbers, const GlobalTensors& globals, const LayerTensors* layers, const int64_t* ratios)
         : shape(shape), numbers(numbers), t(globals) {
-        head_ = Matrix((int)shape.head_kind, (int)shape.vocabulary, (int)shape.hidden);
+        head_ = Matrix(slab_, (int)shape.head_kind, (int)shape.vocabulary, (int)shape.hidden);
         head_.put(globals.head, 0, (int)shape.vocabulary);
-        fn_.put(globals.fn, (int)shape.streams, shape.streams * shape.hidden);
+        fn_.put(slab_, globals.fn, (int)shape.streams, shape.streams * shape.hidden);
         int seen[129] = {};
         for (int i = 0; i < shape.layers; i++) this->layers.push_back(pack(layers[i], (int)ratios[i], seen[ratios[i]]++));
     }
@@ -81,11 +81,11 @@ class Model {
     std::vector<Layer> layers;
 
   private:
-    Layer pack(const LayerTensors& t, int ratio, int ordinal) const {
+    Layer pack(const LayerTensors& t, int ratio, int ordinal) {
         Layer layer{};
         layer.ratio = ratio, layer.ordinal = ordinal, layer.t = t;
-        layer.attn_fn.put(t.attn_fn, (int)((2 + shape.streams) * shape.streams), shape.streams * shape.hidden);
-        layer.ffn_fn.put(t.ffn_fn, (int)((2 + shape.streams) * shape.streams), shape.streams * shape.hidden);
+        layer.attn_fn.put(slab_, t.attn_fn, (int)((2 + shape.streams) * shape.streams), shape.streams * shape.hidden);
+        layer.ffn_fn.put(slab_, t.ffn_fn, (int)((2 + shape.streams) * shape.streams), shape.streams * shape.hidden);
         pack_inputs(layer);
         int d = (int)shape.hidden, c = (int)shape.head_dim, groups = (int)shape.groups, slice = (int)(shape.heads * c / groups);
         for (int g = 0; g < groups; g++)
@@ -98,13 +98,13 @@ class Model {
         return layer;
     }
 
-    static Matrix single(int64_t kind, const float* weight, int outputs, int inputs) {
-        Matrix matrix((int)kind, outputs, inputs);
+    Matrix single(int64_t kind, const float* weight, int outputs, int inputs) {
+        Matrix matrix(slab_, (int)kind, outputs, inputs);
         matrix.put(weight, 0, outputs);
         return matrix;
     }
 
-    void pack_inputs(Layer& layer) const {
+    void pack_inputs(Layer& layer) {
         const LayerTensors& t = layer.t;
         int width = layer.ratio == 4 ? 2 : 1, c = (int)shape.head_dim, ci = (int)shape.index_dim;
         struct Part { const float* weight; int rows; int* at; };
@@ -117,20 +117,20 @@ class Model {
         };
         for (const Part& part : parts)
             if (part.weight) *part.at = at.all, at.all += (int)round_up(part.rows, LANES);
-        layer.inputs = Matrix((int)shape.main_kind, at.all, (int)shape.hidden);
+        layer.inputs = Matrix(slab_, (int)shape.main_kind, at.all, (int)shape.hidden);
         for (const Part& part : parts)
             if (part.weight) layer.inputs.put(part.weight, *part.at, part.rows);
         int queries = (int)(shape.heads * c);
         layer.index_column = (int)round_up(queries, LANES);
         int all = t.index_wq_b ? layer.index_column + (int)(shape.index_heads * ci) : queries;
-        layer.queries = Matrix((int)shape.main_kind, all, (int)shape.q_rank);
+        layer.queries = Matrix(slab_, (int)shape.main_kind, all, (int)shape.q_rank);
         layer.queries.put(t.wq_b, 0, queries);
         if (t.index_wq_b) layer.queries.put(t.index_wq_b, layer.index_column, (int)(shape.index_heads * ci));
     }
 
-    Expert expert(const float* gate, const float* up, const float* down) const {
+    Expert expert(const float* gate, const float* up, const float* down) {
         int inner = (int)shape.inner, d = (int)shape.hidden, tiles = (inner + LANES - 1) / LANES;
-        Expert out{Matrix((int)shape.expert_kind, 2 * tiles * LANES, d), single(shape.expert_kind, down, d, inner)};
+        Expert out{Matrix(slab_, (int)shape.expert_kind, 2 * tiles * LANES, d), single(shape.expert_kind, down, d, inner)};
         for (int t = 0; t < tiles; t++) {
             int count = std::min(LANES, inner - t * LANES);
             out.up.put(gate + (int64_t)t * LANES * d, 2 * t * LANES, count);
@@ -139,6 +139,7 @@ class Model {
         return out;
     }
 
+    Slab slab_;  // of all weights
     Matrix head_;
     Padded fn_;
 };

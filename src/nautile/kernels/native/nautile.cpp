@@ -35,6 +35,9 @@ int64_t nautile_step(Runner* runner, const Piece* pieces, int64_t count, const i
     }
 }
 
+// Seconds of every part of the steps since the last call.
+void nautile_parts(Runner* runner, double* seconds) { runner->parts(seconds); }
+
 // What the compiler was allowed to use, for reports.
 const char* nautile_features() {
 #if defined(__AVX512BF16__)

@@ -28,19 +28,29 @@ class Selection {
     void push(vec scores, int index, int end) {
         const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         ivec at = lane + index;
+        push_at(scores, at, end > index ? end - index : 0);
+    }
+    // The first `count` scores, those of the indices `at`, which ascend.
+    void push_at(vec scores, ivec at, int count) {
 #if defined(__AVX512F__)
         __mmask16 mask = _mm512_cmp_ps_mask((__m512)scores, _mm512_set1_ps(limit_), _CMP_GT_OQ);
-        if (end - index < LANES) mask &= (1u << (end > index ? end - index : 0)) - 1;
+        if (count < LANES) mask &= (1u << count) - 1;
         if (!mask) return;
         _mm512_storeu_ps(score_.data() + count_, _mm512_maskz_compress_ps(mask, (__m512)scores));
         _mm512_storeu_si512(index_.data() + count_, _mm512_maskz_compress_epi32(mask, (__m512i)at));
         count_ += __builtin_popcount(mask);
 #else
-        for (int i = 0; i < LANES && index + i < end; i++)
+        for (int i = 0; i < LANES && i < count; i++)
             if (scores[i] > limit_) score_[count_] = scores[i], index_[count_++] = at[i];
 #endif
         if (count_ + LANES > (int)score_.size()) cut();
     }
+
+    // A score must be larger than this to be among the best.
+    float limit() const { return limit_; }
+
+    // The k-th best score so far; minus infinity while there are fewer.
+    float kth_best() { return count_ < k_ ? -__builtin_inff() : kth(); }
 
     // Takes in the candidates of a stream whose indices all come after those seen here.
     void append(const Selection& later) {

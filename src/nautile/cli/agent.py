@@ -52,7 +52,8 @@ def agent(  # noqa: PLR0913  # one parameter an option
     dialect: Annotated[str | None, typer.Option(help="0731 or preview, when the checkpoint does not say.")] = None,
     kinds: Annotated[bool, typer.Option("--kinds", help="List the kinds of task the model has mastered.")] = False,
     unconfined: Annotated[bool, typer.Option("--unconfined", help="Run tools with your rights, without a sandbox.")] = False,
-    sandbox: Annotated[str, typer.Option(help="Where tools run: bubblewrap, function or container.")] = "bubblewrap",
+    sandbox: Annotated[str, typer.Option(help="Where tools run: bubblewrap, function, container, microvm, vm.")] = "bubblewrap",
+    emulate: Annotated[bool, typer.Option("--emulate", help="Let QEMU emulate a machine's processor without KVM.")] = False,
     steps: Annotated[int, typer.Option(help="Most turns of the model.")] = 24,
     tokens: Annotated[int, typer.Option(help="Most tokens of the conversation.")] = 32_768,
     reply_tokens: Annotated[int, typer.Option(help="Most tokens of one turn.")] = 1024,
@@ -75,7 +76,7 @@ def agent(  # noqa: PLR0913  # one parameter an option
     else:
         budget = Budget(steps, tokens, reply_tokens, seconds)
         source = _Source(model, dialect, url, api_key, api_key_file)
-        _work(_Order(task, dir, place, budget, yes, resume, unfinished, source, unconfined, sandbox, json_))
+        _work(_Order(task, dir, place, budget, yes, resume, unfinished, source, unconfined, sandbox, json_, emulate))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +111,7 @@ class _Order:
     unconfined: bool
     sandbox: str
     json: bool
+    emulate: bool = False
 
 
 def _work(order: _Order) -> None:
@@ -123,7 +125,7 @@ def _work(order: _Order) -> None:
         raise AgentError('the task is empty: say what to do, for example nautile agent "How many lines has notes.txt?"')
     if order.task.strip() and order.resume:
         raise AgentError("--resume goes on with the task of the last run: leave the task out")
-    sandbox = _open(order.directory, order.sandbox, order.unconfined)
+    sandbox = _open(order.directory, order.sandbox, order.unconfined, order.emulate)
     console = Console(stderr=order.json)
     if order.unconfined:
         console.print("[yellow]--unconfined: tools run with your rights, on every file and with the network[/yellow]")
@@ -149,7 +151,7 @@ def _report(outcome: Trajectory, as_json: bool) -> None:
         raise typer.Exit(1 if outcome.status == "interrupted" else 2)
 
 
-def _open(directory: Path, kind: str, unconfined: bool) -> ToolSandbox:
+def _open(directory: Path, kind: str, unconfined: bool, emulate: bool = False) -> ToolSandbox:
     """Where tools run. Raises SandboxError."""
     from nautile.sandbox import InvalidRequest, open_sandbox  # noqa: PLC0415
 
@@ -159,7 +161,7 @@ def _open(directory: Path, kind: str, unconfined: bool) -> ToolSandbox:
         raise InvalidRequest("--unconfined and --sandbox contradict each other: leave one out")
     from nautile.sandbox.tools import open_tools  # noqa: PLC0415
 
-    return open_tools(directory, kind)
+    return open_tools(directory, kind, emulate=emulate)
 
 
 def _undo(directory: Path, state: Path, kind: str, unconfined: bool) -> None:

@@ -289,20 +289,28 @@ class _Order:
             why = "a machine has no network device, and the proxy cannot be reached from it"
             raise Unsupported(self.kind, "network", why, "use kind='container'")
 
+    def _machine(self, identity: str) -> Driver:
+        from nautile.sandbox.microvm import MicroVMDriver  # noqa: PLC0415
+        from nautile.sandbox.vm import VMDriver  # noqa: PLC0415
+
+        kind = MicroVMDriver if self.kind == "microvm" else VMDriver
+        driver = kind.create(identity, self.image, self.limits, allow_emulation=self.allow_emulation)
+        try:
+            if self.workspace is not None:
+                driver.give_workspace(self.workspace)
+        except BaseException:
+            driver.close()
+            raise
+        return driver
+
     def make(self, identity: str, keep: float | None) -> Driver:
         """The driver of a new sandbox."""
         if self.kind == "function":
             from nautile.sandbox.function import FunctionDriver  # noqa: PLC0415
 
             return FunctionDriver(identity, self.limits, workers=self.workers, workspace=self.workspace)
-        if self.kind == "microvm":
-            from nautile.sandbox.microvm import MicroVMDriver  # noqa: PLC0415
-
-            return MicroVMDriver.create(identity, self.image, self.limits, allow_emulation=self.allow_emulation)
-        if self.kind == "vm":
-            from nautile.sandbox.vm import VMDriver  # noqa: PLC0415
-
-            return VMDriver.create(identity, self.image, self.limits, allow_emulation=self.allow_emulation)
+        if self.kind in ("microvm", "vm"):
+            return self._machine(identity)
         from nautile.sandbox.container import ContainerDriver  # noqa: PLC0415
 
         return ContainerDriver.create(identity, self.image, self.limits, self.policy, self.workspace, keep=keep)

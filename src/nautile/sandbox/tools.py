@@ -47,11 +47,14 @@ class SandboxTools:
         self.sandbox.close()
 
 
-def open_tools(directory: Path, kind: str) -> ToolSandbox:
-    """Tools of an agent on ``directory`` in a sandbox of ``kind``. Raises what ``Sandbox.create`` raises."""
+def open_tools(directory: Path, kind: str, *, emulate: bool = False) -> ToolSandbox:
+    """Tools of an agent on ``directory`` in a sandbox of ``kind``; ``emulate``: machines need no KVM.
+
+    Raises what ``Sandbox.create`` raises.
+    """
     if not directory.is_dir():
         raise InvalidRequest(f"{directory} is not a directory: give --dir the directory to work on")
     root = directory.resolve()
     # The most that a result holds: a cut answer is an error, since half of it cannot be parsed.
     limits = Limits(memory=1024 * MIB, output=31 * MIB, pids=512)
-    return SandboxTools(Sandbox.create(kind, limits=limits, workspace=root), root)
+    return SandboxTools(Sandbox.create(kind, limits=limits, workspace=root, allow_emulation=emulate), root)

@@ -20,6 +20,7 @@ from nautile.sandbox.guest import link as wire
 from nautile.sandbox.guest import transfer
 from nautile.sandbox.guest.output import Kept
 from nautile.sandbox.guest.session import GuestSession
+from nautile.sandbox.guest.workspace import Workspace
 from nautile.sandbox.image import Image, TemporaryLayer
 from nautile.sandbox.limits import Limits
 from nautile.sandbox.policy import NetworkPolicy
@@ -62,6 +63,12 @@ class GuestDriver:
     def __init__(self, emulator: Emulator, info: Info, limits: Limits, image: Image) -> None:
         self._emulator, self.info, self._limits, self._image = emulator, info, limits, image
         self._paused = False
+        self._workspace: Workspace | None = None
+
+    def give_workspace(self, place: Path) -> None:
+        """Copy a directory of the caller's in; from now on what changes in it is copied back. Raises InvalidRequest."""
+        self._workspace = Workspace(place, self._limits.disk)
+        self._workspace.give(self._link)
 
     @property
     def _link(self) -> wire.Link:
@@ -81,7 +88,13 @@ class GuestDriver:
         """See ``Driver.run``."""
         began = time.monotonic()
         try:
-            return self._run(order, watch, began)
+            if self._workspace is not None:
+                self._workspace.give(self._link)
+            try:
+                return self._run(order, watch, began)
+            finally:
+                if self._workspace is not None and self._emulator.link.lost is None:
+                    self._workspace.take(self._link)
         except SandboxLost as error:
             return RunResult(-1, "", "", False, False, f"{self.info.kind}: {error}", seconds=time.monotonic() - began)
 
@@ -160,6 +173,7 @@ class GuestDriver:
     def write(self, path: str, data: bytes, mode: int) -> None:
         """See ``Sandbox.write``."""
         transfer.write(self._link, path, data, mode)
+        self._take()
 
     def list(self, path: str) -> list[Entry]:
         """See ``Sandbox.list``."""
@@ -168,6 +182,11 @@ class GuestDriver:
     def upload(self, source: Path, path: str) -> None:
         """See ``Sandbox.upload``."""
         transfer.upload(self._link, walk_host(source), path)
+        self._take()
+
+    def _take(self) -> None:
+        if self._workspace is not None:
+            self._workspace.take(self._link)
 
     def download(self, path: str, target: Path, limit: int) -> None:
         """See ``Sandbox.download``."""
@@ -217,7 +236,12 @@ class GuestDriver:
 
     def close(self) -> None:
         """See ``Driver.close``."""
-        self._emulator.close()
+        try:
+            if self._emulator.link.lost is None and not self._paused:
+                with contextlib.suppress(SandboxLost):
+                    self._take()  # what sessions have changed
+        finally:
+            self._emulator.close()
 
 
 def identity_of(kind: str) -> str:

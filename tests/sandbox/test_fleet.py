@@ -24,12 +24,14 @@ from nautile.sandbox import (
     Sandbox,
     SandboxClosed,
     SandboxLost,
+    SubstrateUnavailable,
     TrajectoryDiverged,
     Unsupported,
 )
 from nautile.sandbox.container import KeeperClient
 from nautile.sandbox.fleet.client import Fleet
 from nautile.sandbox.fleet.quota import Quota, issue
+from nautile.sandbox.fleet.supervisor import Supervisor, node_name
 from nautile.sandbox.log import verify
 
 COMMAND = "import sys\nfrom nautile.cli import main\nsys.exit(main(sys.argv[1:]))"
@@ -375,3 +377,47 @@ def test_a_client_that_dies_leaves_a_sandbox_that_ends_when_idle(fleet):
             assert time.monotonic() < deadline
             time.sleep(0.1)
     assert not (Path(fleet.place) / identity[:2] / "sandboxes" / f"{identity[3:]}.json").exists()
+
+
+def alive(process):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
+    return False
+
+
+def test_a_supervisor_starts_its_edge_again_at_the_same_address(tmp_path):
+    need("bwrap")
+    command = (sys.executable, "-c", client_code(COMMAND), "sandbox", "edge")
+    options = ["--state", str(tmp_path / "state"), "--listen", f"unix:{tmp_path}/edge.sock"]
+    supervisor = Supervisor("n5", options, interval=0.1, command=command)
+    url, first = supervisor.start(), supervisor.process
+    try:
+        assert url == f"unix:{tmp_path}/edge.sock" and supervisor.answers()
+        os.kill(first, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while supervisor.restarts == 0 or not supervisor.answers():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert supervisor.process != first and supervisor.url == url
+        with pytest.raises(SubstrateUnavailable, match="did not start"):
+            Supervisor("n5", options, command=command).start()  # one edge for one state
+        assert supervisor.answers()
+        other = Supervisor("n5", [*options, "--evict"], command=command)
+        second = supervisor.process
+        supervisor.interval = 60.0
+        time.sleep(0.2)
+        other.start()
+        assert other.answers() and not alive(second)
+        other.stop()
+    finally:
+        supervisor.stop()
+    assert not supervisor.answers() and not Path(f"/proc/{supervisor.process}").exists()
+    broken = Supervisor("N 5", options, command=command)
+    with pytest.raises(SubstrateUnavailable, match="did not start"):
+        broken.start()
+    broken.stop()
+
+
+@pytest.mark.parametrize(("host", "name"), [("Host-1.example", "host-1-example"), ("ä", None), ("a" * 60, "a" * 40)])
+def test_a_machines_name_becomes_an_edges(host, name):
+    assert node_name(host) == (name or f"node-{os.getpid()}")

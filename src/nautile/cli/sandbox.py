@@ -144,6 +144,7 @@ def edge(  # noqa: PLR0913  # one parameter an option
     images: Annotated[Path | None, typer.Option(help="A directory whose directories may be named as images.")] = None,
     orphan: Annotated[float, typer.Option(help="Seconds that containers live on when the edge is killed.")] = 600.0,
     leave: Annotated[bool, typer.Option("--leave", help="Leave sandboxes to the next run instead of closing them.")] = False,
+    evict: Annotated[bool, typer.Option("--evict", help="Kill an earlier run that still holds the state.")] = False,
 ) -> None:
     """Own this machine's sandboxes for a fleet. Prints "ready URL"; ends at SIGTERM.
 
@@ -154,7 +155,7 @@ def edge(  # noqa: PLR0913  # one parameter an option
     from nautile.sandbox.fleet.serving import serve_edge  # noqa: PLC0415
 
     config = EdgeConfig(name, state, Admission(capacity), orphan, pool=pool, images=images)
-    serve_edge(config, listen, _secret(secret_file), leave)
+    serve_edge(config, listen, _secret(secret_file), leave, evict)
 
 
 @app.command()

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
 import uvicorn
 
+from nautile.sandbox import cgroup
 from nautile.sandbox.errors import InvalidRequest
 from nautile.sandbox.fleet import edge_server, gateway
 from nautile.sandbox.fleet.edge import Edge, EdgeConfig
 from nautile.sandbox.fleet.watcher import Edges, Watcher
 
 __all__ = ["listen", "serve_edge", "serve_gateway"]
+
+_HANDING_OVER = 10.0  # seconds until an earlier run of an edge has ended
 
 
 def listen(address: str) -> tuple[socket.socket, str]:
@@ -62,11 +67,16 @@ def _leave(*_: object) -> NoReturn:
     raise SystemExit(0)
 
 
-def serve_edge(config: EdgeConfig, address: str, secret: str | None, leave: bool) -> None:
-    """Take over what an earlier run left, print ``ready URL``, serve; ``leave``: sandboxes stay for the next run."""
+def serve_edge(config: EdgeConfig, address: str, secret: str | None, leave: bool, evict: bool = False) -> None:
+    """Take over what an earlier run left, print ``ready URL``, serve; ``leave``: sandboxes stay for the next run.
+
+    ``evict``: an earlier run that still holds the state is killed; its containers live on and are taken over. Raises
+    InvalidRequest without it.
+    """
     if secret is None and not address.startswith("unix:"):
         raise InvalidRequest("an edge that listens on TCP needs --secret-file: whoever reaches it could use it")
     edge = Edge(config)
+    lock = _take(config.state, evict)
     listener, url = listen(address)
     found, lost = edge.adopt()
     if found or lost:
@@ -77,9 +87,31 @@ def serve_edge(config: EdgeConfig, address: str, secret: str | None, leave: bool
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ending takes a moment; it is not to be cut short by the second request
         edge.stop(leave)
+        os.close(lock)
         if leave:
             sys.stdout.flush()
             os._exit(0)  # what would end them is not called
+
+
+def _take(state: Path, evict: bool) -> int:
+    """The lock of an edge's state, held for life: two edges would both think that a sandbox is theirs."""
+    lock = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + _HANDING_OVER
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            holder = os.pread(lock, 100, 0).decode("ascii", "replace")
+            if evict and cgroup.alive(holder):
+                os.kill(int(holder.partition(".")[0]), signal.SIGKILL)
+            if time.monotonic() > deadline or not evict:
+                os.close(lock)
+                raise InvalidRequest(f"{state} belongs to an edge that runs (process {holder.partition('.')[0]})") from None
+            time.sleep(0.05)
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, cgroup.owner_name().encode(), 0)
+    return lock
 
 
 def serve_gateway(config: gateway.GatewayConfig, edges: Edges, address: str, secret: str | None) -> None:

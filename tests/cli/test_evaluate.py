@@ -15,6 +15,7 @@ from nautile.cli import main
 from nautile.evals import tools
 from nautile.evals.tools import EvalConfig, Outcome, Report, evaluate, evaluate_in_processes, wilson
 from nautile.protocol import ToolCall
+from nautile.train.renaming import HELD_OUT_RENAMING
 from nautile.train.tasks import DEMO_KINDS, HELD_OUT_START, KINDS
 
 
@@ -71,6 +72,48 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(agent_verb, "open_client", lambda *a, **k: Experts(cases, cases[:2]))
     assert main(["eval", "tools", "--kinds", "count_lines", "--seeds", "4", "--in-process"]) == 1
     assert "pass@1 50.0%, bar not met" in capsys.readouterr().out
+
+
+def test_a_run_that_was_cut_short_goes_on(monkeypatch, tmp_path, capsys):
+    """What the log holds is not measured again; a log of another run is refused; a torn last line is measured again."""
+    config = EvalConfig(kinds=("count_lines",), seeds=4)
+    cases, out = config.cases(), tmp_path / "result.json"
+    command = ["eval", "tools", "--kinds", "count_lines", "--seeds", "4", "--in-process", "--out", str(out), "--json"]
+    monkeypatch.setattr(agent_verb, "open_client", lambda *a, **k: Experts(cases, cases[:1]))
+    assert main(command) == 0
+    whole = json.loads(capsys.readouterr().out)
+    log = out.with_suffix(".jsonl")
+    lines = log.read_text().splitlines()
+    assert len(lines) == 5
+    log.write_text("\n".join(lines[:3]) + "\n" + lines[3][:40])
+    monkeypatch.setattr(agent_verb, "open_client", lambda *a, **k: Experts(cases[2:]))  # the first two cannot be asked again
+    assert main([*command, "--resume"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert (again["kinds"], again["failures"], again["measured_before"]) == (whole["kinds"], whole["failures"], 2)
+    assert len(log.read_text().splitlines()) == 5
+    assert main([*command[:4], "--seeds", "3", "--in-process", "--out", str(out), "--resume"]) == 1
+    assert "other options" in capsys.readouterr().err
+    assert main(["eval", "tools", "--resume"]) == 1
+
+
+def test_renamed_tools_reach_the_tools_as_they_are(tmp_path):
+    """An expert who speaks in the new words is right; one who uses the old ones hears that there is no such tool."""
+
+    class Renamed(Experts):
+        def open(self, messages, tools):
+            names = {tool["function"]["name"] for tool in tools}
+            assert not names & {tool["function"]["name"] for tool in TOOLS}
+            chat = ExpertChat(*self.tasks[messages[1]["content"]])
+            chat.turns = [Reply(t.reasoning, t.content, tuple(map(self.renamed, t.calls)), t.ended) for t in chat.turns]
+            return chat
+
+        def renamed(self, call):
+            name, arguments = HELD_OUT_RENAMING.call(call.name, json.loads(call.arguments))
+            return ToolCall(call.id, name, json.dumps(arguments))
+
+    config = EvalConfig(seeds=2, confined=False, renamed_tools=True)
+    report = evaluate(Renamed(config.cases()), config, lambda outcome: None)
+    assert [vars(outcome) for outcome in report.outcomes if not outcome.passed] == []
 
 
 def open_experts(cases, wrong=()):

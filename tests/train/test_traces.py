@@ -98,7 +98,7 @@ def test_seeds_reproduce_and_the_mix_is_kept(tokenizer: Tokenizer) -> None:
 
 
 def test_offered_tools_contain_the_needed_ones() -> None:
-    with Conversations(TraceMix(all_tools=0.0, real_python=False)) as conversations:
+    with Conversations(TraceMix(all_tools=0.0, real_python=False, renamed=0, other_system=0)) as conversations:
         orders = set()
         for seed in range(30):
             talk = conversations.make(seed)
@@ -151,6 +151,41 @@ def test_slips_are_seen_and_not_learnt(tokenizer: Tokenizer) -> None:
                 assert wrong["tool_calls"] != repaired["tool_calls"]
             assert len(talk.slips) <= len(talk.kinds)
     assert seen > 60
+
+
+def test_misreadings_take_a_word_of_the_request_for_a_name(tokenizer: Tokenizer) -> None:
+    mix, swapped, seen = TraceMix(thinking=1.0, slips=1.0, misread=1.0, chained=0, renamed=0, real_python=False), 0, 0
+    with Conversations(mix, lexicon_of(tokenizer)) as conversations:
+        for seed in range(150):
+            talk = conversations.make(seed)
+            for number in talk.slips:
+                turns = [message for message in talk.messages if message["role"] == "assistant"]
+                wrong, right = (json.loads(turns[n]["tool_calls"][0]["function"]["arguments"]) for n in (number, number + 1))
+                seen += 1
+                if set(wrong) >= {"old", "new"} and (wrong["old"], wrong["new"]) == (right["new"], right["old"]):
+                    swapped += 1
+                said = talk.messages[1]["content"]
+                named = re.match('I wrote "(.+?)"; the task says ', turns[number + 1]["reasoning_content"], re.DOTALL)
+                assert named and (named[1] in said or named[1].startswith(("def", "class"))), turns[number + 1]
+    assert seen > 40
+    assert swapped
+
+
+def test_renamed_tools_are_those_that_are_offered(tokenizer: Tokenizer) -> None:
+    with TraceMaker(tokenizer, TraceMix(renamed=1.0, real_python=False)) as maker:
+        changed = 0
+        for seed in range(30):
+            talk = maker.conversations.make(seed)
+            offered = {tool["function"]["name"]: tool["function"]["parameters"] for tool in talk.tools}
+            for message in talk.messages:
+                for call in message.get("tool_calls", []):
+                    function = call["function"]
+                    arguments = json.loads(function["arguments"])
+                    assert set(arguments) <= set(offered[function["name"]]["properties"])
+                    assert set(offered[function["name"]]["required"]) <= set(arguments)
+            changed += set(offered) != {tool["function"]["name"] for tool in TOOLS}
+        assert changed > 25
+        assert maker.make(1).needs_system
 
 
 def test_what_is_not_there_is_compared_before_it_is_given_up(tokenizer: Tokenizer) -> None:

@@ -113,6 +113,30 @@ def test_the_indexer_learns_from_its_divergence_only():
     assert all(gradients[name].grad is None for name in inside)
 
 
+def test_training_the_indexer_alone_moves_nothing_else(shards, tmp_path):
+    """Not even weight decay and the experts' biases: what is frozen stays to the bit, and the divergence falls."""
+    model = new_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rows = []
+    schedule = stage_config(
+        "indexer", batch_rows=2, steps=12, warmup_steps=1, decay_fraction=0.1, peak_lr=2e-2, log_every=1, qat=False
+    )
+    run_stage(model, shards, tmp_path / "run", schedule, rows.append)
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved
+    assert all(".indexer." in name for name in moved)
+    assert rows[-1]["indexer"] < rows[0]["indexer"]
+
+
+def test_the_long_stage_trains_the_indexer_and_the_rest(shards, tmp_path):
+    model = initialise(Transformer(tiny_network((0, 4, 128), seed=1).config.replace(index_topk=8)), seed=3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    run_stage(model, shards, tmp_path / "run", stage_config("long", batch_rows=1, steps=2, qat=False), lambda row: None, 1)
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert any(".indexer." in name for name in moved)
+    assert "layers.0.attn.wq_b.weight" in moved
+
+
 @pytest.mark.parametrize("shape", [(3, 8, 20), (2, 20, 8), (1, 16, 16)])
 def test_newton_schulz_orthogonalises(shape):
     out = newton_schulz(torch.randn(shape, generator=torch.Generator().manual_seed(0)))

@@ -218,10 +218,10 @@ class Wording:
         rng, grammar = pool.rng, self.grammars[kind]
         while True:
             core = self._sentence(rng, grammar)
-            if all(f"{{{name}}}" in core for name in needed) and not grams(core) & self.kept:
-                break
-        core = _disturbed(pool, core, self.noise)
-        return self._surrounded(pool, core, grammar)
+            if all(f"{{{name}}}" in core for name in needed):
+                text = self._surrounded(pool, _disturbed(pool, core, self.noise), grammar)
+                if not grams(text) & self.kept:
+                    return text
 
     def _sentence(self, rng: random.Random, grammar: Grammar) -> str:
         moods = [mood for mood in _MOODS if getattr(grammar, mood)]

@@ -61,8 +61,9 @@ class Disk:
             stop = min(end, padded)
             if number < 0 or offset >= padded:
                 raise OSError(_EINVAL, "between files")
-            data = os.pread(self._file(number), min(stop, begin + sizes[number]) - offset, offset - begin)
-            if len(data) < min(stop, begin + sizes[number]) - offset:
+            wanted = max(min(stop, begin + sizes[number]) - offset, 0)  # the rest of its last block is zeros
+            data = os.pread(self._file(number), wanted, offset - begin)
+            if len(data) < wanted:
                 raise OSError(_EIO, "a file became shorter")
             pieces.append(data + bytes(stop - offset - len(data)))
             self.fetched += len(data)

@@ -39,6 +39,7 @@ def tools(  # noqa: PLR0913  # one parameter an option
         int | None, typer.Option(help="Begin here instead of the published seeds, to try things without spending those.")
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes, each with the model and one thread.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of weights and state in the native kernels.")] = "float32",
     out: Annotated[
         Path | None, typer.Option(help="Also write the result to this file, and each task's to a .jsonl beside it.")
     ] = None,
@@ -58,6 +59,7 @@ def tools(  # noqa: PLR0913  # one parameter an option
     from rich.progress import Progress  # noqa: PLC0415
 
     from nautile.cli.agent import open_client  # noqa: PLC0415
+    from nautile.engine import EngineConfig  # noqa: PLC0415
     from nautile.evals.tools import EvalConfig, evaluate, evaluate_in_processes  # noqa: PLC0415
     from nautile.train.tasks import KINDS  # noqa: PLC0415
 
@@ -70,11 +72,12 @@ def tools(  # noqa: PLR0913  # one parameter an option
             config = dataclasses.replace(config, first_seed=first_seed)
         config = dataclasses.replace(config, held_out_wording=held_out_wording, confined=not in_process)
         config = dataclasses.replace(config, renamed_tools=renamed_tools)
+        engine = EngineConfig(precision=_precision(dtype), rows=_precision(dtype), threads=1 if processes > 1 else None)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    opening = functools.partial(open_client, model, dialect=dialect)
+    opening = functools.partial(open_client, model, dialect=dialect, config=engine)
     client = opening() if processes == 1 else None  # opened before anything is measured: a model that is missing says so
-    known = _begun(out, {"model": _identity(model), "config": repr(config)}, resume)
+    known = _begun(out, {"model": _identity(model), "config": repr(config), "dtype": dtype}, resume)
     passed, done = sum(outcome.passed for outcome in known), len(known)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("tasks", total=len(config.cases()), completed=done)
@@ -90,7 +93,7 @@ def tools(  # noqa: PLR0913  # one parameter an option
             report = evaluate(client, config, count, known)
         else:
             report = evaluate_in_processes(opening, config, processes, count, known)
-    result = report.to_json()
+    result = {**report.to_json(), "dtype": dtype}
     if out is not None:
         _write(out, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     if json_:
@@ -192,14 +195,16 @@ def _begun(out: Path | None, run: dict[str, str], resume: bool) -> list[Outcome]
         log.unlink(missing_ok=True)
         _append(log, json.dumps(run))
         return []
+    whole = [line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]  # the last may be torn
     try:
-        first, *rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        first, *rows = [json.loads(line) for line in whole]
     except ValueError:
         raise typer.BadParameter(f"{log} is not the log of a run; run without --resume") from None
     if first != run:
         raise typer.BadParameter(f"{log} is of another model or other options; run without --resume, or choose another --out")
     from nautile.evals.tools import Outcome  # noqa: PLC0415
 
+    _write(log, "".join(line + "\n" for line in whole))
     return [Outcome(**row) for row in rows]
 
 

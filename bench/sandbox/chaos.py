@@ -130,11 +130,11 @@ def work(urls, token, name):
 class Fleetlet:
     """An edge and two gateways, as children."""
 
-    def __init__(self, place):
+    def __init__(self, place, capacity=500):
         self.place = place
         self.token = issue(place / "tokens.json", "chaos", Quota())
         socket_path = f"unix:{place}/edge.sock"
-        config = EdgeConfig("n0", place / "edge", Admission(500, 0.05), orphan=120.0)
+        config = EdgeConfig("n0", place / "edge", Admission(capacity, 0.05), orphan=120.0)
         self.config, self.address = config, socket_path
         self.edge = Child("edge", lambda: serve_edge(config, socket_path, None, False))
         self.ports = [port(), port()]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from nautile.agent.client import ChatClient
+    from nautile.sandbox import ToolSandbox
 
 __all__ = ["demo"]
 
@@ -64,7 +65,6 @@ def demo(
     from rich.console import Console  # noqa: PLC0415
 
     from nautile.cli.agent import open_client  # noqa: PLC0415
-    from nautile.sandbox import open_sandbox  # noqa: PLC0415
 
     console = Console()
     with tempfile.TemporaryDirectory(prefix="nautile-demo-") as scratch:
@@ -72,21 +72,44 @@ def demo(
         root.mkdir()
         questions = _questions()
         expected = [_prepared(question, root) for question in questions]
-        open_sandbox(root, unconfined=unconfined)  # says what is missing before the model is loaded
+        sandbox, why = _sandbox(root, unconfined)  # says what is missing before the model is loaded
+        console.print(f"Tools run in: {sandbox.confinement}{why}", highlight=False)
         began = time.monotonic()
         client = open_client(model)
         console.print(f"{client.name} loaded in {time.monotonic() - began:.1f} s. It works in {root}, which holds copies of:")
         for question in questions:
             console.print(f"  {question.name:12} {question.source}", highlight=False)
-        right = [
-            _asked(client, Path(scratch), question, answer, unconfined, console)
-            for question, answer in zip(questions, expected, strict=True)
-        ]
+        try:
+            right = [
+                _asked(client, Path(scratch), question, answer, sandbox, console)
+                for question, answer in zip(questions, expected, strict=True)
+            ]
+        finally:
+            getattr(sandbox, "close", lambda: None)()
     if not all(right):
         console.print(f"\n{sum(right)} of {len(right)} right: the set-up works, the model was wrong.", style="bold red")
         raise typer.Exit(2)
     console.print(f"\nAll {len(right)} right.", style="bold green")
     console.print('Next: nautile agent "How many lines of README.md contain make?" --dir .   or   nautile agent --kinds')
+
+
+def _sandbox(root: Path, unconfined: bool) -> tuple[ToolSandbox, str]:
+    """The best place for tools that really works on this machine, and why it is not a container if it is not."""
+    from nautile.sandbox import open_sandbox  # noqa: PLC0415
+    from nautile.sandbox.doctor import examine  # noqa: PLC0415
+    from nautile.sandbox.tools import open_tools  # noqa: PLC0415
+
+    if unconfined:
+        return open_sandbox(root, unconfined=True), ""
+    found = {}
+    for finding in examine():
+        found[finding.part] = finding
+        if finding.part == "container":  # the kinds after it are machines, which take long to try
+            break
+    if found["container"].state == "ok":
+        return open_tools(root, "container"), ""
+    why = f" (no container: {found['container'].detail}; {found['container'].remedy})"
+    return (open_tools(root, "function") if found["function"].state == "ok" else open_sandbox(root)), why
 
 
 def _questions() -> tuple[_Question, ...]:
@@ -112,16 +135,16 @@ def _prepared(question: _Question, root: Path) -> str:
         ) from None
 
 
-def _asked(client: ChatClient, scratch: Path, question: _Question, expected: str, unconfined: bool, console: Console) -> bool:
+def _asked(
+    client: ChatClient, scratch: Path, question: _Question, expected: str, sandbox: ToolSandbox, console: Console
+) -> bool:
     """One question, shown live; whether the answer is right."""
     from nautile.agent.console import Terminal  # noqa: PLC0415
     from nautile.agent.loop import Agent  # noqa: PLC0415
     from nautile.agent.tools import TOOLS  # noqa: PLC0415
-    from nautile.sandbox import open_sandbox  # noqa: PLC0415
 
     console.rule()
     console.print(question.prompt, style="bold", highlight=False, markup=False)
-    sandbox = open_sandbox(scratch / "files", unconfined=unconfined)
     terminal = Terminal(console, yes=True)
     began = time.monotonic()
     outcome = Agent(client, TOOLS, sandbox, front=terminal, state=scratch / "state").run(question.prompt)

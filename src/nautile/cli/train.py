@@ -18,6 +18,8 @@ app = typer.Typer(help="Train a V4 model: tokenizer, data, pretrain, sft, practi
 app.add_typer(train_agents.app_env, name="env")
 app.command()(train_agents.grpo)
 app.command()(train_agents.distill)
+app.command()(train_agents.demo)
+app.command()(train_agents.page)
 
 _H100_BF16 = 766e12  # measured with a large product of random matrices
 _LENGTH = 2048  # tokens of a row

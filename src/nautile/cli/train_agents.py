@@ -1,4 +1,4 @@
-"""``nautile train env|grpo|distill``: environments, reinforcement learning, distillation."""
+"""``nautile train env|grpo|distill|demo|page``: environments, reinforcement learning, distillation, and seeing it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from nautile.train.distill import Teacher
 
-__all__ = ["app_env", "distill", "grpo"]
+__all__ = ["app_env", "demo", "distill", "grpo", "page"]
 
 app_env = typer.Typer(help="Environments to train and measure agents in.", no_args_is_help=True)
 
@@ -142,6 +142,54 @@ def distill(  # noqa: PLR0913
     run.run(lambda report: typer.echo(report.line()))
     save_weights(run.model, out / "weights.safetensors")
     typer.echo(f"wrote {out}/weights.safetensors; next: nautile train page {out}")
+
+
+def page(
+    run: Annotated[Path, typer.Argument(help="Directory of a run.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write it; run.html in the directory otherwise.")] = None,
+) -> None:
+    """One HTML page of a run: curves, expert load, recall, rewards, every trajectory.
+
+    Example: nautile train page runs/out/grpo
+    """
+    from nautile.train.page import page as written  # noqa: PLC0415
+
+    target = out or run / "run.html"
+    text = written(run)
+    target.write_text(text, encoding="utf-8")
+    typer.echo(f"wrote {target} ({len(text) / 1e6:.1f} MB); it needs nothing else, open it in a browser")
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory of the run; it must not hold one.")] = Path("runs/out/demo"),
+    seconds: Annotated[float, typer.Option(help="How long to train.", min=5)] = 300.0,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Directory of a tokenizer; that of the shipped model otherwise.")
+    ] = None,
+) -> None:
+    """Train a network of 10 million parameters on this CPU for five minutes: its loss falls, and it says something.
+
+    Example: nautile train demo --out runs/out/demo --seconds 300
+    """
+    from nautile.train.demo import run_demo  # noqa: PLC0415
+    from nautile.train.page import page as written  # noqa: PLC0415
+
+    if (out / "log.jsonl").exists():
+        raise typer.BadParameter(f"{out} holds a run already: choose another --out")
+    shipped = Path(__file__).parents[1] / "weights" / "nano"
+
+    def report(row: dict[str, float]) -> None:
+        typer.echo(
+            f"step {row['step']:4.0f}  loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s  {row['seconds']:.0f} s"
+        )
+
+    progress, text = run_demo(out, tokenizer or shipped, seconds, report)
+    losses = [row["loss"] for row in progress.history]
+    typer.echo(
+        f"{progress.step} steps, {progress.tokens:,} tokens; loss {losses[0]:.3f} -> {losses[-1]:.3f}. A sample:\n\n{text}\n"
+    )
+    (out / "run.html").write_text(written(out), encoding="utf-8")
+    typer.echo(f"The page of this run: {out}/run.html")
 
 
 def _teacher(text: str) -> Teacher:

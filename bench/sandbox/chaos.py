@@ -14,6 +14,7 @@ started again; a client then issues its steps from the first one on.
 import argparse
 import collections
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ import time
 from pathlib import Path
 
 from nautile.sandbox import MIB, Limits, OutcomeUnknown, Sandbox, SandboxClosed, SandboxError, SandboxLost, cgroup
-from nautile.sandbox.container import KeeperClient
+from nautile.sandbox.container import ContainerDriver, KeeperClient
 from nautile.sandbox.fleet.admission import Admission
 from nautile.sandbox.fleet.client import Fleet
 from nautile.sandbox.fleet.edge import EdgeConfig
@@ -38,6 +39,7 @@ from nautile.sandbox.fleet.quota import Quota, issue
 from nautile.sandbox.fleet.serving import serve_edge, serve_gateway
 from nautile.sandbox.fleet.watcher import Edges
 from nautile.sandbox.log import expand, load, verify
+from nautile.sandbox.recorded import Recorded
 
 LIMITS = Limits(memory=48 * MIB, pids=24, disk=8 * MIB, inodes=1000)
 STEPS = 40
@@ -98,6 +100,14 @@ class Child:
         os.close(self.reader)
 
 
+def careless_edge(*arguments):
+    """The twin that shows that the counting bites: this edge carries out again whatever has no result."""
+    run = ContainerDriver.run
+    ContainerDriver.run = lambda self, order, watch: run(self, dataclasses.replace(order, operation=None), watch)
+    Recorded._recover = lambda self, name: "never"
+    serve_edge(*arguments)
+
+
 def port():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -130,13 +140,14 @@ def work(urls, token, name):
 class Fleetlet:
     """An edge and two gateways, as children."""
 
-    def __init__(self, place, capacity=500):
+    def __init__(self, place, capacity=500, careless=False):
         self.place = place
         self.token = issue(place / "tokens.json", "chaos", Quota())
         socket_path = f"unix:{place}/edge.sock"
         config = EdgeConfig("n0", place / "edge", Admission(capacity, 0.05), orphan=120.0)
         self.config, self.address = config, socket_path
-        self.edge = Child("edge", lambda: serve_edge(config, socket_path, None, False))
+        serve = careless_edge if careless else serve_edge
+        self.edge = Child("edge", lambda: serve(config, socket_path, None, False))
         self.ports = [port(), port()]
         gateways = GatewayConfig(place / "tokens.json")
         self.gateways = [
@@ -242,7 +253,7 @@ def logs_by_name(place, names):
 def kills(arguments):
     chance, judge = random.Random(arguments.seed), None
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
-        fleet, judge = Fleetlet(Path(name)), Judge(Path(name))
+        fleet, judge = Fleetlet(Path(name), careless=arguments.careless), Judge(Path(name))
         clients, number, counts = {}, 0, collections.Counter()
         began = time.monotonic()
         try:
@@ -268,6 +279,7 @@ def kills(arguments):
     KeeperClient().stop()
     time.sleep(1.0)
     return {
+        "twin_without_protection": arguments.careless,
         "kills": dict(counts),
         "kills_in_all": sum(counts.values()),
         "seconds": round(seconds, 1),
@@ -460,6 +472,7 @@ def main():
     parser.add_argument("--cycles", type=int, default=10_000)
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--every", type=int, default=1000)
+    parser.add_argument("--careless", action="store_true", help="kills: the twin without protection, which must be caught")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     before = os.getloadavg()[0]

@@ -40,10 +40,10 @@ SMALL = ModelConfig.preset("nano").replace(
     n_routed_experts=8,
     num_experts_per_tok=2,
 )
-_LENGTH = 512
+_LENGTH = 256
 _ROWS = 4
-_SHARD = 64  # rows packed at once
-_PROBE_K = 16  # entries: rows of 512 tokens have 128
+_SHARD = 32  # rows packed at once
+_PROBE_K = 16  # entries: rows of 256 tokens have 64
 _PROBE_EVERY = 20  # steps
 
 

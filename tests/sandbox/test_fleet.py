@@ -40,13 +40,15 @@ COMMAND = "import sys\nfrom nautile.cli import main\nsys.exit(main(sys.argv[1:])
 class Process:
     """``nautile sandbox ...``, as an edge or a gateway, which can be killed and started again at the same address."""
 
-    def __init__(self, *arguments):
-        self.arguments = list(arguments)
+    def __init__(self, *arguments, prefix=()):
+        self.arguments, self.prefix = list(arguments), prefix
         self.start()
 
     def start(self):
         self.child = subprocess.Popen(
-            [sys.executable, "-c", client_code(COMMAND), "sandbox", *self.arguments], stdout=subprocess.PIPE, text=True
+            [*self.prefix, sys.executable, "-c", client_code(COMMAND), "sandbox", *self.arguments],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         said = self.child.stdout.readline().split()
         assert said[:1] == ["ready"], said
@@ -421,3 +423,60 @@ def test_a_supervisor_starts_its_edge_again_at_the_same_address(tmp_path):
 @pytest.mark.parametrize(("host", "name"), [("Host-1.example", "host-1-example"), ("ä", None), ("a" * 60, "a" * 40)])
 def test_a_machines_name_becomes_an_edges(host, name):
     assert node_name(host) == (name or f"node-{os.getpid()}")
+
+
+def ip(*words, inside=None):
+    into = [] if inside is None else ["nsenter", "-t", str(inside), "-n"]
+    subprocess.run([*into, "ip", *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def host():
+    """A network namespace as a machine of its own, on a cable: (its process, its address, our end of the cable)."""
+    need("ip")
+    if os.geteuid() != 0:
+        pytest.skip("only root makes network namespaces with cables")
+    number = os.getpid() % 200 + 20
+    ours, process = f"nt{number}", subprocess.Popen(["unshare", "-n", "sleep", "300"])
+    deadline = time.monotonic() + 5
+    while os.readlink(f"/proc/{process.pid}/ns/net") == os.readlink("/proc/self/ns/net") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    try:
+        ip("link", "add", ours, "type", "veth", "peer", "name", "eth0", "netns", str(process.pid))
+        ip("addr", "add", f"10.213.{number}.1/30", "dev", ours)
+        ip("link", "set", ours, "up")
+        for words in (("addr", "add", f"10.213.{number}.2/30", "dev", "eth0"), ("link", "set", "eth0", "up")):
+            ip(*words, inside=process.pid)
+        yield process.pid, f"10.213.{number}.2", ours
+    finally:
+        process.kill()
+        process.wait()
+        subprocess.run(["ip", "link", "del", ours], capture_output=True, check=False)
+
+
+@pytest.mark.slow
+def test_a_machine_whose_cable_is_cut_is_noticed_and_found_again(host, tmp_path):
+    need("bwrap")
+    process, address, cable = host
+    (tmp_path / "secret").write_text("a secret of the fleet")
+    secret = ["--secret-file", str(tmp_path / "secret")]
+    token = issue(tmp_path / "tokens.json", "lab", Quota())
+    far = ["edge", "far", "--state", str(tmp_path / "far"), "--listen", f"{address}:7070", *secret]
+    edge = Process(*far, prefix=("nsenter", "-t", str(process), "-n"))
+    gateway = Process("gateway", str(tmp_path / "tokens.json"), "--edge", edge.url, "--listen", "127.0.0.1:0", *secret)
+    try:
+        quick = Fleet(gateway.url, token, patience=1.0)
+        with Sandbox.create("function", limits=SMALL, fleet=quick) as sandbox:
+            assert sandbox.run("echo far").stdout == "far\n"
+            ip("link", "set", cable, "down")
+            began = time.monotonic()
+            assert "does not answer" in sandbox.run("true", timeout=100.0).infrastructure_error
+            assert time.monotonic() - began < 25
+            ip("link", "set", cable, "up")
+            deadline = time.monotonic() + 20
+            while not sandbox.run("true").ok:
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+    finally:
+        gateway.end()
+        edge.end()

@@ -63,7 +63,8 @@ class Fleet:
         self.patience = patience
         timeout, headers = httpx.Timeout(120.0, connect=5.0), {"authorization": f"Bearer {token}"}
         limits = httpx.Limits(max_connections=None)
-        self._http = httpx.Client(headers=headers, timeout=timeout, limits=limits, trust_env=False)
+        transport = httpx.HTTPTransport(limits=limits, socket_options=wire.SOCKET_OPTIONS, trust_env=False)
+        self._http = httpx.Client(transport=transport, headers=headers, timeout=timeout, trust_env=False)
         self._at = 0
 
     def close(self) -> None:

@@ -28,7 +28,8 @@ def client_of(url: str, secret: str | None, timeout: float) -> httpx.AsyncClient
     if url.startswith("unix:"):
         transport = httpx.AsyncHTTPTransport(uds=url.removeprefix("unix:"), limits=pool)
         return httpx.AsyncClient(transport=transport, base_url="http://edge", headers=headers, timeout=limits, trust_env=False)
-    return httpx.AsyncClient(base_url=url, headers=headers, timeout=limits, limits=pool, trust_env=False)
+    plain = httpx.AsyncHTTPTransport(limits=pool, socket_options=wire.SOCKET_OPTIONS, trust_env=False)
+    return httpx.AsyncClient(transport=plain, base_url=url, headers=headers, timeout=limits, trust_env=False)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import socket
 import struct
 from collections.abc import AsyncIterable, Iterator
 from typing import Any
@@ -18,6 +19,7 @@ __all__ = [
     "BODY_LIMIT",
     "PROJECT",
     "SECRET",
+    "SOCKET_OPTIONS",
     "TIMEOUT",
     "Frames",
     "body_of",
@@ -33,6 +35,14 @@ __all__ = [
 ]
 
 PROJECT, SECRET = "x-nautile-project", "x-nautile-secret"  # what a gateway tells an edge
+# A peer whose cable is cut is noticed within about ten seconds, whether something is being sent or an answer is waited for.
+SOCKET_OPTIONS = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 4),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 10_000),
+)
 TIMEOUT = "x-nautile-timeout"  # seconds that the client waits for this answer
 _LENGTHS = struct.Struct("<II")
 _EDGE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}\Z")

@@ -10,11 +10,14 @@ from typing import Annotated
 
 import typer
 
+from nautile.cli import image as image_verbs
+
 __all__ = ["app"]
 
 app = typer.Typer(help="Sandboxes: run, doctor, log, mcp.", no_args_is_help=True, rich_markup_mode=None)
 log = typer.Typer(help="Trajectory logs: show, replay, verify.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(log, name="log")
+app.add_typer(image_verbs.app, name="image")
 
 _MARKS = {"ok": "ok      ", "degraded": "degraded", "missing": "missing "}
 
@@ -46,7 +49,9 @@ def run(  # noqa: PLR0913  # one parameter an option
     command: Annotated[str, typer.Argument(help="What to run, as for sh -c.")],
     *,
     kind: Annotated[str, typer.Option(help="function, container, microvm or vm.")] = "container",
-    image: Annotated[Path | None, typer.Option(help="A directory with a root file system. Default: the host's /usr.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="A directory with a root file system, or an image's name. Default: the host's /usr.")
+    ] = None,
     emulate: Annotated[bool, typer.Option("--emulate", help="Let QEMU emulate the processor where KVM does not work.")] = False,
     workspace: Annotated[Path | None, typer.Option(help="A directory to bind at /workspace, read and write.")] = None,
     allow: Annotated[list[str] | None, typer.Option(help="HOST:PORT that may be reached; may be given again.")] = None,
@@ -141,7 +146,9 @@ def edge(  # noqa: PLR0913  # one parameter an option
     secret_file: Annotated[Path | None, typer.Option(help="A file with the secret that gateways show. TCP needs one.")] = None,
     capacity: Annotated[int, typer.Option(help="Sandboxes at once.")] = 4000,
     pool: Annotated[int, typer.Option(help="Containers with default limits that are made ahead.")] = 0,
-    images: Annotated[Path | None, typer.Option(help="A directory whose directories may be named as images.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Whose directories may be named as images. Default: the image store.")
+    ] = None,
     orphan: Annotated[float, typer.Option(help="Seconds that containers live on when the edge is killed.")] = 600.0,
     leave: Annotated[bool, typer.Option("--leave", help="Leave sandboxes to the next run instead of closing them.")] = False,
     evict: Annotated[bool, typer.Option("--evict", help="Kill an earlier run that still holds the state.")] = False,

@@ -7,6 +7,7 @@ __all__ = [
     "EdgeGone",
     "FileRefused",
     "FleetFull",
+    "ImageRefused",
     "InvalidRequest",
     "LimitUnavailable",
     "LogCorrupt",
@@ -52,6 +53,14 @@ class LimitUnavailable(SandboxError):  # noqa: N818
     def __init__(self, limit: str, why: str, remedy: str) -> None:
         super().__init__(f"the limit on {limit} cannot be enforced: {why}; {remedy}")
         self.limit, self.why, self.remedy = limit, why, remedy
+
+
+class ImageRefused(SandboxError):  # noqa: N818
+    """An image or a layer is corrupt, hostile, of another architecture, or not there."""
+
+    def __init__(self, image: str, why: str, remedy: str) -> None:
+        super().__init__(f"image {image}: {why}; {remedy}")
+        self.image, self.why, self.remedy = image, why, remedy
 
 
 class SandboxClosed(SandboxError):  # noqa: N818

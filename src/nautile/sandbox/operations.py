@@ -11,13 +11,15 @@ import select
 import shutil
 import signal
 import socket
+import stat
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from nautile.sandbox import bundle, cgroup, enter, filing, kernel, layers, proxy
-from nautile.sandbox.errors import SandboxLost, SubstrateUnavailable
+from nautile.sandbox.errors import ImageRefused, SandboxLost, SubstrateUnavailable
+from nautile.sandbox.images.mount import kind_of_file, mount_image, mount_lazy
 from nautile.sandbox.inside import frames
 from nautile.sandbox.limits import Limits
 from nautile.sandbox.seat import Seat, start, warm
@@ -202,37 +204,84 @@ def _file_system(keeper: Path, settings: Settings, request: dict[str, Any], limi
         lowers.insert(0, keeper / "skeleton")
     if settings.base is not None:
         os.chown(place / "fs/upper", settings.base, settings.base)
-        lowers = [_shifted(keeper, settings.base, layer) for layer in lowers]
+    lowers = [_lower(keeper, settings.base, layer) for layer in lowers]
     stack = ":".join(str(layer) for layer in reversed(lowers))
     extra = "" if settings.base is not None else ",userxattr"
     options = f"lowerdir={stack},upperdir={place}/fs/upper,workdir={place}/fs/work{extra}"
     if len(options) > 4000:
         raise SubstrateUnavailable("container", f"{len(lowers)} layers do not fit into one mount", "pack them into fewer")
     kernel.mount("overlay", str(place / "root"), "overlay", kernel.MS_NOSUID | kernel.MS_NODEV, options)
+    work = place / "root/workspace"
+    if not os.path.lexists(work):  # an image of somebody else's
+        work.mkdir()
+        tenant = bundle.TENANT + settings.base if settings.base is not None else 0
+        os.chown(work, tenant, tenant, follow_symlinks=False)
+        work.chmod(0o755)
     return Path(place, "root")
 
 
-def _shifted(keeper: Path, base: int, layer: Path) -> Path:
-    """``layer`` with its owners moved into the container's share of user ids; made once for all containers."""
-    stat = os.stat(layer)
-    target = keeper / "layers" / f"{stat.st_dev:x}-{stat.st_ino:x}"
+def _lower(keeper: Path, base: int | None, layer: Path) -> Path:
+    """Where a layer can be stacked: mounted if it is a file, its owners moved into the containers' share of user ids.
+
+    Made once for all containers.
+    """
+    found = os.stat(layer)
+    directory = stat.S_ISDIR(found.st_mode)
+    if directory and base is None:
+        return layer
+    key = f"{found.st_dev:x}-{found.st_ino:x}" + ("" if directory else f"-{found.st_mtime_ns:x}")
+    target = keeper / "layers" / key
     with open(keeper / ".layers.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if target.exists():
+        if _serves(target):
             return target
-        target.mkdir()
-        users = _user_namespace(f"0 {base} {SHARE}", f"0 {base} {SHARE}")
+        target.mkdir(exist_ok=True)
         try:
-            kernel.idmap(str(layer), str(target), users)
-        except OSError as error:
+            if directory:
+                _shift(layer, target, base or 0)
+            else:
+                _mount_file(layer, target, base)
+        except BaseException:
             target.rmdir()
-            why = f"the kernel cannot shift the owners of {layer} ({error})"
-            raise SubstrateUnavailable(
-                "container", why, "Linux 5.19 or newer and a file system with id-mapped mounts"
-            ) from None
-        finally:
-            os.close(users)
+            raise
     return target
+
+
+def _serves(target: Path) -> bool:
+    """Whether a layer is mounted and somebody stands behind it."""
+    if not target.exists():
+        if os.path.lexists(target):
+            kernel.unmount(str(target))  # the process behind a lazy layer has died
+        return False
+    return os.path.ismount(target)
+
+
+def _mount_file(layer: Path, target: Path, base: int | None) -> None:
+    kind = kind_of_file(layer)
+    if kind == "lazy":
+        mount_lazy(layer, target, base or 0)
+    elif kind is not None:
+        if base is None:
+            return mount_image(layer, kind, target)
+        plain = target.with_name(f"{target.name}.img")
+        plain.mkdir(exist_ok=True)
+        mount_image(layer, kind, plain)
+        _shift(plain, target, base)
+    else:
+        remedy = "give a directory, an EROFS or squashfs file, or what ImageStore.image gives"
+        raise ImageRefused(layer.name, "it is a file of no known kind", remedy)
+    return None
+
+
+def _shift(layer: Path, target: Path, base: int) -> None:
+    users = _user_namespace(f"0 {base} {SHARE}", f"0 {base} {SHARE}")
+    try:
+        kernel.idmap(str(layer), str(target), users)
+    except OSError as error:
+        why = f"the kernel cannot shift the owners of {layer} ({error})"
+        raise SubstrateUnavailable("container", why, "Linux 5.19 or newer and a file system with id-mapped mounts") from None
+    finally:
+        os.close(users)
 
 
 def _workspace(place: Path, settings: Settings, source: str) -> Path:

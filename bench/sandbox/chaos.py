@@ -43,6 +43,10 @@ from nautile.sandbox.recorded import Recorded
 
 LIMITS = Limits(memory=48 * MIB, pids=24, disk=8 * MIB, inodes=1000)
 STEPS = 40
+COUNTED = (
+    *("kills_in_all", "trajectories", "acknowledged_operations", "operations_checked_against_the_file"),
+    *("acknowledged_and_lost", "run_twice", "contradictions", "cycles", "failures"),
+)
 
 
 class Child:
@@ -257,8 +261,8 @@ def kills(arguments):
         clients, number, counts = {}, 0, collections.Counter()
         began = time.monotonic()
         try:
-            while sum(counts.values()) < arguments.kills or clients:
-                while len(clients) < arguments.clients and sum(counts.values()) < arguments.kills:
+            while striking(counts, began, arguments) or clients:
+                while len(clients) < arguments.clients and striking(counts, began, arguments):
                     number += 1
                     clients[f"t{number}"] = Child("client", lambda at=f"t{number}": work(fleet.urls, fleet.token, at))
                 time.sleep(chance.uniform(0.0, arguments.pause))
@@ -267,7 +271,8 @@ def kills(arguments):
                         raise SystemExit(f"{one.kind} has ended by itself")
                 for at, client in list(clients.items()):
                     settle(judge, at, client, clients, fleet)
-                if sum(counts.values()) < arguments.kills:
+                note_owner()
+                if striking(counts, began, arguments):
                     counts[strike(chance, fleet, clients, judge)] += 1
                     counts.pop(None, None)
         finally:
@@ -294,6 +299,11 @@ def kills(arguments):
         "faults": judge.faults[:20],
         "left": left(),
     }
+
+
+def striking(counts, began, arguments):
+    """Whether there is still something to be killed, and time for it."""
+    return sum(counts.values()) < arguments.kills and time.monotonic() - began < arguments.seconds
 
 
 def settle(judge, name, client, clients, fleet):
@@ -355,6 +365,7 @@ def strike(chance, fleet, clients, judge):
 
 def left():
     """Processes, cgroups and directories of ours that are still there; mounts end with the keeper's namespace."""
+    assert OWNERS, "no keeper was noted, so nothing of it could be found"
     inits = 0
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -412,7 +423,7 @@ def cycles(arguments):
         failures, before, began = [], None, time.monotonic()
         lost = adopted = done = 0
         try:
-            while done < arguments.cycles:
+            while done < arguments.cycles and time.monotonic() - began < arguments.seconds:
                 done += batch(asked, failures, min(arguments.batch, arguments.cycles - done))
                 note_owner()
                 if before is None:
@@ -472,6 +483,8 @@ def main():
     parser.add_argument("--cycles", type=int, default=10_000)
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--every", type=int, default=1000)
+    parser.add_argument("--seconds", type=float, default=3600.0, help="begin nothing further after so long")
+    parser.add_argument("--add", action="store_true", help="add this run to those that --out has")
     parser.add_argument("--careless", action="store_true", help="kills: the twin without protection, which must be caught")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -480,10 +493,12 @@ def main():
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     head = {"device": f"{platform.machine()}, {os.cpu_count()} processors", "date": time.strftime("%Y-%m-%d"), "commit": commit}
     result = {**head, "load_average": {"before": before, "after": os.getloadavg()[0]}, "seed": arguments.seed, **found}
-    text = json.dumps(result, indent=1)
-    print(text)
+    print(json.dumps(result, indent=1))
     if arguments.out:
-        arguments.out.write_text(text + "\n", encoding="utf-8")
+        runs = json.loads(arguments.out.read_text())["runs"] if arguments.add and arguments.out.exists() else []
+        runs.append(result)
+        whole = {**head, "total": {name: sum(run[name] for run in runs) for name in COUNTED if name in result}, "runs": runs}
+        arguments.out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

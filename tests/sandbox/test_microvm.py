@@ -1,13 +1,29 @@
 """A microVM behaves as every other sandbox does: the tests of the others, run on one machine that came from a snapshot."""
 
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
 import pytest
 
-from sandbox.machines import create
+from agent.processes import gone
+from nautile.agent.toolbox import __file__ as toolbox
+from nautile.sandbox import MIB, FileRefused, InvalidRequest, Limits, Sandbox, SandboxLost, SubstrateUnavailable, Unsupported
+from nautile.sandbox.guest import accel
+from nautile.sandbox.microvm import MicroVMDriver
+from nautile.sandbox.qemu import guest_memory
+from nautile.sandbox.tools import open_tools
+from sandbox.machines import SMALL, create
 from sandbox.test_container import (  # noqa: F401  # collected here with this module's fixtures
     test_a_fork_has_the_files_and_goes_its_own_way,
     test_a_path_that_is_swapped_while_it_is_opened_gives_nothing_of_the_target,
     test_a_pause_stops_everything_and_a_request_goes_on,
-    test_a_session_is_a_terminal,
     test_a_session_over_pipes_gives_its_exit_code,
     test_a_snapshot_is_an_image,
     test_a_tree_goes_out_and_in_again_without_links,
@@ -76,3 +92,286 @@ def fresh():
     yield start
     for one in made:
         one.close()
+
+
+def qemu_of(sandbox):
+    """The host's number of the emulator's process."""
+    group = next(iter(sandbox.driver._emulator.group.places))
+    for number in (group / "cgroup.procs").read_text().split():
+        if os.readlink(f"/proc/{number}/exe").endswith("qemu-system-x86_64"):
+            return int(number)
+    raise AssertionError("no QEMU in the group")
+
+
+# -- what a machine is made of
+
+
+def test_a_terminal_and_two_sessions_at_once(machine):
+    one, two = machine.session(), machine.session(["cat"], pty=False)
+    one.send("tty; echo $((40+2)); export A=kept\n")
+    assert "/dev/pts/" in one.until("42")
+    two.send(b"x" * 100_000)
+    one.send("echo x[$A]x; sleep 7322\n")
+    one.until("x[kept]x")
+    assert machine.run("ps -e -o args | grep -c '[s]leep 7322'", timeout=20).stdout == "1\n"
+    got = 0
+    while got < 100_000:
+        got += len(two.read(5.0))
+    assert one.close() in (-1, 137) and two.close() == -1
+    assert machine.run("ps -e -o args | grep -c '[s]leep 7322'").stdout == "0\n"
+
+
+def test_a_session_that_nobody_reads_holds_up_nothing(machine):
+    flood = machine.session(["yes"], pty=False)
+    time.sleep(0.3)
+    assert machine.run("echo on", timeout=20).stdout == "on\n"
+    flood.close()
+
+
+def test_emulation_is_only_given_when_it_is_allowed():
+    create().close()  # skips where there is no QEMU
+    if accel.probe().works:
+        pytest.skip("KVM boots guests here")
+    began = time.monotonic()
+    for kind in ("microvm", "vm"):
+        with pytest.raises(SubstrateUnavailable, match="allow_emulation=True"):
+            Sandbox.create(kind, limits=SMALL)
+    assert time.monotonic() - began < 3  # the canary's end is remembered
+
+
+def test_what_a_machine_cannot_do_says_so(machine, tmp_path):
+    for options, error in (
+        ({"network": ["example.org:443"]}, Unsupported),
+        ({"log": tmp_path / "log"}, Unsupported),
+        ({"runtime": "crun"}, SubstrateUnavailable),
+        ({"image": tmp_path / "none"}, InvalidRequest),
+    ):
+        with pytest.raises(error):
+            Sandbox.create("microvm", limits=SMALL, allow_emulation=True, **options)
+    with pytest.raises(Unsupported, match="no network"):
+        machine.set_policy(["example.org:443"])
+    assert machine.run(["x" * 200, *["y" * 100_000] * 50]).exit_code == 126
+    info = machine.info
+    assert info.kind == "microvm" and info.accel in ("tcg", "kvm") and info.runtime.startswith("qemu ")
+    assert {"memory", "pids"} <= set(info.limits_enforced)
+
+
+# -- the emulator, which a guest may have taken over
+
+
+def test_the_emulator_owns_nothing_and_is_limited(machine):
+    number = qemu_of(machine)
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{number}/status").read_text().splitlines())
+    assert {status[f"Cap{name}"].strip() for name in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {"0" * 16}
+    assert status["NoNewPrivs"].strip() == "1" and status["Seccomp"].strip() == "2" and int(status["Seccomp_filters"]) >= 2
+    if os.geteuid() == 0 and machine.info.accel == "tcg":
+        assert all(int(user) >= 524_288 for user in status["Uid"].split()) and status["Groups"].strip() == ""
+    for name in ("user", "mnt", "net", "pid", "ipc", "uts"):
+        assert os.readlink(f"/proc/{number}/ns/{name}") != os.readlink(f"/proc/self/ns/{name}")
+    root = Path(f"/proc/{number}/root")
+    assert not (root / "root").exists() and not (root / "home").exists() and not (root / "sys").exists()
+    assert all(
+        "rw," not in line.split()[5]
+        for line in Path(f"/proc/{number}/mountinfo").read_text().splitlines()
+        if line.split()[4] in ("/", "/usr", "/proc")
+    )
+    most = guest_memory(SMALL) + 192 * MIB
+    found = [place for place in machine.driver._emulator.group.places if (place / "memory.limit_in_bytes").exists()]
+    if found:
+        assert int((found[0] / "memory.limit_in_bytes").read_text()) <= most
+
+
+def test_a_tenant_does_not_see_the_agent_its_port_or_its_disks(machine):
+    assert machine.run("ls /dev; ls /sys /layers /upper /modules /init 2>/dev/null").stdout.split() == sorted(
+        ["fd", "full", "null", "ptmx", "pts", "random", "shm", "stderr", "stdin", "stdout", "tty", "urandom", "zero"]
+    )
+    assert machine.run("cat /proc/1/environ /proc/1/maps; ls /proc/1/fd /proc/1/cwd/ 2>/dev/null").stdout == ""
+    result = machine.run("kill -9 1; kill -9 -1; echo no", timeout=20)
+    assert result.infrastructure_error is None
+    assert machine.run("echo alive").stdout == "alive\n"
+
+
+# -- starting, ending
+
+
+def traces(identity):
+    found = list(Path("/sys/fs/cgroup").glob(f"*/nautile/*/{identity}"))
+    return found + [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if identity in line]
+
+
+def test_closing_leaves_nothing():
+    create().close()
+    descriptors = len(os.listdir("/proc/self/fd"))
+    sandbox = create()
+    number, identity = qemu_of(sandbox), sandbox.info.id
+    assert traces(identity)
+    sandbox.close()
+    assert not os.path.exists(f"/proc/{number}") and traces(identity) == []
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_a_killed_client_leaves_nothing():
+    create().close()
+    script = (
+        "from nautile.sandbox import *\n"
+        "s = Sandbox.create('microvm', limits=Limits(memory=96 * MIB), allow_emulation=True)\n"
+        "print(s.info.id, flush=True)\ns.run('sleep 60', timeout=60)"
+    )
+    client = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    identity = client.stdout.readline().strip()
+    assert traces(identity)
+    client.kill()
+    client.communicate()
+    deadline = time.monotonic() + 10
+    while traces(identity) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert traces(identity) == [] and gone(identity)
+
+
+def test_a_machine_that_died_is_lost_not_hung():
+    sandbox = create()
+    killer = threading.Timer(0.3, lambda: os.kill(qemu_of(sandbox), signal.SIGKILL))
+    killer.start()
+    result = sandbox.run("sleep 30", timeout=30)
+    assert result.infrastructure_error is not None and result.exit_code == -1 and not result.timed_out
+    with pytest.raises(SandboxLost):
+        sandbox.read("x")
+    sandbox.close()
+
+
+def test_two_machines_from_one_snapshot_differ(machine):
+    script = "cat /proc/sys/kernel/random/boot_id; head -c 16 /dev/urandom | sha256sum; date +%s"
+    other = create()
+    try:
+        here, there = machine.run(script).stdout.split(), other.run(script).stdout.split()
+        assert here[0] != there[0] and here[1] != there[1]
+        assert abs(int(there[-1]) - time.time()) < 60
+    finally:
+        other.close()
+
+
+@pytest.mark.slow
+def test_a_copy_differs_in_randomness_and_has_no_process_of_the_first():
+    first = create()
+    session = first.session(["sh", "-c", "sleep 7333; true"], pty=False)
+    first.run("echo before > f")
+    copy = first.fork()
+    try:
+        assert copy.run("ps -e -o args | grep -c '[s]leep 7333'; cat f").stdout == "0\nbefore\n"
+        assert first.run("ps -e -o args | grep -c '[s]leep 7333'").stdout == "1\n"
+        words = "head -c 16 /dev/urandom | sha256sum"
+        assert first.run(words).stdout != copy.run(words).stdout
+    finally:
+        copy.close()
+        session.close()
+        first.close()
+
+
+@pytest.mark.slow
+def test_snapshots_are_not_needed():
+    began = time.monotonic()
+    create().close()
+    from nautile.sandbox.image import Image  # noqa: PLC0415
+
+    driver = MicroVMDriver.create("m-cold", Image(), SMALL, allow_emulation=True, snapshots=False)
+    driver.close()
+    assert time.monotonic() - began < 60
+
+
+# -- disks: the guest's kernel is the oracle of our EROFS
+
+
+@pytest.mark.slow
+def test_an_image_directory_arrives_as_it_is(tmp_path, fresh):
+    """Odd names, sizes around a block, a directory of many blocks, hard links, links, modes and times."""
+    place, draw = tmp_path / "image", random.Random(7)
+    (place / "many").mkdir(parents=True)
+    for number in range(700):
+        (place / "many" / f"{'n' * draw.randrange(1, 200)}-{number}").write_bytes(draw.randbytes(draw.randrange(50)))
+    for size in (0, 1, 4095, 4096, 4097, 8192, 1_000_003):
+        (place / f"size-{size}").write_bytes(draw.randbytes(size))
+    deep = place
+    for _ in range(30):
+        deep /= "d"
+    deep.mkdir(parents=True)
+    (deep / os.fsdecode(b"new\nline \xff")).write_text("odd")
+    os.link(place / "size-4097", place / "hard")
+    (place / "link").symlink_to("size-4096")
+    (place / "long").symlink_to("x" * 3000)
+    (place / "size-1").chmod(0o640)
+    os.utime(place / "size-0", (1, 1))
+    script = """
+import hashlib, os, sys
+for above, names, files in sorted(os.walk(b"/")):
+    if above.split(b"/")[1] in b"usr proc dev etc bin lib sbin var workspace tmp run".split() and above != b"/":
+        continue
+    for name in sorted(names + files):
+        path = os.path.join(above, name)
+        if above == b"/" and not (name in (b"many", b"d", b"hard", b"link", b"long") or name.startswith(b"size-")):
+            continue
+        s = os.lstat(path)
+        link = os.readlink(path) if os.path.islink(path) else b""
+        data = b"" if link or os.path.isdir(path) else open(path, "rb").read()
+        size = 0 if os.path.isdir(path) else s.st_size
+        print(path, oct(s.st_mode), size, int(s.st_mtime), s.st_nlink, link, hashlib.sha256(data).hexdigest())
+"""
+    from nautile.sandbox.image import Image  # noqa: PLC0415
+
+    sandbox = fresh(image=Image((place,)), limits=Limits(memory=96 * MIB, output=4 * MIB))
+    inside = sandbox.run(["python3", "-I", "-c", script], timeout=60)
+    assert inside.exit_code == 0, inside.stderr
+    there = script.replace('os.walk(b"/")', f"os.walk({os.fsencode(place)!r})")
+    there = there.replace('above == b"/"', f"above == {os.fsencode(place)!r}").replace(
+        "print(path,", f"print(path[{len(str(place))}:],"
+    )
+    command = [sys.executable, "-I", "-c", there]
+    outside = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert len(outside.splitlines()) > 700
+    assert inside.stdout.splitlines() == outside.splitlines()
+
+
+# -- a directory of the caller's
+
+
+def test_a_workspace_is_copied_in_and_changes_come_back(fresh, tmp_path):
+    place = tmp_path / "work"
+    (place / "sub").mkdir(parents=True)
+    (place / "in").write_text("given")
+    (place / "sub/old").write_text("old")
+    (place / "outside").symlink_to(tmp_path)
+    sandbox = fresh(workspace=place)
+    result = sandbox.run(
+        "cat in; rm sub/old; mkdir new; echo made > new/out; ln -s /etc/passwd l; chmod 600 in; echo -n more >> in"
+    )
+    assert result.stdout == "given"
+    assert (place / "in").read_text() == "givenmore" and (place / "in").stat().st_mode & 0o777 == 0o600
+    assert (place / "new/out").read_text() == "made\n" and not (place / "sub/old").exists()
+    assert not (place / "l").exists() and (place / "outside").is_symlink()
+    (place / "in").write_text("changed here")
+    (place / "new/out").unlink()
+    assert sandbox.run("cat in; ls new").stdout == "changed here"
+    with pytest.raises(FileRefused, match="cannot be copied"):  # through a link of the host's nothing is written
+        sandbox.run("mkdir outside; echo evil > outside/evil")
+    assert not (tmp_path / "evil").exists()
+    with contextlib.suppress(FileRefused):
+        sandbox.close()
+
+
+@pytest.mark.slow
+def test_the_agents_tools_work_in_a_machine(tmp_path):
+    create().close()
+    (tmp_path / "notes").write_text("one\ntwo\n")
+    tools = open_tools(tmp_path, "microvm", emulate=True)
+    try:
+        request = {"tool": "edit", "arguments": {"path": "notes", "old": "two", "new": "three"}}
+        assert tools.call(Path(toolbox), request, time_limit=60) == {"ok": True, "output": "edited notes line 2"}
+        assert (tmp_path / "notes").read_text() == "one\nthree\n"
+    finally:
+        tools.close()
+
+
+def test_a_workspace_that_does_not_fit_is_refused(tmp_path):
+    create().close()
+    (tmp_path / "big").write_bytes(bytes(20 * MIB))
+    with pytest.raises(InvalidRequest, match="does not go into the sandbox"):
+        create(workspace=tmp_path, limits=Limits(memory=96 * MIB, disk=16 * MIB))

@@ -37,13 +37,19 @@ class Disks:
 
     def __init__(self, image: Image) -> None:
         self.held = image.held
-        self.indexes: list[Path] = [base.index()] if image.host_usr else []
+        self._checked = base.Checked() if image.host_usr else None
+        self.indexes: list[Path] = [self._checked.path] if self._checked is not None else []
         self.shared = not image.layers
         if image.layers:
             place = Path(tempfile.mkdtemp(prefix="nautile-disks-"))
             self._finalizer = weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
             for number, layer in enumerate(image.layers):
                 self.indexes.append(base.layer_index(layer, place / f"{number}.index"))
+
+    @property
+    def current(self) -> bool:
+        """Whether the host's /usr is still what the index says."""
+        return self._checked is None or self._checked.current
 
 
 def disks_of(substrate: str, image: Image) -> Disks:
@@ -75,6 +81,10 @@ class MicroVMDriver(GuestDriver):
         processors = math.ceil(limits.cpus or 1)
         machine = Machine("microvm", chosen, limits, processors, boot.prepare("microvm", "mmio"), tuple(disks.indexes))
         emulator = _started(machine, identity, qemu, snapshots and disks.shared)
+        if not disks.current:  # /usr has changed since its index was made
+            emulator.close()
+            base.index()
+            return cls.create(identity, image, limits, allow_emulation=allow_emulation, snapshots=snapshots)
         return cls(emulator, _info(identity, qemu, chosen, emulator), limits, image, disks)
 
     def fork(self) -> MicroVMDriver:

@@ -24,6 +24,7 @@ from nautile.sandbox import cgroup, seccomp
 from nautile.sandbox.errors import SandboxError, SandboxLost, SubstrateUnavailable
 from nautile.sandbox.function import host_directories
 from nautile.sandbox.guest.boot import Boot
+from nautile.sandbox.guest.kernel import cache_directory
 from nautile.sandbox.guest.link import Link
 from nautile.sandbox.guest.qmp import Monitor
 from nautile.sandbox.inside import frames
@@ -64,10 +65,20 @@ def program(substrate: str) -> str:
 
 
 def version(path: str) -> str:
-    """What QEMU says that it is."""
+    """What QEMU says that it is; asked once for each program, since every machine's start would wait for it."""
+    found = os.stat(path)
+    kept = cache_directory() / f"qemu-{found.st_size}-{found.st_mtime_ns}"
+    with contextlib.suppress(OSError):
+        return kept.read_text(encoding="utf-8")
     done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False, timeout=20)
     match = re.search(r"version (\S+(?: \([^)]*\))?)", done.stdout)
-    return match[1] if match else "unknown"
+    if match is None:
+        return "unknown"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    temporary = kept.with_name(f".{kept.name}.{secrets.token_hex(4)}")
+    temporary.write_text(match[1], encoding="utf-8")
+    os.rename(temporary, kept)
+    return match[1]
 
 
 def guest_memory(limits: Limits) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nautile.sandbox import seccomp
 from nautile.sandbox.errors import InvalidRequest
-from nautile.sandbox.guest import accel, boot
+from nautile.sandbox.guest import accel, base, boot
 from nautile.sandbox.guest.chain import Chain
 from nautile.sandbox.guest.driver import GuestDriver, identity_of, settings_of
 from nautile.sandbox.image import Image
@@ -61,6 +61,10 @@ class VMDriver(GuestDriver):
         disks = disks_of("vm", image)
         machine = Machine("vm", chosen, limits, math.ceil(limits.cpus or 1), boot.prepare("vm", "pci"), tuple(disks.indexes))
         emulator = _booted(machine, identity, chain)
+        if not disks.current:  # /usr has changed since its index was made
+            emulator.close()
+            base.index()
+            return cls.create(identity, image, limits, allow_emulation=allow_emulation)
         info = Info(identity, "vm", f"qemu {qemu.split(maxsplit=1)[0]}", chosen, emulator.group.enforced)
         return cls(emulator, info, limits, image, disks, chain)
 

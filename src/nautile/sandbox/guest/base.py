@@ -7,12 +7,13 @@ import hashlib
 import os
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 from nautile.sandbox import bundle
 from nautile.sandbox.guest import disk, kernel
 
-__all__ = ["index", "layer_index"]
+__all__ = ["Checked", "index", "layer_index"]
 
 _SETTINGS = ("/etc/alternatives", "/etc/ld.so.cache", "/etc/ssl/certs")
 
@@ -36,6 +37,27 @@ def index(cache: Path | None = None) -> Path:
             disk.graft(root, str(path), disk.scan(path, public=True))
         disk.write_index(root, target, [Path("/usr"), *settings, skeleton])
     return target
+
+
+class Checked:
+    """The index as it is, and in the background whether it still holds: a machine can start meanwhile."""
+
+    def __init__(self, cache: Path | None = None) -> None:
+        self.path = (cache or kernel.cache_directory()) / "base" / "host.index"
+        if not self.path.exists():
+            index(cache)
+        self._current = False
+        self._thread = threading.Thread(target=self._check, daemon=True)
+        self._thread.start()
+
+    def _check(self) -> None:
+        self._current = disk.is_current(self.path)
+
+    @property
+    def current(self) -> bool:
+        """Waits for the answer."""
+        self._thread.join()
+        return self._current
 
 
 def _skeleton(place: Path) -> Path:

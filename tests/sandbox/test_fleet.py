@@ -289,6 +289,28 @@ def test_a_fork_of_a_recorded_sandbox_is_found_again(fleet):
 
 
 @pytest.mark.usefixtures("crun")
+def test_a_session_outlives_its_client_and_is_gone_with_its_edge(fleet):
+    def talk(sandbox):
+        session = sandbox.session(pty=False)
+        session.send("x=41; echo o''ne\n")
+        assert "one" in session.until("one")
+        return session
+
+    first = fleet.create("container", log="talk")
+    talk(first)
+    second = fleet.create("container", log="talk")  # another client, which is given what was typed and read
+    session = talk(second)
+    session.send("echo $((x+1))\n")  # and goes on in the same shell
+    assert "42" in session.until("42")
+    fleet.of(second).kill()
+    fleet.of(second).start()
+    with pytest.raises(SandboxLost, match="Open another"):
+        session.send("echo\n")
+    assert second.run("echo on").stdout == "on\n"
+    second.close()
+
+
+@pytest.mark.usefixtures("crun")
 def test_an_edge_that_was_killed_finds_its_sandboxes_and_one_that_ends_leaves_nothing(fleet):
     plain, function = fleet.create("container"), None
     edge = fleet.of(plain)

@@ -145,6 +145,8 @@ def edge(  # noqa: PLR0913  # one parameter an option
     listen: Annotated[str, typer.Option(help="HOST:PORT, or unix:PATH for gateways of this machine.")] = "127.0.0.1:0",
     secret_file: Annotated[Path | None, typer.Option(help="A file with the secret that gateways show. TCP needs one.")] = None,
     capacity: Annotated[int, typer.Option(help="Sandboxes at once.")] = 4000,
+    kinds: Annotated[list[str] | None, typer.Option("--kind", help="What it offers; default: function, container.")] = None,
+    emulate: Annotated[bool, typer.Option("--emulate", help="Machines may be emulated.")] = False,
     pool: Annotated[int, typer.Option(help="Containers with default limits that are made ahead.")] = 0,
     images: Annotated[
         Path | None, typer.Option(help="Whose directories may be named as images. Default: the image store.")
@@ -161,7 +163,10 @@ def edge(  # noqa: PLR0913  # one parameter an option
     from nautile.sandbox.fleet.edge import EdgeConfig  # noqa: PLC0415
     from nautile.sandbox.fleet.serving import serve_edge  # noqa: PLC0415
 
-    config = EdgeConfig(name, state, Admission(capacity), orphan, pool=pool, images=images)
+    offered = tuple(kinds or ("function", "container"))
+    config = EdgeConfig(
+        name, state, Admission(capacity), orphan, pool=pool, images=images, kinds=offered, allow_emulation=emulate
+    )
     serve_edge(config, listen, _secret(secret_file), leave, evict)
 
 

@@ -371,7 +371,7 @@ def recorded_image(record: dict[str, Any]) -> Image:
     """The image of a record. Raises InvalidRequest when a layer is no longer there."""
     layers = tuple(map(Path, record["layers"]))
     for layer in layers:
-        if not layer.is_dir():
+        if not layer.exists():
             raise InvalidRequest(f"the layer {layer} of this log is gone: begin from an earlier point, in a new log")
     return Image(layers, record["host_usr"])
 
@@ -380,7 +380,7 @@ def starting_point(contents: Contents) -> tuple[Image, int]:
     """The newest image that a log has, and the operation from which on it must be carried out again."""
     for operation in reversed(contents.operations[contents.inherited :]):
         made = operation.result if operation.kind in ("snapshot", "fork") else None
-        if made is not None and "layers" in made and all(Path(layer).is_dir() for layer in made["layers"]):
+        if made is not None and "layers" in made and all(Path(layer).exists() for layer in made["layers"]):
             return recorded_image(made), operation.sequence + 1
     return recorded_image(contents.head["image"]), contents.inherited
 

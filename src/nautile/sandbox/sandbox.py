@@ -359,7 +359,7 @@ def _recorded(order: _Order, place: Path, identity: str, replay: str, keep: floa
         if driver is not None and driver.info.id != found["sandbox"]:
             log.moved(driver.info.id)
         info = driver.info if driver is not None else Info(found["sandbox"], order.kind, "lost", "native", ())
-        return Recorded(driver, log, info, capabilities, remaking)
+        return Recorded(driver, log, info, capabilities if driver is None else driver.capabilities, remaking)
     except BaseException:
         log.close()
         if driver is not None and driver.info.id == identity:  # made for nothing; one that was attached to stays

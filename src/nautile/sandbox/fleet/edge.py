@@ -59,8 +59,9 @@ class EdgeConfig:
     longest: float = 86_400.0  # seconds that a sandbox may live at most
     idle: float = 3600.0  # seconds without a request after which one ends, unless it asked for less
     pool: int = 0  # containers with the default limits that are made ahead
-    images: Path | None = None  # a directory whose directories may be named as images
+    images: Path | None = None  # whose directories may be named as images; None: those of the user's image store
     kinds: tuple[str, ...] = ("function", "container")
+    allow_emulation: bool = False  # machines may be emulated where the processor cannot run them
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,7 @@ class Edge:
             limits=wish.limits,
             network=list(wish.rules) or None,
             workers=wish.workers,
+            allow_emulation=self.config.allow_emulation,
             log=place,
             replay=wish.replay,
             keep=self.config.orphan,
@@ -255,9 +257,14 @@ class Edge:
 
     def _make(self, wish: Wish) -> Sandbox:
         if wish.kind != "container":
-            image = self._image(wish)
-            network = list(wish.rules) or None
-            return Sandbox.create(wish.kind, image=image, limits=wish.limits, network=network, workers=wish.workers)
+            return Sandbox.create(
+                wish.kind,
+                image=self._image(wish),
+                limits=wish.limits,
+                network=list(wish.rules) or None,
+                workers=wish.workers,
+                allow_emulation=self.config.allow_emulation,
+            )
         if wish.limits == Limits() and wish.image is None and not wish.rules:
             with self._lock:
                 ready = self._pool.pop() if self._pool else None
@@ -273,7 +280,7 @@ class Edge:
         return ContainerDriver.create(identity, image, wish.limits, policy, None, keep=self.config.orphan)
 
     def _image(self, wish: Wish) -> Image | None:
-        """A snapshot of this edge, or a directory below ``images``: never any other place of this machine."""
+        """A snapshot of this edge, a directory below ``images``, or an image of the store: no other place of this machine."""
         name = wish.image
         if name is None:
             return None
@@ -282,9 +289,13 @@ class Edge:
             if not belongs(project, wish.project):
                 raise AccessDenied(f"the image {name} belongs to another project")
             return image
-        if self.config.images is None or not re.fullmatch(r"[a-zA-Z0-9][\w.-]{0,99}", name):
+        if not re.fullmatch(r"[a-zA-Z0-9][\w.-]{0,99}", name):
             raise InvalidRequest(f"image {name[:80]!r}: edge {self.config.name} has no image of this name")
-        return Image.of(self.config.images / name)
+        if self.config.images is not None:
+            return Image.of(self.config.images / name)
+        from nautile.sandbox.images.store import ImageStore  # noqa: PLC0415
+
+        return ImageStore().image(name)
 
     def add_image(self, held: Held, image: Image) -> str:
         """Keep a snapshot for its project; its name."""

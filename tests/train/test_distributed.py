@@ -87,4 +87,4 @@ def test_what_goes_wrong_is_said_by_every_rank(tmp_path):
         assert "7 experts cannot be shared by 2 ranks" in experts
         assert "not a number (step 2, shard 0, row 1)" in nan
         assert untouched == "True"
-        assert "another model" in other
+        assert "another" in other

@@ -248,7 +248,7 @@ def test_other_options_and_other_models_are_refused(tmp_path):
     toy(tmp_path, steps=1).run(lambda report: None)
     with pytest.raises(RunError, match="another lr"):
         toy(tmp_path, lr=1.0).run(lambda report: None)
-    with pytest.raises(RunError, match="another model"):
+    with pytest.raises(RunError, match="another configuration"):
         toy(tmp_path, tiny_network((0, 4))).run(lambda report: None)
 
 

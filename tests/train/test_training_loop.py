@@ -15,6 +15,7 @@ from nautile.train.data import batches
 from nautile.train.loop import Trainer
 from nautile.train.losses import Batch, LossWeights, training_losses
 from nautile.train.optimizer import Muon, OptimizerConfig, Optimizers, newton_schulz, split_parameters
+from nautile.train.run_state import RunError
 from nautile.train.stages import load_weights, run_stage, save_weights, stage_config
 from oracles.random_models import tiny_network
 
@@ -60,7 +61,7 @@ def test_a_resumed_run_is_the_run(shards, tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(shards, tmp_path):
     run_stage(new_model(), shards, tmp_path / "run", config(1), lambda row: None)
     other = initialise(Transformer(tiny_network((0, 4), seed=1).config))
-    with pytest.raises(ValueError, match="another configuration"):
+    with pytest.raises(RunError, match="another configuration"):
         run_stage(other, shards, tmp_path / "run", config(2), lambda row: None)
 
 

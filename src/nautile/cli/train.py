@@ -177,7 +177,9 @@ def export(
     from nautile.checkpoint import save_model  # noqa: PLC0415
     from nautile.config import ModelConfig  # noqa: PLC0415
     from nautile.train import stages  # noqa: PLC0415
+    from nautile.train.vocabulary import check_same  # noqa: PLC0415
 
+    check_same(weights, tokenizer)
     model = stages.load_weights(ModelConfig.preset(preset), weights, "cpu")
     written = save_model(model, out, tokenizer_dir=tokenizer)
     typer.echo(f"{out}: {written.tensors} tensors, {written.nbytes / 1e6:.1f} MB, largest rounding {written.rounding}")
@@ -188,9 +190,10 @@ def _stage(name: str, run: _Run, **changes: float | None) -> None:
 
     from nautile.config import ModelConfig  # noqa: PLC0415
     from nautile.engine.costs import train_flops_per_token  # noqa: PLC0415
-    from nautile.train import stages  # noqa: PLC0415
+    from nautile.train import stages, vocabulary  # noqa: PLC0415
     from nautile.train.packing import stage_named  # noqa: PLC0415
 
+    known = vocabulary.check_same(run.data, run.init) if run.init is not None else vocabulary.digest_beside(run.data)
     config, builder = ModelConfig.preset(run.preset), None
     if run.index_topk is not None:
         config = dataclasses.replace(config, index_topk=run.index_topk)
@@ -208,6 +211,8 @@ def _stage(name: str, run: _Run, **changes: float | None) -> None:
     model = stages.load_weights(config, run.init, device)
     typer.echo(json.dumps({"stage": name, "parameters": sum(p.numel() for p in model.parameters()), "device": device}))
     progress = stages.run_stage(model, run.data, run.out, stage, _reporter(), run.first_shard)
+    if known is not None:
+        vocabulary.record(run.out, known)
     typer.echo(f"{name}: {progress.step} steps, {progress.tokens:,} tokens, {progress.seconds:.0f} s -> {run.out}")
     if builder is not None:
         builder.terminate()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nautile.train.losses import Batch
+from nautile.train.run_state import RunError
 
 __all__ = ["batches", "synthetic_batch"]
 
@@ -30,7 +33,7 @@ def batches(
     Shards are ``shard-00000.npz`` and so on. When the next one is not there: if ``done`` exists in the directory the first
     shard follows the last, otherwise it is waited for, ``patience`` seconds at most; then it is passed over with a warning
     if later ones are there (its builder hangs), else TimeoutError. A shard whose builder failed (``shard-N.failed`` holds the
-    traceback) is passed over too.
+    traceback) is passed over too. Raises RunError for a damaged one.
     """
     shard, row = start
     while True:
@@ -47,13 +50,25 @@ def batches(
                 warnings.warn(f"{path.name} did not appear within {patience:.0f} s: passed over", stacklevel=2)
                 shard, row = shard + 1, 0
             continue
-        with np.load(path) as arrays:
-            ids, documents, loss = arrays["ids"], arrays["documents"], arrays["loss"]
+        ids, documents, loss = _read_shard(path)
         while row + rows <= len(ids):
             part = slice(row, row + rows)
             row += rows
             yield Batch(_send(ids[part], device), _send(documents[part], device), _send(loss[part], device).float()), shard, row
         shard, row = shard + 1, 0
+
+
+def _read_shard(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ids, documents, loss of one shard, [N, T] each. Raises RunError when the file is not what a builder writes."""
+    again = "remove it and run the data builder again, which writes it anew"
+    try:
+        with np.load(path) as arrays:
+            ids, documents, loss = arrays["ids"], arrays["documents"], arrays["loss"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise RunError(f"{path} is damaged ({type(error).__name__}): {again}") from None
+    if ids.ndim != 2 or not ids.shape == documents.shape == loss.shape:
+        raise RunError(f"{path} holds arrays of shapes {ids.shape}, {documents.shape} and {loss.shape}: {again}")
+    return ids, documents, loss
 
 
 def _send(array: np.ndarray, device: torch.device) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from nautile.model.layers import Linear
 from nautile.model.moe import Experts, Gate
 from nautile.train.losses import Batch, Losses, LossWeights, training_losses
 from nautile.train.optimizer import Optimizers
+from nautile.train.run_state import RunError, read_state, write_state
 
 __all__ = ["StageConfig", "Trainer", "learning_rate", "quantisation_aware"]
 
@@ -130,7 +130,7 @@ class Trainer:
 
         ``batches`` yields (micro batch, shard, next row); see ``data.batches``.
         """
-        config, progress = self.config, self.progress
+        config, progress, first = self.config, self.progress, self.progress.step
         began, log = time.perf_counter() - progress.seconds, (self.directory / "log.jsonl").open("a")
         mark, marked_tokens = time.perf_counter(), progress.tokens
         while progress.step < (config.steps if until is None else min(until, config.steps)):
@@ -154,10 +154,22 @@ class Trainer:
                 _write_row(log, row)
                 report(row)
             if progress.step % config.save_every == 0:
+                self._require_finite(losses, norm)
                 self.save()
         log.close()
+        if progress.step > first:
+            self._require_finite(losses, norm)
         self.save()
         return progress
+
+    def _require_finite(self, losses: Losses, norm: Tensor) -> None:
+        """Raises RunError when the last step gave no numbers: what is on the disk is the last good state."""
+        if not (math.isfinite(losses.next_token.item()) and math.isfinite(norm.item())):
+            where = f"step {self.progress.step}, shard {self.progress.shard}, row {self.progress.row}"
+            raise RunError(
+                f"the loss is not a number ({where}): the checkpoint in {self.directory} is the last good one; run again to "
+                "go on from it, with a lower learning rate or without that shard if it happens again"
+            )
 
     def _step(self, batches: Iterator[tuple[Batch, int, int]], lr: float, decaying: bool) -> tuple[Losses, Tensor]:
         config = self.config
@@ -189,6 +201,7 @@ class Trainer:
             bias.add_(torch.sign(load.mean() - load), alpha=self.config.bias_speed)
 
     def _measure(self, losses: Losses, norm: Tensor, lr: float, mark: float, marked: int) -> dict[str, float]:
+        self._require_finite(losses, norm)
         total = losses.next_token.item()  # waits for the device, so the clock below is honest
         now = time.perf_counter()
         rate = (self.progress.tokens - marked) / max(now - mark, 1e-9)
@@ -206,13 +219,11 @@ class Trainer:
         }
         if self.config.peak_flops is not None:
             row["mfu"] = rate * self.config.flops_per_token / self.config.peak_flops
-        if math.isnan(total):
-            raise RuntimeError(f"the loss is not a number at step {self.progress.step}; the last checkpoint is untouched")
         self.progress.history.append(row)
         return row
 
     def save(self) -> Path:
-        """Write everything a resumed run needs; the file appears whole or not at all."""
+        """Write everything a resumed run needs. Raises RunError when it cannot be written; the last one is untouched then."""
         path = self.directory / "checkpoint.pt"
         random_state: dict[str, Any] = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -223,23 +234,20 @@ class Trainer:
             "progress": asdict(self.progress),
             "config": self.model.config.to_json(),
             "random": random_state,
+            "options": self._options(),
         }
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_state(path, state)
         return path
 
     def resume(self) -> bool:
-        """Continue from this directory's checkpoint, if there is one: weights, optimizer, data cursor and random state."""
+        """Continue from this directory's checkpoint, if there is one: weights, optimizer, data cursor and random state.
+
+        Raises RunError when it is damaged, of another model, or of a stage with other rows or quantisation.
+        """
         path = self.directory / "checkpoint.pt"
-        if not path.exists():
+        state = read_state(path, self.model.config.to_json(), self._options(), self.device)
+        if state is None:
             return False
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        if state["config"] != self.model.config.to_json():
-            raise ValueError(f"{path} belongs to another configuration; choose another --out directory")
         self.model.load_state_dict(state["model"])
         self.optimizers.load_state_dict(state["optimizers"])
         self.progress = Progress(**state["progress"])
@@ -247,6 +255,10 @@ class Trainer:
         if "cuda" in state["random"] and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random"]["cuda"].cpu())
         return True
+
+    def _options(self) -> dict[str, Any]:
+        """What a stage cannot change halfway: the data cursor counts batches, and weights lie on the grid or not."""
+        return {"batch_rows": self.config.batch_rows, "qat": self.config.qat}
 
 
 def _write_row(log: TextIO, row: dict[str, float]) -> None:

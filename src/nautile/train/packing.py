@@ -24,7 +24,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from nautile.protocol import Tokenizer
-from nautile.train import copying, corpus, needles, procedural
+from nautile.train import copying, corpus, needles, procedural, vocabulary
 from nautile.train.tasks import Lexicon, Pool
 from nautile.train.tokenizer import PAD, SPECIALS
 from nautile.train.traces import TraceMaker, TraceMix, tokenise
@@ -433,6 +433,8 @@ def _check_index(config: BuildConfig, directory: Path) -> None:
     temporary = index.with_suffix(".tmp")
     temporary.write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
     temporary.replace(index)
+    if (known := vocabulary.digest_beside(Path(config.tokenizer))) is not None:
+        vocabulary.record(directory, known)
     (directory / "done").unlink(missing_ok=True)
 
 

@@ -39,12 +39,12 @@ def read_state(path: Path, model: dict[str, Any], options: dict[str, Any], devic
         return None
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-        found, made_with = state["config"], state["options"]
+        found, made_with = state["config"], state.get("options", {})
     except Exception as error:  # whatever is wrong with a file that was cut or changed
         raise RunError(f"{path} is damaged ({type(error).__name__}): remove it to start anew, or put a copy back") from None
     if found != model:
-        raise RunError(f"{path} belongs to another model: choose another --out directory")
-    changed = [key for key, value in options.items() if made_with.get(key) != value]
+        raise RunError(f"{path} belongs to another configuration of a model: choose another --out directory")
+    changed = [key for key, value in options.items() if key in made_with and made_with[key] != value]
     if changed:
         raise RunError(f"{path} was made with another {changed[0]}: use the options of that run, or another --out")
     return state

@@ -46,7 +46,7 @@ def expert_rate(blobs: torch.Tensor, threads: int, config: ModelConfig, together
     x, out = torch.randn(1, config.hidden_size).bfloat16(), torch.empty(1, config.hidden_size)
     spent, done = 0.0, 0
     for first in range(0, len(blobs) - together, together):
-        jobs = [ExpertJob(blobs[first + index], 0, 1.0) for index in range(together)]
+        jobs = [ExpertJob(blobs[first + index].data_ptr(), 0, 1.0) for index in range(together)]
         start = time.perf_counter()
         team.start(jobs, x, out)
         team.wait()

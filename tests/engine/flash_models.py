@@ -9,7 +9,8 @@ from nautile.engine.packed_weights import PackedWeights
 from nautile.engine.placement import Budget, dense_bytes, expert_bytes, place_experts
 
 SHAPE = {
-    "vocab_size": 160, "hidden_size": 128, "num_attention_heads": 16, "head_dim": 128, "qk_rope_head_dim": 64, "q_lora_rank": 128,
+    "vocab_size": 160, "hidden_size": 128, "num_attention_heads": 16, "head_dim": 128, "qk_rope_head_dim": 64,
+    "q_lora_rank": 128,
     "o_groups": 2, "o_lora_rank": 64, "sliding_window": 16, "index_n_heads": 16, "index_head_dim": 64, "index_topk": 64,
     "n_routed_experts": 16, "num_experts_per_tok": 3, "moe_intermediate_size": 128, "num_hash_layers": 1,
     "max_position_embeddings": 8192, "num_nextn_predict_layers": 0,

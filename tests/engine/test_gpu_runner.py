@@ -1,13 +1,16 @@
 """Packed weights: the decode pieces against the modules, on the card or on the CPU, wherever experts lie."""
 
+import json
+
 import pytest
 import torch
-from engine.flash_models import budget, flash_config, packed
 
+from engine.flash_models import budget, flash_config, packed
 from nautile.checkpoint import load_model
 from nautile.checkpoint.errors import CheckpointError
 from nautile.checkpoint.layout import entries, scale_name, stored_tensors
 from nautile.checkpoint.shards import ShardWriter
+from nautile.engine import Engine, EngineConfig, SamplingParams
 from nautile.engine.expert_dispatch import Dispatch, Speeds, divide
 from nautile.engine.fill import fill_from_checkpoint
 from nautile.engine.gpu_runner import GPURunner
@@ -116,8 +119,6 @@ def test_each_expert_goes_where_it_ends_first():
 
 def write_official(path, weights):
     """A checkpoint directory of these weights, tensor by tensor."""
-    import json
-
     path.mkdir()
     (path / "config.json").write_text(json.dumps(weights.config.to_json()))
     values = dict(weights.destinations())
@@ -175,3 +176,30 @@ def test_what_cannot_run_says_so(config, weights):
         GPURunner(packed(config, 26), StatePool(config, OPTIONS))
     with pytest.raises(ValueError, match="fake_quant"):
         packed(flash_config(fake_quant_kv=False))
+
+
+@pytest.mark.parametrize("on_card", [64, 26], ids=["all on the card", "some"])
+def test_the_engine_serves_packed_weights(config, weights, on_card):
+    """Greedy text through the engine, batched and with cached prefixes, is what the modules say token by token."""
+    own = copied(weights, config, on_card, "cpu")
+    options = EngineConfig(rows="packed", pool_bytes=24 << 20, max_running=4, token_budget=64, threads=1)
+    engine = Engine(network(own), options)
+    assert engine.runner_name == "GPURunner"
+    prompts = [
+        [(7 * index + shift) % config.vocab_size for index in range(length)] for shift, length in ((1, 9), (2, 130), (3, 260))
+    ]
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    first, again = engine.generate(prompts, params), engine.generate(prompts, params)
+    assert [one.ids for one in first] == [one.ids for one in again] and again[2].reused_tokens
+    pool = StatePool(config, OPTIONS)
+    modules = TorchRunner(network(weights), pool)
+    for prompt, completion in zip(prompts, first, strict=True):
+        sequence, ids = pool.open(prompt), list(prompt)
+        for token in completion.ids:
+            new = ids[sequence.length :]
+            pool.ensure(sequence, len(new))
+            assert int(modules.step(Plan((Piece(sequence, tuple(new)),))).argmax()) == token
+            pool.append(sequence, new)
+            ids.append(token)
+        pool.release(sequence)
+    engine.close()

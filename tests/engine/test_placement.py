@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from engine.flash_models import budget, flash_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.flash_models import budget, flash_config, packed
 from nautile.config import ModelConfig
 from nautile.engine.placement import (
     Budget,
@@ -60,8 +60,6 @@ def test_too_little_memory_says_what_is_missing(card, host, text):
 
 
 def test_dense_weights_are_what_is_allocated():
-    from engine.flash_models import packed
-
     config = flash_config()
     assert packed(config).nbytes == pytest.approx(dense_bytes(config), rel=0.05)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nautile.kernels.decode import linear, query, routing, rows, streams
-from nautile.quant import fp8
+from nautile.quant import fp8, hadamard
 from nautile.state.formats import IndexFormat
 
 
@@ -43,8 +43,8 @@ def test_linear(device, tokens, outputs, inputs, groups, stored):
 
 def site(n, d, device):
     return streams.Site(
-        torch.randn(24, n * d, device=device) / (n * d) ** 0.5, torch.randn(24, device=device), torch.rand(3, device=device) + 0.5,
-        torch.rand(d, device=device) + 0.5, 20, 1e-6, 1e-6,
+        torch.randn(24, n * d, device=device) / (n * d) ** 0.5, torch.randn(24, device=device),
+        torch.rand(3, device=device) + 0.5, torch.rand(d, device=device) + 0.5, 20, 1e-6, 1e-6,
     )  # fmt: skip
 
 
@@ -145,7 +145,5 @@ def test_gated(device):
 
 
 def test_signs_are_the_transform():
-    from nautile.quant import hadamard
-
     x = torch.randn(5, 64)
     torch.testing.assert_close(x @ rows.hadamard_signs(64, x.device) / 8, hadamard.transform(x))

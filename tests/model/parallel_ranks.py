@@ -10,9 +10,8 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from oracles.random_models import random_ids, tiny_network
-
 from nautile.model.parallel import ContextState, shard_experts, shard_heads
+from oracles.random_models import random_ids, tiny_network
 
 TOKENS, PROMPT = 12, 651
 SHAPE = {"o_groups": 4, "n_routed_experts": 10, "num_experts_per_tok": 3}

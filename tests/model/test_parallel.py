@@ -2,8 +2,8 @@
 
 import pytest
 import torch.multiprocessing as processes
-from model.parallel_ranks import rank_main
 
+from model.parallel_ranks import rank_main
 from nautile.model.parallel import prompt_slices
 
 

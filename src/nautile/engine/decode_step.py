@@ -10,7 +10,10 @@ On the CPU the same code runs with the ops' plain meanings.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,15 +51,16 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Mail:
-    """What host and card exchange between two pieces, in host memory: out x bfloat16 [B, d], experts int32 and weights
-    float32 [B, k]; in staging slots int64 and shares float32 [B, k], 0 for pairs that are not streamed, and the host's sums float32 [B, d]."""
+    """What host and card exchange between two pieces, in host memory.
+
+    Out: x bfloat16 [B, d], experts int32 and weights float32 [B, k]. In, one run of words so that one copy brings all: staging
+    slots int32 and shares float32 [B, k], 0 for pairs that are not streamed, and the host's sums float32 [B, d].
+    """
 
     x: Tensor
     experts: Tensor
     weights: Tensor
-    slots: Tensor
-    shares: Tensor
-    sums: Tensor
+    back: Tensor
 
     @classmethod
     def allocate(cls, batch: int, chosen: int, hidden: int, pinned: bool) -> Mail:
@@ -65,11 +69,26 @@ class Mail:
         def new(width: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(batch, width, dtype=dtype, pin_memory=pinned)
 
-        half, whole = torch.bfloat16, torch.float32
-        return cls(
-            new(hidden, half), new(chosen, torch.int32), new(chosen, whole), new(chosen, torch.int64), new(chosen, whole),
-            new(hidden, whole),
-        )  # fmt: skip
+        back = torch.zeros(batch * (2 * chosen + hidden), dtype=torch.float32, pin_memory=pinned)
+        return cls(new(hidden, torch.bfloat16), new(chosen, torch.int32), new(chosen, torch.float32), back)
+
+    def cut(self, words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots, shares and sums of ``back`` or of a copy of it."""
+        batch, chosen = self.experts.shape
+        pairs = batch * chosen
+        slots, shares, sums = words.split([pairs, pairs, len(words) - 2 * pairs])
+        return slots.view(torch.int32).view(batch, chosen), shares.view(batch, chosen), sums.view(batch, -1)
+
+    @cached_property
+    def sums(self) -> Tensor:
+        """Where the host's sums go."""
+        return self.cut(self.back)[2]
+
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Slots and shares for NumPy, which writes a few numbers faster."""
+        slots, shares, _ = self.cut(self.back)
+        return slots.numpy(), shares.numpy()
 
 
 @dataclass(frozen=True)
@@ -125,8 +144,8 @@ class DecodeStep:
         layer = self.weights.layers[index]
         x, post, matrix = mix(self._streams, layer.attention, self.dtype)
         self._streams = join(self._streams, (self._attend(index, layer, x),), post, matrix)
-        self._x, *mixing = mix(self._streams, layer.feed_forward, self.dtype)
-        self._mixing = (mixing[0], mixing[1])
+        self._x, post, matrix = mix(self._streams, layer.feed_forward, self.dtype)
+        self._mixing = (post, matrix)
         self._route(index, layer)
 
     def meanwhile(self, index: int) -> None:
@@ -149,10 +168,9 @@ class DecodeStep:
 
     def _finish_layer(self) -> None:
         """All experts' parts, streamed ones and the host's sums among them, back into the streams."""
-        parts = self._parts
+        parts: tuple[Tensor, ...] = self._parts
         if self.mail is not None:
-            device, mail = self._x.device, self.mail
-            slots, shares, sums = (t.to(device, non_blocking=True) for t in (mail.slots, mail.shares, mail.sums))
+            slots, shares, sums = self.mail.cut(self.mail.back.to(self._x.device, non_blocking=True))
             store = self.weights.store
             parts = (parts[0] + parts[1], store.product(self._x, slots, shares, store.staged), sums)
         self._streams = join(self._streams, parts, *self._mixing)

@@ -8,6 +8,8 @@ cores.
 from __future__ import annotations
 
 import math
+import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +19,7 @@ from nautile.engine.decode_step import Mail
 from nautile.engine.expert_store import ExpertStore
 from nautile.kernels.host import ExpertJob, HostTeam
 
-__all__ = ["Dispatch", "DispatchCounts", "Speeds", "divide"]
+__all__ = ["Dispatch", "DispatchCounts", "Speeds", "divide", "measured_speeds", "open_dispatch"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ def divide(missing: Sequence[tuple[int, int]], speeds: Speeds, room: int | None 
     """(expert, tokens that chose it) -> experts to stream, experts for the host. Each goes where it ends earlier; on the host
     an expert of several tokens is read once. Experts of many tokens are placed first; at most ``room`` are streamed."""
     link = host = 0.0
-    streamed, computed = [], []
+    streamed: list[int] = []
+    computed: list[int] = []
     for expert, tokens in sorted(missing, key=lambda item: (-item[1], item[0])):
         slower = speeds.host * (1 + 0.25 * (tokens - 1))  # more arithmetic on the same bytes
         if link + speeds.link <= host + slower and (room is None or len(streamed) < room):
@@ -56,6 +59,56 @@ def divide(missing: Sequence[tuple[int, int]], speeds: Speeds, room: int | None 
             host += slower
             computed.append(expert)
     return streamed, computed
+
+
+def measured_speeds(store: ExpertStore, team: HostTeam | None) -> Speeds:
+    """Seconds an expert takes over the link and on the host's cores, measured while both are busy (they share memory)."""
+    away = [(layer, int(e)) for layer in range(len(store.row)) for e in (store.row[layer] >= 0).nonzero().flatten()]
+    random.Random(0).shuffle(away)
+    on_card = store.device.type == "cuda"
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_card else []
+    copied = away[:256]
+    began = time.perf_counter()
+    if events:
+        events[0].record()
+    for layer, expert in copied:
+        store.stream(layer, [expert])
+    if events:
+        events[1].record()
+    link = time.perf_counter() - began
+    host = _host_seconds(store, team, away[-64:]) if team is not None else math.inf
+    if events:
+        torch.cuda.synchronize()
+        link = events[0].elapsed_time(events[1]) / 1e3
+    return Speeds(link / max(1, len(copied)), host)
+
+
+def _host_seconds(store: ExpertStore, team: HostTeam, away: list[tuple[int, int]]) -> float:
+    """Seconds an expert on the host, two at a time as a step asks for them."""
+    config = store.config
+    x, out = torch.randn(1, config.hidden_size).bfloat16(), torch.empty(1, config.hidden_size)
+    spent = 0.0
+    for at in range(0, len(away), 2):
+        jobs = [ExpertJob(store.address(layer, expert), 0, 1.0) for layer, expert in away[at : at + 2]]
+        start = time.perf_counter()
+        team.start(jobs, x, out)
+        team.wait()
+        spent += time.perf_counter() - start
+    return spent / max(1, len(away))
+
+
+def open_dispatch(store: ExpertStore, threads: int, tokens: int) -> Dispatch | None:
+    """What serves a store's experts to steps of up to ``tokens`` sequences, its speeds measured; None when all lie on the card.
+
+    ``threads`` of the host compute experts, with 0 all are streamed. Raises NativeUnavailable without a C++ compiler.
+    """
+    if store.all_on_card:
+        return None
+    config, team = store.config, None
+    if threads:
+        sizes = (config.hidden_size, config.moe_intermediate_size, config.swiglu_limit)
+        team = HostTeam(threads, *sizes, tokens=tokens, pairs=tokens * config.num_experts_per_tok)
+    return Dispatch(store, team, measured_speeds(store, team))
 
 
 class Dispatch:
@@ -96,11 +149,12 @@ class Dispatch:
         self.counts.on_card += len(tokens) - len(missing)
         self.counts.streamed += len(streamed)
         self.counts.on_host += len(computed)
-        self._stream(layer, streamed)
         self._start(layer, mail, rows, weights, computed)
+        self._stream(layer, streamed)
         slot_of = {expert: slot for slot, expert in enumerate(streamed)}
-        mail.slots.numpy()[:] = [[slot_of.get(expert, 0) for expert in row] for row in rows]
-        mail.shares.numpy()[:] = [
+        slots, shares = mail.arrays
+        slots[:] = [[slot_of.get(expert, 0) for expert in row] for row in rows]
+        shares[:] = [
             [weight if expert in slot_of else 0.0 for expert, weight in zip(*pair, strict=True)]
             for pair in zip(rows, weights, strict=True)
         ]
@@ -117,7 +171,7 @@ class Dispatch:
             mail.sums.zero_()
             return
         jobs = [
-            ExpertJob(self.store.blob(layer, expert), token, weights[token][row.index(expert)])
+            ExpertJob(self.store.address(layer, expert), token, weights[token][row.index(expert)])
             for expert in away
             for token, row in enumerate(rows)
             if expert in row

@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nautile.config import ModelConfig
 from nautile.engine.placement import ExpertPlacement, expert_bytes
 from nautile.kernels.fp4_experts import FP4Experts, fp4_experts, fp4_experts_reference
+from nautile.kernels.host import ExpertStream
 
-__all__ = ["ExpertStore", "PARTS", "host_memory"]
+__all__ = ["PARTS", "ExpertStore", "host_memory"]
 
 PARTS = ("w1", "s1", "w3", "s3", "w2", "s2")
 _CHUNK = 1 << 30  # bytes of one pinned allocation: PyTorch rounds them up to powers of two
@@ -54,10 +56,9 @@ class ExpertStore:
         self._per_chunk = per
         self._chunks = [host_memory(count * self.bytes, device.type == "cuda").view(count, self.bytes) for count in sizes]
         self.device_local = self.local.to(device)
-        self._staging = [tuple(arena[slot] for arena in self.arenas) for slot in range(placement.on_card, slots)]
-        self._host_parts: dict[
-            tuple[int, int], tuple[Tensor, ...]
-        ] = {}  # views, made once: making them costs as much as a copy
+        self._rows: list[list[int]] = self.row.tolist()
+        self._bases = [chunk.data_ptr() for chunk in self._chunks]
+        self._stream = ExpertStream(self.arenas)
 
     def _number(self) -> tuple[FP4Experts, ...]:
         """Give every expert its place; the experts on the card, layer by layer."""
@@ -108,12 +109,19 @@ class ExpertStore:
     # Products -----------------------------------------------------------------------------------------------------
 
     def stream(self, layer: int, experts: Sequence[int]) -> None:
-        """Start copying experts into the staging slots 0, 1, ..., on the current stream."""
-        for slot, expert in zip(self._staging, experts, strict=False):
-            if (layer, expert) not in self._host_parts:
-                self._host_parts[layer, expert] = self._cut(self.blob(layer, expert))
-            for place, part in zip(slot, self._host_parts[layer, expert], strict=True):
-                place.copy_(part, non_blocking=True)
+        """Start copying experts into the staging slots 0, 1, ..., on the current stream.
+
+        Raises ValueError for more than there are slots, RuntimeError when the driver refuses.
+        """
+        if len(experts) > self.placement.staging:
+            raise ValueError(f"{len(experts)} experts for {self.placement.staging} staging slots")
+        stream = torch.cuda.current_stream().cuda_stream if self.device.type == "cuda" else 0
+        self._stream.copy([self.address(layer, expert) for expert in experts], self.placement.on_card, stream)
+
+    def address(self, layer: int, expert: int) -> int:
+        """Where an expert lies in host memory."""
+        row = self._rows[layer][expert]
+        return self._bases[row // self._per_chunk] + row % self._per_chunk * self.bytes
 
     def product(self, x: Tensor, chosen: Tensor, weights: Tensor, experts: FP4Experts) -> Tensor:
         """x [T, d], numbers [T, k] of experts in this view, weights [T, k] -> float32 [T, d]."""
@@ -157,5 +165,15 @@ class ExpertStore:
         live = numbers >= 0
         if not bool(live.any()):
             return
-        index = live.nonzero().squeeze(1).to(out.device)
-        out[index] = self.product(pairs[index], numbers[live].unsqueeze(1).to(out.device), shares[index], experts)
+        index = live.nonzero().squeeze(1)
+        count = len(index)
+        padded = _padded(count) if out.is_cuda else count
+        index = F.pad(index, (0, padded - count)).to(out.device)
+        numbers = F.pad(numbers[live], (0, padded - count)).unsqueeze(1).to(out.device)
+        out[index[:count]] = self.product(pairs[index], numbers, shares[index], experts)[:count]
+
+
+def _padded(pairs: int) -> int:
+    """Kernels are compiled by the number of pairs; how many fall to a group of experts differs every time. So few numbers, of
+    which the larger ones need no table of a compiled size."""
+    return 16 if pairs <= 16 else max(2048, 1 << (pairs - 1).bit_length())

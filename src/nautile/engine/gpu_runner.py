@@ -7,20 +7,54 @@ allocated after that. A fault of the card ends the step with an error that names
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from nautile.engine.decode_step import DecodeStep, Mail
 from nautile.engine.expert_dispatch import Dispatch
-from nautile.engine.packed_weights import PackedWeights, network
+from nautile.engine.packed_weights import PackedNetwork, PackedWeights, network
 from nautile.engine.plan import Piece, Plan
 from nautile.engine.runner import TorchRunner
 from nautile.kernels.decode.linear import MOST_TOKENS
 from nautile.state.pool import StatePool
 
-__all__ = ["CardError", "GPURunner"]
+__all__ = ["CardError", "GPURunner", "HostTimes"]
 
 _LEAST = 1024  # tokens of the smallest capacity
+
+
+@dataclass
+class HostTimes:
+    """Seconds that the host spent between pieces, summed over layers and steps. Written by the runner.
+
+    wait_card: until the router's choice is there; decide: dividing experts, starting copies and threads; launch: of the shared
+    expert and the resident ones; wait_host: until the host's own experts are done.
+    """
+
+    wait_card: float = 0.0
+    decide: float = 0.0
+    launch: float = 0.0
+    wait_host: float = 0.0
+    layers: int = 0
+
+    def add(self, wait_card: float, decide: float, launch: float, wait_host: float) -> None:
+        """One layer more."""
+        self.wait_card += wait_card
+        self.decide += decide
+        self.launch += launch
+        self.wait_host += wait_host
+        self.layers += 1
+
+    def microseconds_a_layer(self) -> dict[str, float]:
+        """Means by part."""
+        parts = ("wait_card", "decide", "launch", "wait_host")
+        return {name: round(getattr(self, name) / max(1, self.layers) * 1e6, 1) for name in parts}
 
 
 class CardError(RuntimeError):
@@ -30,16 +64,20 @@ class CardError(RuntimeError):
 class GPURunner(TorchRunner):
     """Packed weights over a pool of packed rows, on the card that holds both (or, for tests, on the CPU)."""
 
-    def __init__(self, weights: PackedWeights, pool: StatePool, dispatch: Dispatch | None = None) -> None:
-        """``dispatch`` serves experts that are not on the card. Raises ValueError for rows that are not packed, and without
-        a dispatch when experts are in host memory."""
+    def __init__(
+        self, weights: PackedWeights, pool: StatePool, dispatch: Dispatch | None = None, model: PackedNetwork | None = None
+    ) -> None:
+        """``dispatch`` serves experts that are not on the card; ``model`` are the modules over the weights, if they exist.
+
+        Raises ValueError for rows that are not packed, and without a dispatch when experts are in host memory.
+        """
         if pool.options.rows != "packed":
             raise ValueError(f'packed weights run with rows="packed", this pool has {pool.options.rows!r}')
         if dispatch is None and not weights.store.all_on_card:
             raise ValueError("experts are in host memory: give a dispatch")
         self.weights, self.dispatch = weights, None if weights.store.all_on_card else dispatch
         self.device = weights.embed.device
-        super().__init__(network(weights, torch.bfloat16 if self.device.type == "cuda" else torch.float32), pool)
+        super().__init__(model or network(weights), pool)
         self._most = min(MOST_TOKENS, self.dispatch.most_tokens()) if self.dispatch is not None else MOST_TOKENS
         if self._most < 1:
             raise ValueError("one token may choose more experts than can be streamed: give the placement more staging slots")
@@ -63,6 +101,10 @@ class GPURunner(TorchRunner):
             raise CardError(f"the card failed: {error}; the engine must be started again") from error
         wanted_rows = [rows[index] for index, piece in enumerate(plan.pieces) if piece.rows]
         return torch.cat(wanted_rows) if wanted_rows else self._none()
+
+    def host_times(self, batch: int, tokens: int) -> HostTimes:
+        """Of the graphs that serve ``batch`` sequences of up to ``tokens`` tokens."""
+        return self._graphs(batch, tokens).times
 
     def _none(self) -> Tensor:
         return torch.empty(0, self.weights.config.vocab_size, device=self.device)
@@ -95,9 +137,10 @@ class _Graphs:
         self.step = DecodeStep(weights, pool.pages, batch, capacity, self.mail)
         width = 3 * batch + self.step.inputs.table.numel()
         self._packed = torch.zeros(width, dtype=torch.int64, pin_memory=on_card)
+        self.times = HostTimes()
         self._arrived = torch.cuda.Event() if on_card else None
         self._pieces: list[torch.cuda.CUDAGraph] = []
-        self._shared: list[torch.cuda.CUDAGraph] = []
+        self._meanwhile: list[torch.cuda.CUDAGraph] = []
 
     def run(self, pieces: list[Piece]) -> Tensor:
         """The logits [B, V] of these pieces of one token each."""
@@ -110,14 +153,23 @@ class _Graphs:
             if index == layers:
                 break
             if self.mail is not None and self.dispatch is not None:
-                self._arrive()
-                self.dispatch.begin(index, self.mail)
-                self._side(index)
-                self.dispatch.end()
+                self._serve(index, self.mail, self.dispatch)
             else:
                 self._side(index)
         assert self.step.logits is not None
         return self.step.logits.clone()
+
+    def _serve(self, index: int, mail: Mail, dispatch: Dispatch) -> None:
+        """What the host does between two pieces, and how long each part takes."""
+        start = time.perf_counter()
+        self._arrive()
+        arrived = time.perf_counter()
+        dispatch.begin(index, mail)
+        decided = time.perf_counter()
+        self._side(index)
+        launched = time.perf_counter()
+        dispatch.end()
+        self.times.add(arrived - start, decided - arrived, launched - decided, time.perf_counter() - launched)
 
     def _write(self, pieces: list[Piece]) -> None:
         inputs = self.step.inputs
@@ -150,8 +202,8 @@ class _Graphs:
     def _side(self, index: int) -> None:
         if not self._pieces:
             self.step.meanwhile(index)
-        elif self._shared:
-            self._shared[index].replay()
+        elif self._meanwhile:
+            self._meanwhile[index].replay()
 
     def _capture(self) -> None:
         """Run everything once, so that all kernels are compiled, then capture. With nothing for the host to do in between, the
@@ -164,22 +216,16 @@ class _Graphs:
         torch.cuda.synchronize()
         pool = torch.cuda.graph_pool_handle()
         layers = len(self.step.weights.layers)
-        if self.mail is None:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                self._all()
-            self._pieces = [graph]
-            return
-        pieces, shared = [], []
-        for index in range(layers + 1):
-            pieces.append(torch.cuda.CUDAGraph())
-            with torch.cuda.graph(pieces[-1], pool=pool):
-                self.step.piece(index)
-            if index < layers:
-                shared.append(torch.cuda.CUDAGraph())
-                with torch.cuda.graph(shared[-1], pool=pool):
-                    self.step.meanwhile(index)
-        self._pieces, self._shared = pieces, shared
+        with torch.cuda.stream(stream):
+            if self.mail is None:
+                self._pieces = [_captured(self._all, pool)]
+                return
+            pieces, meanwhile = [], []
+            for index in range(layers + 1):
+                pieces.append(_captured(partial(self.step.piece, index), pool))
+                if index < layers:
+                    meanwhile.append(_captured(partial(self.step.meanwhile, index), pool))
+            self._pieces, self._meanwhile = pieces, meanwhile
 
     def _all(self) -> None:
         layers = len(self.step.weights.layers)
@@ -187,3 +233,15 @@ class _Graphs:
             self.step.piece(index)
             if index < layers:
                 self.step.meanwhile(index)
+
+
+def _captured(call: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+    """``call`` as a graph. The context manager of PyTorch collects garbage around each capture, which takes longer than all of
+    it when there are ninety."""
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(pool=pool)
+    try:
+        call()
+    finally:
+        graph.capture_end()
+    return graph

@@ -22,7 +22,7 @@ from nautile.model import Transformer
 from nautile.model.moe import Routing
 from nautile.model.rope import inverse_frequencies
 
-__all__ = ["LayerWeights", "PackedWeights", "network"]
+__all__ = ["LayerWeights", "PackedNetwork", "PackedWeights", "network"]
 
 
 @dataclass(frozen=True)
@@ -278,11 +278,19 @@ class PackedEmbedding(nn.Module):
         return F.embedding(ids, self.weight).float()
 
 
-def network(weights: PackedWeights, dtype: torch.dtype) -> Transformer:
-    """The modules over these weights; products in ``dtype``, streams in float32."""
+class PackedNetwork(Transformer):
+    """The modules over packed weights, which an engine runs with the packed runner. ``packed`` is set by ``network``."""
+
+    packed: PackedWeights
+
+
+def network(weights: PackedWeights, dtype: torch.dtype | None = None) -> PackedNetwork:
+    """The modules over these weights, streams in float32; products in ``dtype``: bfloat16 on a card, float32 elsewhere."""
     config = weights.config.replace(num_nextn_predict_layers=0)
+    dtype = dtype or (torch.bfloat16 if weights.embed.is_cuda else torch.float32)
     with torch.device("meta"):
-        model = Transformer(config)
+        model = PackedNetwork(config)
+    model.packed = weights
     state: dict[str, Tensor] = dict(zip(("hc_head_fn", "hc_head_base", "hc_head_scale"), weights.collapse, strict=True))
     state["norm.weight"] = weights.norm
     model.embed = PackedEmbedding(weights.embed)  # type: ignore[assignment]

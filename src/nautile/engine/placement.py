@@ -99,16 +99,18 @@ def place_experts(config: ModelConfig, budget: Budget, counts: Tensor | None = N
     staging = 0 if fit >= everything else budget.staging
     if room < staging * one:
         raise PlacementError(
-            f"the card has {_gb(budget.card)}; needed before any expert: dense weights {_gb(dense)}, state {_gb(budget.state)}, "
-            f"workspace {_gb(budget.workspace)}, room for {staging} streamed experts {_gb(staging * one)}, together "
+            f"the card has {_gb(budget.card)}; needed before any expert: dense weights {_gb(dense)}, "
+            f"state {_gb(budget.state)}, workspace {_gb(budget.workspace)}, "
+            f"room for {staging} streamed experts {_gb(staging * one)}, together "
             f"{_gb(dense + budget.state + budget.workspace + staging * one)}: shorten the context or take a larger card"
         )
     on_card = min(fit - staging, everything)
     missing = (everything - on_card) * one - budget.host
     if missing > 0:
         raise PlacementError(
-            f"{everything - on_card:,} of {everything:,} experts ({_gb((everything - on_card) * one)}) have no room on the card, "
-            f"and host memory of {_gb(budget.host)} is {_gb(missing)} too small: give more host memory or a shorter context"
+            f"{everything - on_card:,} of {everything:,} experts ({_gb((everything - on_card) * one)}) have no room on the "
+            f"card, and host memory of {_gb(budget.host)} is {_gb(missing)} too small: give more host "
+            "memory or a shorter context"
         )
     return ExpertPlacement(config, _chosen(on_card, layers, experts, counts), staging)
 

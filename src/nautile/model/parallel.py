@@ -13,6 +13,7 @@ Processes are the caller's (``torch.distributed`` with gloo or NCCL); nothing he
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +49,7 @@ def shard_heads(model: Transformer, group: Group) -> Transformer:
         shared.w1.weight, shared.w3.weight = _rows(shared.w1.weight, group), _rows(shared.w3.weight, group)
         shared.w2 = _Summed(_columns(shared.w2.weight, group), group)
     if model.head is not None:
-        model.head = _Gathered(_rows(model.head.weight, group), group)  # type: ignore[assignment]
+        model.head = _Gathered(_rows(model.head.weight, group), group)
     return model
 
 
@@ -57,7 +58,7 @@ def shard_experts(model: Transformer, group: Group) -> Transformer:
     if model.config.n_routed_experts < dist.get_world_size(group):
         raise ValueError(f"{dist.get_world_size(group)} ranks for {model.config.n_routed_experts} experts: use fewer ranks")
     for block in _blocks(model):
-        block.ffn.experts = ExpertShard(block.ffn.experts, group)
+        block.ffn.experts = ExpertShard(block.ffn.experts, group)  # type: ignore[assignment]
     return model
 
 
@@ -165,7 +166,7 @@ def prompt_slices(tokens: int, ranks: int, window: int) -> list[range]:
     if ranks > 1 and size < least:
         raise ValueError(f"a prompt of {tokens} tokens on {ranks} ranks: each needs {least} tokens at least, use fewer ranks")
     ends = [size * rank for rank in range(ranks)] + [tokens]
-    return [range(start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
+    return [range(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 class ContextState:
@@ -181,7 +182,8 @@ class ContextState:
         self.state = State(config, 1, torch.float32, device)
         self.state.reserve(tokens + 128)
         self.state.lengths = torch.tensor([self.own.start])
-        self.layers = [_ContextRows(layer, self, ratio) for layer, ratio in zip(self.state.layers, config.layer_ratios, strict=True)]
+        layers = zip(self.state.layers, config.layer_ratios, strict=True)
+        self.layers = [_ContextRows(layer, self, ratio) for layer, ratio in layers]
 
     @property
     def batch_size(self) -> int:

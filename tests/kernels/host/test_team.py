@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nautile.kernels.fp4_experts import FP4Experts, fp4_experts_reference
-from nautile.kernels.host import ExpertJob, HostTeam
+from nautile.kernels.host import ExpertJob, ExpertStream, HostTeam
 
 
 def experts(count, hidden, inner):
@@ -34,7 +34,7 @@ def test_it_is_the_formula(hidden, inner, threads):
     outs = []
     for _ in range(3):
         out = torch.full((2, hidden), float("nan"))
-        team.start([ExpertJob(blobs[e], t, w) for e, t, w in pairs], x, out)
+        team.start([ExpertJob(blobs[e].data_ptr(), t, w) for e, t, w in pairs], x, out)
         team.wait()
         outs.append(out)
     team.close()
@@ -47,7 +47,7 @@ def test_threads_do_not_change_the_result():
     x, outs = torch.randn(1, 256).bfloat16(), []
     for threads in (1, 4):
         team, out = HostTeam(threads, 256, 128, 10.0), torch.empty(1, 256)
-        team.start([ExpertJob(blobs[0], 0, 0.5), ExpertJob(blobs[1], 0, 0.7)], x, out)
+        team.start([ExpertJob(blobs[0].data_ptr(), 0, 0.5), ExpertJob(blobs[1].data_ptr(), 0, 0.7)], x, out)
         team.wait()
         outs.append(out)
     assert torch.equal(*outs)
@@ -68,3 +68,13 @@ def test_what_does_not_fit_is_refused():
         team.start([], torch.zeros(2, 64).bfloat16(), torch.zeros(2, 64))
     with pytest.raises(ValueError, match="bfloat16"):
         team.start([], torch.zeros(1, 64), torch.zeros(1, 64))
+
+
+def test_experts_are_copied_into_their_slots():
+    sizes = (64, 4, 64, 4, 32, 2)
+    arenas = [torch.zeros(6, size, dtype=torch.uint8) for size in sizes]
+    blobs = torch.randint(0, 256, (3, sum(sizes)), dtype=torch.uint8)
+    ExpertStream(arenas).copy([blobs[2].data_ptr(), blobs[0].data_ptr()], 3)
+    for slot, row in ((3, 2), (4, 0)):
+        assert torch.equal(torch.cat([arena[slot] for arena in arenas]), blobs[row])
+    assert not any(arena[[0, 1, 2, 5]].any() for arena in arenas)

@@ -119,7 +119,7 @@ if triton is not None:
         value = _turned_heads(value, cos + token * (ROTATED // 2), sin + token * (ROTATED // 2), C, ROTATED, 16)
         line = tl.arange(0, C)
         matrix = tl.load(signs + line[:, None] * C + line[None, :])
-        value = tl.dot(value, matrix, input_precision="ieee") * shrink
+        value = tl.dot(value, matrix, input_precision="tf32x3") * shrink  # signs are exact, x keeps 22 bits
         groups = tl.reshape(value, (16 * C // 32, 32))
         exponent = rows.exponent_of(tl.maximum(tl.max(tl.abs(groups), axis=1), 7.052966104933725e-38), 4194304, 2)
         power = (exponent << 23).to(tl.float32, bitcast=True)[:, None]

@@ -295,7 +295,7 @@ if triton is not None:
             row = turned_(row, cos + token * (ROTATED // 2), sin + token * (ROTATED // 2), C, ROTATED)
             store_row(window + tl.load(rows + token) * ROW, row, C, ROTATED)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["layer", "first_row"])
     def _compress_kernel(
         kv, gate, kv_stride, gate_stride, ape, norm, ring_kv, ring_gate, pool, signs, slots, positions, rows, cos, sin,
         layers, layer, first_row, eps,

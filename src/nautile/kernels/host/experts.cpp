@@ -244,6 +244,28 @@ void team_start(void* team, const Pair* pairs, int64_t count, const Half* x, int
 
 void team_wait(void* team) { static_cast<Team*>(team)->wait(); }
 
+// Copy experts from host memory into slots on a card: ``blobs`` [count] into slots first, first + 1, ... of six arenas with
+// ``sizes`` bytes a slot, by ``copy`` (cuMemcpyHtoDAsync's signature; null: memcpy). Returns the first error, 0 for none.
+using Copy = int (*)(uint64_t target, const void* source, size_t bytes, void* stream);
+
+int stream_experts(Copy copy, const uint64_t* arenas, const int64_t* sizes, int64_t first, const uint8_t* const* blobs,
+                   int64_t count, void* stream) {
+  for (int64_t index = 0; index < count; ++index) {
+    const uint8_t* source = blobs[index];
+    for (int part = 0; part < 6; ++part) {
+      const uint64_t target = arenas[part] + static_cast<uint64_t>((first + index) * sizes[part]);
+      const size_t bytes = static_cast<size_t>(sizes[part]);
+      if (copy == nullptr) {
+        std::memcpy(reinterpret_cast<void*>(target), source, bytes);
+      } else if (const int error = copy(target, source, bytes, stream)) {
+        return error;
+      }
+      source += sizes[part];
+    }
+  }
+  return 0;
+}
+
 // Sum of 64-bit words, so that reading cannot be left out: the host's read rate with ``threads`` threads.
 uint64_t read_words(const uint64_t* data, int64_t words, int64_t threads) {
   std::vector<uint64_t> sums(threads * 8, 0);

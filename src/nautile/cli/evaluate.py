@@ -169,6 +169,34 @@ def needle(  # noqa: PLR0913  # one parameter an option
         raise typer.Exit(1)
 
 
+@app.command()
+def recall(
+    *,
+    model: Annotated[Path | None, typer.Option(help="Model directory. Default: the shipped nano.")] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of the texts, separated by commas.")] = "8192,16384,32768,65536",
+    texts: Annotated[int, typer.Option(min=1, help="Texts a length: haystacks with a question at the end.")] = 1,
+    queries: Annotated[int, typer.Option(min=1, help="Last tokens of each text to look at.")] = 128,
+    out: Annotated[Path | None, typer.Option(help="Also write the result to this file.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """How much of what full attention looks at the indexer picks, by length and layer. Example: nautile eval recall --texts 2"""
+    from nautile.evals.recall import recall_report  # noqa: PLC0415
+
+    directory = model or Path(__file__).parents[1] / "weights" / "nano"
+    try:
+        result = recall_report(directory, tuple(int(part) for part in lengths.split(",")), texts, queries)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if out is not None:
+        _write(out, json.dumps(result, indent=1) + "\n")
+    if json_:
+        typer.echo(json.dumps(result))
+        return
+    for length, layers in result["lengths"].items():
+        for layer in layers:
+            typer.echo(f"{length:>6} tokens, layer {layer['layer']}: recall {layer['recall']:.1%}, mass {layer['mass']:.1%}")
+
+
 def _precision(name: str) -> Literal["float32", "bfloat16"]:
     if name not in ("float32", "bfloat16"):
         raise ValueError(f"--dtype is float32 or bfloat16, not {name!r}")

@@ -179,7 +179,10 @@ def recall(
     out: Annotated[Path | None, typer.Option(help="Also write the result to this file.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """How much of what full attention looks at the indexer picks, by length and layer. Example: nautile eval recall --texts 2"""
+    """How much of what full attention looks at the indexer picks, by length and layer.
+
+    Example: nautile eval recall --lengths 16384 --texts 2
+    """
     from nautile.evals.recall import recall_report  # noqa: PLC0415
 
     directory = model or Path(__file__).parents[1] / "weights" / "nano"

@@ -89,3 +89,18 @@ def test_an_engine_that_is_closed_is_no_fault_of_the_request(tmp_path: Path) -> 
             answer = http.request(method, path, json={"prompt": [5]})
             assert answer.status_code == 503 and "started again" in answer.json()["error"]["message"], answer.text
         assert [one["name"] for one in http.get("/v1/sessions").json()["data"]] == ["a"]  # they are on the disk
+
+
+def test_a_fault_of_the_engine_is_not_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(tmp_path) as http:
+        engine = http.app.state.service.engine
+        assert isinstance(engine, Engine)
+
+        def broken(plan: object) -> None:
+            raise RuntimeError("a kernel broke")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.runner, "step", broken)
+            answer = http.put("/v1/sessions/a", json={"prompt": TEXT})
+            assert answer.status_code == 500 and "a kernel broke" in answer.json()["error"]["message"]
+        assert http.put("/v1/sessions/a", json={"prompt": TEXT}).status_code == 200  # the service goes on

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nautile.engine.engine import Engine
+from nautile.engine.engine import Engine, EngineError
 from nautile.engine.plan import Piece, Plan
 from nautile.engine.request import Finished, Request, RequestError
 from nautile.engine.sampling import SamplingParams, sample
@@ -97,7 +97,8 @@ class EngineSessions:
     def save(self, name: str, ids: Many[int], partition: str = "", note: str | None = None) -> SessionInfo:
         """Take in ``ids`` and save where that leaves the model. It is safe on return.
 
-        Raises RequestError for ids that cannot run, SessionError, StoreUnavailable, PoolFull when the engine is too busy.
+        Raises RequestError for ids that cannot run, EngineError when the engine fails at them, SessionError, StoreUnavailable,
+        PoolFull when the engine is too busy.
         """
         store = self.store(partition)
         self.engine.check(Request(tuple(ids), partition=partition))
@@ -134,4 +135,4 @@ class EngineSessions:
         params = SamplingParams(max_tokens=1, ignore_eos=True)
         for event in self.engine.submit_sync(Request(ids, params, partition=partition)):
             if isinstance(event, Finished) and event.reason == "error":
-                raise RequestError(event.error or "the engine could not take in the tokens")
+                raise EngineError(event.error or "the engine could not take in the tokens")

@@ -27,6 +27,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from pydantic import BaseModel, Field
 from starlette.background import BackgroundTask
 
+from nautile.engine.engine import EngineError
 from nautile.engine.request import EngineStoppedError, Finished, RequestError, TokenSampled
 from nautile.engine.request import Request as EngineRequest
 from nautile.engine.sessions import EngineSessions
@@ -238,6 +239,8 @@ async def _done(action: Callable[[], _Result], service: Service) -> _Result:
         raise ApiError(404 if missing else 400, str(error)) from None
     except EngineStoppedError as error:
         raise refused(error, service) from None
+    except EngineError as error:
+        raise ApiError(500, str(error)) from None
     except (StoreError, RequestError) as error:
         raise ApiError(400, str(error)) from None
     except PoolFull as error:

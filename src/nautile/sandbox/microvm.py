@@ -69,9 +69,18 @@ class MicroVMDriver(GuestDriver):
 
     @classmethod
     def create(
-        cls, identity: str, image: Image, limits: Limits, *, allow_emulation: bool, snapshots: bool = True
+        cls,
+        identity: str,
+        image: Image,
+        limits: Limits,
+        *,
+        allow_emulation: bool,
+        network: bool = False,
+        snapshots: bool = True,
     ) -> MicroVMDriver:
-        """Start one; it lives as long as this process. ``snapshots`` False: boot it, whatever is in the cache.
+        """Start one; it lives as long as this process.
+
+        ``network``: its agent listens for the proxy. ``snapshots`` False: boot it, whatever is in the cache.
 
         Raises SubstrateUnavailable, LimitUnavailable.
         """
@@ -80,11 +89,12 @@ class MicroVMDriver(GuestDriver):
         disks = disks_of("microvm", image)
         processors = math.ceil(limits.cpus or 1)
         machine = Machine("microvm", chosen, limits, processors, boot.prepare("microvm", "mmio"), tuple(disks.indexes))
-        emulator = _started(machine, identity, qemu, snapshots and disks.shared)
+        emulator = _started(machine, identity, qemu, snapshots and disks.shared, network)
         if not disks.current:  # /usr has changed since its index was made
             emulator.close()
             base.index()
-            return cls.create(identity, image, limits, allow_emulation=allow_emulation, snapshots=snapshots)
+            options = {"allow_emulation": allow_emulation, "network": network, "snapshots": snapshots}
+            return cls.create(identity, image, limits, **options)
         return cls(emulator, _info(identity, qemu, chosen, emulator), limits, image, disks)
 
     def fork(self) -> MicroVMDriver:
@@ -103,19 +113,22 @@ class MicroVMDriver(GuestDriver):
                 link.go_on()
         finally:
             os.close(state)
+        info = dataclasses.replace(self.info, id=identity, limits_enforced=emulator.group.enforced)
+        copy = MicroVMDriver(emulator, info, self._limits, self._image, self._disks)
         try:
+            emulator.link.continue_from(link)
+            self._share_network(copy)  # first, since connections of the tenant's may be waiting
             emulator.link.refresh(int(time.time()), secrets.token_hex(32))
         except BaseException:
-            emulator.close()
+            copy.close()
             raise
-        info = dataclasses.replace(self.info, id=identity, limits_enforced=emulator.group.enforced)
-        return MicroVMDriver(emulator, info, self._limits, self._image, self._disks)
+        return copy
 
 
-def _started(machine: Machine, identity: str, qemu: str, snapshots: bool) -> Emulator:
+def _started(machine: Machine, identity: str, qemu: str, snapshots: bool, network: bool) -> Emulator:
     """A machine that is ready: from a snapshot if there is one of its shape, which is taken of the first that boots."""
     key = template.key_of(machine, qemu) if snapshots else ""
-    settings = settings_of(machine.limits, len(machine.disks), own=0)
+    settings = settings_of(machine.limits, len(machine.disks), own=0, proxy=network)
     with contextlib.ExitStack() as kept:
         found = template.find(key) if snapshots else None
         if found is not None:
@@ -127,10 +140,10 @@ def _started(machine: Machine, identity: str, qemu: str, snapshots: bool) -> Emu
             emulator = Emulator(machine, identity)
             kept.callback(emulator.close)
             emulator.greet(BOOT_SECONDS)
-            emulator.link.configure(settings, seccomp.program(system_v=True))
+            emulator.link.configure({**settings, "proxy": "1"}, seccomp.program(system_v=True))
             if snapshots:
                 _warm(emulator.link)
-                emulator.link.hold(clear=True)
+                emulator.link.hold()
                 template.keep(emulator, key)
                 emulator.link.go_on()
         emulator.link.adjust(settings)

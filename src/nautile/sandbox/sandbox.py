@@ -285,17 +285,17 @@ class _Order:
         if has_log:
             why = "a machine ends with the process that made it"
             raise Unsupported(self.kind, "trajectory log", why, "use kind='container'")
-        if self.policy.rules:
-            why = "a machine has no network device, and the proxy cannot be reached from it"
-            raise Unsupported(self.kind, "network", why, "use kind='container'")
 
     def _machine(self, identity: str) -> Driver:
         from nautile.sandbox.microvm import MicroVMDriver  # noqa: PLC0415
         from nautile.sandbox.vm import VMDriver  # noqa: PLC0415
 
         kind = MicroVMDriver if self.kind == "microvm" else VMDriver
-        driver = kind.create(identity, self.image, self.limits, allow_emulation=self.allow_emulation)
+        options = {"allow_emulation": self.allow_emulation, "network": bool(self.policy.rules)}
+        driver = kind.create(identity, self.image, self.limits, **options)
         try:
+            if self.policy.rules:
+                driver.give_network(self.policy)
             if self.workspace is not None:
                 driver.give_workspace(self.workspace)
         except BaseException:

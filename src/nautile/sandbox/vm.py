@@ -52,7 +52,7 @@ class VMDriver(GuestDriver):
             self.capabilities = dataclasses.replace(self.capabilities, snapshot=False, pack_diff=False)
 
     @classmethod
-    def create(cls, identity: str, image: Image, limits: Limits, *, allow_emulation: bool) -> VMDriver:
+    def create(cls, identity: str, image: Image, limits: Limits, *, allow_emulation: bool, network: bool = False) -> VMDriver:
         """Boot one; it lives as long as this process. Raises SubstrateUnavailable, LimitUnavailable, InvalidRequest."""
         qemu = version(program("vm"))
         chosen = accel.choose("vm", allow_emulation=allow_emulation)
@@ -60,11 +60,11 @@ class VMDriver(GuestDriver):
         chain = Chain.empty(limits) if disk is None else Chain.of_image(disk)
         disks = disks_of("vm", image)
         machine = Machine("vm", chosen, limits, math.ceil(limits.cpus or 1), boot.prepare("vm", "pci"), tuple(disks.indexes))
-        emulator = _booted(machine, identity, chain)
+        emulator = _booted(machine, identity, chain, network)
         if not disks.current:  # /usr has changed since its index was made
             emulator.close()
             base.index()
-            return cls.create(identity, image, limits, allow_emulation=allow_emulation)
+            return cls.create(identity, image, limits, allow_emulation=allow_emulation, network=network)
         info = Info(identity, "vm", f"qemu {qemu.split(maxsplit=1)[0]}", chosen, emulator.group.enforced)
         return cls(emulator, info, limits, image, disks, chain)
 
@@ -89,18 +89,20 @@ class VMDriver(GuestDriver):
                 self._emulator.go_on()
         finally:
             link.go_on()
-        emulator = _booted(self._emulator.machine, identity, copy)
+        emulator = _booted(self._emulator.machine, identity, copy, self._network is not None)
         info = dataclasses.replace(self.info, id=identity, limits_enforced=emulator.group.enforced)
-        return VMDriver(emulator, info, self._limits, self._image, self._disks, copy)
+        driver = VMDriver(emulator, info, self._limits, self._image, self._disks, copy)
+        self._share_network(driver)
+        return driver
 
 
-def _booted(machine: Machine, identity: str, chain: Chain) -> Emulator:
+def _booted(machine: Machine, identity: str, chain: Chain, network: bool) -> Emulator:
     with contextlib.ExitStack() as opened, contextlib.ExitStack() as kept:
         drive = chain.open(lambda descriptor: opened.callback(os.close, descriptor))
         emulator = Emulator(dataclasses.replace(machine, drive=drive), identity)
         kept.callback(emulator.close)
         emulator.greet(BOOT_SECONDS)
-        settings = settings_of(machine.limits, len(machine.disks), own=2 if chain.system else 1)
+        settings = settings_of(machine.limits, len(machine.disks), own=2 if chain.system else 1, proxy=network)
         emulator.link.configure(settings, seccomp.program(system_v=True))
         kept.pop_all()
         return emulator

@@ -28,7 +28,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/reboot.h>
@@ -184,23 +183,6 @@ static int find_port(void) {
         usleep(500);
     }
     return -1;
-}
-
-/* Firecracker has no virtio-serial: there the host connects to port 52 of our vsock address. */
-static int find_vsock(void) {
-    struct { sa_family_t family; uint16_t zero; uint32_t port, cid; uint8_t rest[4]; } any = {40, 0, 52, 0xffffffffu, {0}};
-    int listener = socket(40, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (listener < 0 || bind(listener, (void *)&any, 16) || listen(listener, 1)) return -1;
-    int port = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-    close(listener);
-    return port;
-}
-
-static bool option(const char *name) {
-    char line[4096], want[64];
-    get_text("/proc/cmdline", line, sizeof line);
-    snprintf(want, sizeof want, "nautile.%s", name);
-    return strstr(line, want) != NULL;
 }
 
 /* The block device with a serial number, or -1. */
@@ -1072,18 +1054,6 @@ static void connect_proxy(void) {
     emit(OPEN, one->id, "", 0);
 }
 
-/* Memory that is free holds what was there before: cleared, a snapshot is half as large. */
-static void clear_free_memory(void) {
-    char text[2048], *at;
-    put_text("/proc/sys/vm/compact_memory", "1");
-    if (get_text("/proc/meminfo", text, sizeof text) < 0 || !(at = strstr(text, "MemFree:"))) return;
-    size_t size = strtoull(at + 8, NULL, 10) * 1024;
-    if (size < (16 << 20)) return;
-    size -= 8 << 20;
-    char *all = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-    if (all != MAP_FAILED) munmap(all, size);
-}
-
 /* Before a copy is made: what is written is on the disk, and no frame is half sent. */
 static void hold(bool held) {
     int upper = self.own ? open(self.own, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
@@ -1137,10 +1107,10 @@ static void handle(const struct frame *head, uint8_t *data) {
         struct plan plan;
         if (!self.ready || read_plan((char *)data, head->size, &plan) || adjust(&plan))
             return say(FAILED, 0, "%s: %s", fail_step ? fail_step : "adjust", strerror(errno));
+        if (!atoi(plan.proxy)) shut(&self.listener);
         return emit(READY, 0, "", 0);
     }
     case HOLD:
-        if (number) clear_free_memory();
         hold(true);
         return emit(REFRESHED, 0, "", 0);
     case GO_ON: return hold(false);
@@ -1231,7 +1201,7 @@ int main(void) {
     sigemptyset(&caught), sigaddset(&caught, SIGCHLD), sigaddset(&caught, SIGPIPE);
     sigprocmask(SIG_BLOCK, &caught, NULL);
     self.signals = signalfd(-1, &caught, SFD_CLOEXEC | SFD_NONBLOCK);
-    self.port = first && option("vsock") ? find_vsock() : find_port();
+    self.port = find_port();
     if (self.port < 0) {
         dprintf(2, "nautile: no port to the host\n");
         return 1;

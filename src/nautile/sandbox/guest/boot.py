@@ -21,7 +21,6 @@ _FLAGS = ("-static", "-Os", "-s", "-std=gnu11", "-fstack-protector-strong", "-D_
 _TRANSPORTS = {
     "mmio": ("virtio_mmio", "virtio_console", "virtio_blk", "erofs", "overlay"),
     "pci": ("virtio_pci", "virtio_console", "virtio_blk", "erofs", "overlay"),
-    "firecracker": ("virtio_mmio", "virtio_blk", "erofs", "overlay", "vmw_vsock_virtio_transport"),
 }
 
 
@@ -36,7 +35,7 @@ class Boot:
 
 
 def prepare(substrate: str, transport: str, cache: Path | None = None) -> Boot:
-    """The kernel and the initial file system for machines with one kind of virtio (``mmio``, ``pci``, ``firecracker``).
+    """The kernel and the initial file system for machines with one kind of virtio (``mmio``, ``pci``).
 
     Raises SubstrateUnavailable.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import secrets
 import tempfile
@@ -18,12 +19,14 @@ from nautile.sandbox.errors import InvalidRequest, SandboxLost
 from nautile.sandbox.function import ENVIRONMENT, MASKED, MASKED_DIRECTORIES
 from nautile.sandbox.guest import link as wire
 from nautile.sandbox.guest import transfer
+from nautile.sandbox.guest.network import GuestNetwork
 from nautile.sandbox.guest.output import Kept
 from nautile.sandbox.guest.session import GuestSession
 from nautile.sandbox.guest.workspace import Workspace
 from nautile.sandbox.image import Image, TemporaryLayer
 from nautile.sandbox.limits import Limits
 from nautile.sandbox.policy import NetworkPolicy
+from nautile.sandbox.proxy import ENVIRONMENT as PROXIED
 from nautile.sandbox.qemu import Emulator
 from nautile.sandbox.result import Capabilities, Entry, Info, RunResult
 
@@ -33,7 +36,7 @@ _GRACE = 15.0  # seconds that a guest may take to kill a command
 _LARGEST = 2**34  # bytes of a packed layer
 
 
-def settings_of(limits: Limits, layer_count: int, *, own: int) -> dict[str, str | list[str]]:
+def settings_of(limits: Limits, layer_count: int, *, own: int, proxy: bool) -> dict[str, str | list[str]]:
     """What the agent is told about its tenant; new randomness and a new boot id with every call.
 
     ``own``: 0, changes are in memory; 1, on a disk of the machine's own; 2, a disk holds the whole system.
@@ -46,7 +49,7 @@ def settings_of(limits: Limits, layer_count: int, *, own: int) -> dict[str, str 
         "open_files": str(limits.open_files),
         "layers": str(layer_count),
         "own": str(own),
-        "proxy": "0",
+        "proxy": str(int(proxy)),
         "seconds": str(int(time.time())),
         "entropy": secrets.token_hex(32),
         "hostname": "sandbox",
@@ -64,11 +67,21 @@ class GuestDriver:
         self._emulator, self.info, self._limits, self._image = emulator, info, limits, image
         self._paused = False
         self._workspace: Workspace | None = None
+        self._network: GuestNetwork | None = None
+
+    def give_network(self, policy: NetworkPolicy) -> None:
+        """Let the guest reach the hosts of a policy, through the proxy of this process."""
+        self._network = GuestNetwork(self._emulator.link, policy)
+        self.capabilities = dataclasses.replace(self.capabilities, network=True)
 
     def give_workspace(self, place: Path) -> None:
         """Copy a directory of the caller's in; from now on what changes in it is copied back. Raises InvalidRequest."""
         self._workspace = Workspace(place, self._limits.disk)
         self._workspace.give(self._link)
+
+    def _share_network(self, copy: GuestDriver) -> None:
+        if self._network is not None:
+            copy.give_network(self._network.policy)
 
     @property
     def _link(self) -> wire.Link:
@@ -76,10 +89,14 @@ class GuestDriver:
             self.resume()
         return self._emulator.link
 
+    @property
+    def _environment(self) -> dict[str, str]:
+        return ENVIRONMENT | (PROXIED if self._network is not None else {})
+
     def reason(self, feature: str) -> tuple[str, str]:
         """See ``Driver.reason``."""
         if feature == "network":
-            return "a guest has no network device, and the proxy is not reachable from it yet", "use kind='container'"
+            return "this sandbox was made without one", "create it with network=[...]"
         return f"a {self.info.kind} of this version cannot", "use another substrate"
 
     # -- commands
@@ -101,7 +118,7 @@ class GuestDriver:
     def _run(self, order: Order, watch: Watch | None, began: float) -> RunResult:
         kept = {wire.OUT: Kept(self._limits.output), wire.ERR: Kept(self._limits.output)}
         link = self._link
-        stream = link.spawn(wire.EXECUTE, order.argv, {**ENVIRONMENT, **order.environment}, cwd=order.cwd)
+        stream = link.spawn(wire.EXECUTE, order.argv, {**self._environment, **order.environment}, cwd=order.cwd)
         stdin, deadline, timed_out = memoryview(order.stdin), began + order.timeout, False
         ended_input = False
         failure = None
@@ -161,7 +178,7 @@ class GuestDriver:
 
     def session(self, argv: Sequence[str], pty: bool) -> GuestSession:
         """See ``Sandbox.session``."""
-        environment = {**ENVIRONMENT, "TERM": "xterm"}
+        environment = {**self._environment, "TERM": "xterm"}
         return GuestSession(self._link.spawn(wire.EXECUTE, argv, environment, terminal=(24, 80) if pty else None))
 
     # -- files
@@ -232,7 +249,8 @@ class GuestDriver:
 
     def set_policy(self, policy: NetworkPolicy) -> None:
         """See ``Sandbox.set_policy``."""
-        raise InvalidRequest("this sandbox has no network")  # never reached: the capability is False
+        assert self._network is not None  # else the capability is False
+        self._network.change(policy)
 
     def close(self) -> None:
         """See ``Driver.close``."""
@@ -241,6 +259,8 @@ class GuestDriver:
                 with contextlib.suppress(SandboxLost):
                     self._take()  # what sessions have changed
         finally:
+            if self._network is not None:
+                self._network.close()
             self._emulator.close()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 __all__ = ["MODULES", "Kernel", "KernelMissing", "cache_directory", "fetch", "find"]
 
-MODULES = ("virtio_mmio", "virtio_pci", "virtio_console", "virtio_blk", "erofs", "overlay", "vmw_vsock_virtio_transport")
+MODULES = ("virtio_mmio", "virtio_pci", "virtio_console", "virtio_blk", "erofs", "overlay")
 _PACKAGE = "linux-image-cloud-amd64"
 _SECONDS = 300.0
 

@@ -137,9 +137,10 @@ class Link:
         self._streams: dict[int, Stream] = {}
         self._answers: deque[tuple[int, bytes]] = deque()
         self._serial = 0
-        self._sending, self._receiving = threading.RLock(), threading.RLock()
+        self._sending, self._receiving = threading.RLock(), threading.Lock()
+        self._arrival = threading.Condition()
         self.lost: str | None = None
-        self.accept: list[Stream] | None = None  # connections to the proxy go here, if there is one
+        self.accept: deque[Stream] | None = None  # connections to the proxy go here, if there is one
 
     # -- what a machine is asked as a whole
 
@@ -164,9 +165,13 @@ class Link:
         self.send(REFRESH, 0, f"{seconds} {entropy}".encode())
         self._answer(REFRESHED, _PATIENCE)
 
-    def hold(self, *, clear: bool = False) -> None:
-        """Nothing is begun or said until ``go_on``; everything written is on the disk; with ``clear`` free memory is zero."""
-        self.send(HOLD, 0, struct.pack("<I", clear))
+    def continue_from(self, other: Link) -> None:
+        """Be the channel to a copy of another machine, whose agent still ends streams that the other has begun."""
+        self._serial = other._serial
+
+    def hold(self) -> None:
+        """Nothing is begun or said until ``go_on``; everything written is on the disk."""
+        self.send(HOLD, 0)
         self._answer(REFRESHED, _PATIENCE)
 
     def go_on(self) -> None:
@@ -238,24 +243,34 @@ class Link:
 
     def pump(self, deadline: float) -> bool:
         """Receive something and put it where it belongs; False when nothing came until the deadline."""
-        with self._receiving:
-            if self.lost:
-                raise SandboxLost(self.lost)
-            # Others may wait to receive what is theirs: nobody waits long with the lock.
-            left = min(deadline - time.monotonic(), 0.05)
-            if not select.select([self._channel], [], [], max(left, 0))[0]:
+        if self.lost:
+            raise SandboxLost(self.lost)
+        left = max(deadline - time.monotonic(), 0)
+        if not self._receiving.acquire(blocking=False):  # another thread receives, also what is ours
+            with self._arrival:
+                self._arrival.wait(min(left, 0.01))
+            return time.monotonic() < deadline
+        try:
+            if not select.select([self._channel], [], [], min(left, 0.5))[0]:
                 return time.monotonic() < deadline
-            try:
-                data = self._channel.recv(2**18)
-            except BlockingIOError:
-                return True
-            except OSError as error:
-                raise self._broken(f"the machine has ended ({error.strerror})") from None
-            if not data:
-                raise self._broken("the machine has ended")
-            self._buffer += data
-            self._dispatch()
-            return True
+            self._receive()
+        finally:
+            self._receiving.release()
+            with self._arrival:
+                self._arrival.notify_all()
+        return True
+
+    def _receive(self) -> None:
+        try:
+            data = self._channel.recv(2**18)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise self._broken(f"the machine has ended ({error.strerror})") from None
+        if not data:
+            raise self._broken("the machine has ended")
+        self._buffer += data
+        self._dispatch()
 
     def _dispatch(self) -> None:
         at = 0

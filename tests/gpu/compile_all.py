@@ -8,55 +8,83 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from nautile.kernels import fp4_experts, index_select, sparse_attention
+from nautile.kernels import (
+    few_experts,
+    fp4_experts,
+    hopper_attention,
+    index_scores,
+    index_select,
+    many_experts,
+    sparse_attention,
+)
 
-COUNTS = {"near_count": "i32", "far_count": "i32", "heads": "i32", "splits": "i32", "tiles": "i32", "near_tiles": "i32"}
-ATTEND = {
-    "q": "*bf16", "near": "*u8", "near_ids": "*i32", "far": "*u8", "far_ids": "*i32", "sink": "*fp32", "out": "*bf16",
-    "partial": "*fp32", "weight": "*fp32", "scale": "fp32", "far_tiles": "i32", **COUNTS,
+POINTERS = {
+    "bf16": "q x out middle halves", "fp32": "sink partial weight weights scores best parts shares",
+    "u8": "near far w1 w3 w2", "i32": "near_ids far_ids visible found taken pair expert first count keys s1 s3 s2 chosen",
 }  # fmt: skip
-ATTEND_SIZES = {"C": 512, "PLAIN": 448, "BLOCK_H": 0, "BLOCK_N": 0, "PACKED": True, "NEAR_STRIDE": 584, "FAR_STRIDE": 584}
-INDEX = {
-    "q": "*bf16", "weights": "*fp32", "keys": "*u8", "visible": "*i32", "scores": "*fp32", "counts": "*i32",
-    "taken": "*i32", "candidates": "*i32", "count": "i32", "k": "i32", "per": "i32",
-}  # fmt: skip
-EXPERTS = {
-    "x": "*bf16", "w1": "*u8", "s1": "*u8", "w3": "*u8", "s3": "*u8", "w2": "*u8", "s2": "*u8", "weights": "*fp32",
-    "middle": "*bf16", "parts": "*fp32", "out": "*fp32", "pair": "*i32", "expert": "*i32", "first": "*i32", "count": "*i32",
-    "inner": "i32", "hidden": "i32", "top": "i32", "limit": "fp32",
-}  # fmt: skip
-FEW = {"BYTES": 64, "BLOCK_P": 16, "ASM": True}
-KERNELS = [  # module, kernel, argument types, constants, warps
-    (sparse_attention, "_attend_kernel", ATTEND, {**ATTEND_SIZES, "SINGLE": True}, 8),
-    (sparse_attention, "_attend_kernel", ATTEND, {**ATTEND_SIZES, "SINGLE": False}, 8),
-    (sparse_attention, "_join_kernel", ATTEND, {"C": 512, "BLOCK_H": 8}, 4),
-    (index_select, "_score_kernel", INDEX, {"HEADS": 64, "HALF": 64, "BLOCK": 128, "BINS": 2048}, 4),
-    (index_select, "_histogram_kernel", INDEX, {"BINS": 2048, "TILE": 4096}, 8),
-    (index_select, "_split_kernel", INDEX, {"BINS": 2048, "TILE": 4096}, 8),
-    (index_select, "_settle_kernel", INDEX, {"BINS": 2048, "TILE": 1024, "K": 512}, 8),
-    (fp4_experts, "_gate_up_kernel", EXPERTS, {"HIDDEN": 4096, "BLOCK_N": 32, **FEW}, 4),
-    (fp4_experts, "_down_kernel", EXPERTS, {"INNER": 2048, "BLOCK_N": 64, **FEW}, 4),
-    (fp4_experts, "_sum_kernel", EXPERTS, {"TOP": 6, "BLOCK": 1024}, 4),
-]
+TYPES = {name: f"*{kind}" for kind, names in POINTERS.items() for name in names.split()}
+SCALARS = (
+    "near_count far_count heads splits tiles near_tiles far_tiles k per maxima inner hidden top pairs most experts size rows"
+)
+TYPES |= dict.fromkeys(SCALARS.split(), "i32") | {"scale": "fp32", "limit": "fp32"}
+WORDS = dict.fromkeys(["near", "far", "w1", "w3", "w2", "wa", "sa", "wb", "sb"], "*i32")  # kernels that read words
+PLAIN, NUMBER, FLOATS = {"near": "*bf16", "far": "*bf16"}, {"count": "i32"}, {"out": "*fp32"}
+BLOCK = {"C": 512, "PLAIN": 448, "BLOCK_H": 0, "BLOCK_N": 0}
+PACKED = {**BLOCK, "PACKED": True, "NEAR_STRIDE": 584, "FAR_STRIDE": 584}
+UNPACKED = {**BLOCK, "PACKED": False, "NEAR_STRIDE": 512, "FAR_STRIDE": 512}
+HOPPER = {"STRIDE": 146, "W": 8, "R": 72}
+SCORE, FEW = {"HEADS": 64, "GROUP": 128, "PDL": 90}, {"WORDS": 32, "ROWS": 32, "PDL": 90}
+PREPARE = {"PAIRS": 256, "BLOCKS": 256, "EXPERTS": 256, "WAYS": 2, "PDL": 90}
+PORTABLE = {"BYTES": 64, "BLOCK_P": 16, "ASM": True, "PDL": 90}
+MANY = {"W": 8, "R": 96, "SPREAD": False}
+KERNELS = [  # module, kernel, other argument types, constants, warps, capabilities
+    (sparse_attention, "_attend_kernel", {}, {**PACKED, "SINGLE": True}, 8, (80, 90, 100)),
+    (sparse_attention, "_attend_kernel", {}, {**PACKED, "SINGLE": False}, 8, (80, 90, 100)),
+    (sparse_attention, "_attend_kernel", PLAIN, {**UNPACKED, "SINGLE": True}, 8, (80, 90, 100)),
+    (sparse_attention, "_join_kernel", {}, {"C": 512, "SPLITS": 16, "WIDTH": 128, "PDL": 90}, 4, (80, 90, 100)),
+    (hopper_attention, "_attend_kernel", WORDS, {**HOPPER, "SINGLE": True, "N": 64, "S": 2}, 8, (90,)),
+    (hopper_attention, "_attend_kernel", WORDS, {**HOPPER, "SINGLE": False, "N": 64, "S": 2}, 8, (90,)),
+    (hopper_attention, "_attend_kernel", WORDS, {**HOPPER, "SINGLE": False, "N": 32, "S": 3}, 8, (90,)),
+    (index_select, "_score_kernel", NUMBER, {**SCORE, "BLOCK": 128, "ASM": True}, 4, (80, 90)),  # on sm_100 a trap, but unused
+    (index_select, "_collect_kernel", NUMBER, {"MAXIMA": 2048, "GROUP": 128, "TILE": 4096, "PDL": 90}, 8, (80, 90, 100)),
+    (index_select, "_settle_kernel", NUMBER, {"TILE": 1024, "K": 512, "PDL": 90}, 8, (80, 90, 100)),
+    (index_scores, "_score_kernel", NUMBER, {**SCORE, "HOPPER": False}, 8, (80, 90, 100)),
+    (index_scores, "_score_kernel", NUMBER, {**SCORE, "HOPPER": True}, 8, (90,)),
+    (fp4_experts, "_prepare_kernel", {}, PREPARE, 8, (80, 90, 100)),
+    (fp4_experts, "_gate_up_kernel", {}, {"HIDDEN": 4096, "BLOCK_N": 32, **PORTABLE}, 4, (80, 90, 100)),
+    (fp4_experts, "_down_kernel", {}, {"INNER": 2048, "BLOCK_N": 64, **PORTABLE}, 4, (80, 90, 100)),
+    (fp4_experts, "_sum_kernel", FLOATS, {"TOP": 6, "BLOCK": 512, "PDL": 90}, 4, (80, 90, 100)),
+    (few_experts, "_gate_up_kernel", {**WORDS, "x": "*i32"}, {"HIDDEN": 4096, "ONE": False, **FEW}, 2, (80, 90, 100)),
+    (few_experts, "_gate_up_kernel", {**WORDS, "x": "*i32"}, {"HIDDEN": 4096, "ONE": True, **FEW}, 2, (80, 90, 100)),
+    (few_experts, "_down_kernel", {**WORDS, "middle": "*i32"}, {"INNER": 2048, "ONE": False, **FEW}, 2, (80, 90, 100)),
+    (many_experts, "_experts_kernel", WORDS, {"WIDTH": 4096, "GATED": True, **MANY}, 8, (90,)),
+    (many_experts, "_experts_kernel", {**WORDS, **FLOATS}, {"WIDTH": 2048, "GATED": False, **MANY}, 8, (90,)),
+    (many_experts, "_experts_kernel", WORDS, {"WIDTH": 4096, "GATED": True, **MANY, "R": 88, "SPREAD": True}, 8, (90,)),
+]  # fmt: skip
 
 
 def compiled(module, name, types, constants, warps, capability):
+    """A constant of PDL is the capability from which a kernel waits for the one before it by itself."""
     kernel = getattr(module, name)
+    constants = {key: capability >= value if key == "PDL" else value for key, value in constants.items()}
     if "NATIVE" in kernel.arg_names:
-        constants = {**constants, "NATIVE": capability >= 89}
-    if name == "_attend_kernel":
-        heads, rows = sparse_attention.tile_sizes(divmod(capability, 10))
-        constants = {**constants, "BLOCK_H": heads, "BLOCK_N": rows}
+        constants["NATIVE"] = capability >= 89
+    if "BLOCK_H" in constants:
+        size = sparse_attention.AttentionTiles.of(divmod(capability, 10))
+        constants |= {"BLOCK_H": size.heads, "BLOCK_N": size.rows}
+    types = {**TYPES, **types}
     signature = {argument: "constexpr" if argument in constants else types[argument] for argument in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, argument in enumerate(kernel.arg_names) if signature[argument][0] == "*"}
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
+    places = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, places, aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 
 
 def main(capabilities):
-    for module, name, types, constants, warps in KERNELS:
-        for capability in capabilities:
+    for module, name, types, constants, warps, meant in KERNELS:
+        for capability in [capability for capability in capabilities if capability in meant]:
             code = compiled(module, name, types, constants, warps, capability).asm
             if "trap;" in code["ptx"]:  # what Triton makes of a kernel that does not fit the machine
                 sys.exit(f"{module.__name__}.{name} sm_{capability} is a trap")

@@ -49,3 +49,20 @@ def relative(out, reference):
     """||out - ref|| / ||ref||; NaN counts as infinity."""
     error = ((out.double() - reference.double()).norm() / reference.double().norm()).item()
     return float("inf") if math.isnan(error) else error
+
+
+@pytest.fixture(autouse=True)
+def _poison():
+    """Memory that nothing has written reads as NaN or as the largest integer."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def hopper(device):
+    """Tests of kernels that Triton's interpreter cannot run."""
+    if device.type != "cuda" or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    return device

@@ -57,3 +57,24 @@ def test_shapes_it_does_not_take_are_refused(device, dtype):
         index_select(q[:, :4], weights[:, :4], keys, visible, 4)
     with pytest.raises(ValueError, match="at most"):
         index_select(q, weights, keys, visible, 5000)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "warpgroup"])
+@pytest.mark.parametrize(
+    ("tokens", "count", "k"), [(1, 1, 4), (2, 300, 512), (2, 4300, 512), (1, 262144, 512), (3, 20000, 1024)]
+)
+def test_hoppers_own_scores(kernel, tokens, count, k, hopper):
+    q, weights, keys, visible = new_case(tokens, 64, 128, count, hopper, torch.bfloat16)
+    scores, selected = index_select(q, weights, keys, visible, k, kernel=kernel)
+    assert relative(seen(scores, visible), seen(index_scores_reference(q, weights, keys), visible)) < 2e-6
+    assert torch.equal(selected, index_select_reference(seen(scores, visible), visible, k))
+
+
+def test_more_candidates_than_the_bound_hopes_for(device, dtype):
+    """All good scores lie in one group of neighbours: the bound is far below them and every key is a candidate."""
+    q, weights, keys, visible = new_case(1, 16, 128, 5000, device, dtype)
+    weights.abs_()
+    keys[:4700] = 0
+    visible[0] = 5000
+    scores, selected = index_select(q, weights, keys, visible, 250)
+    assert torch.equal(selected, index_select_reference(seen(scores, visible), visible, 250))

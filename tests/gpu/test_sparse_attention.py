@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from nautile.kernels.sparse_attention import RowPool, sparse_attention, sparse_attention_reference
+from nautile.kernels.sparse_attention import (
+    HopperTiles,
+    RowPool,
+    SplitPlan,
+    fast_split,
+    sparse_attention,
+    sparse_attention_reference,
+)
 
 from .conftest import relative
 
@@ -71,3 +78,41 @@ def test_shapes_it_does_not_take_are_refused(device, dtype):
     ids = torch.zeros(1, 1, dtype=torch.int32, device=device)
     with pytest.raises(ValueError, match="multiple of 16"):
         sparse_attention(torch.zeros(1, 6, 128, device=device), pool, ids, pool, ids, torch.zeros(6, device=device))
+
+
+@pytest.mark.parametrize("tiles", [HopperTiles(), HopperTiles(rows=32, stages=3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 1, 0, 0), (1, 64, 0, 1, 0), (3, 128, 128, 512, 1), (2, 64, 65, 193, 2), (5, 64, 3, 700, 0)]
+)
+def test_hoppers_own_kernel_is_the_formula(shape, tiles, hopper, bound):
+    tokens, heads, near_count, far_count, per_split = shape
+    near, far = (new_pool(rows, 512, 64, True, hopper, torch.bfloat16) for rows in (150, 900))
+    q = torch.randn(tokens, heads, 512, device=hopper).bfloat16()
+    sink = torch.randn(heads, device=hopper)
+    near_ids = torch.randint(-1, 150, (tokens, near_count), dtype=torch.int32, device=hopper)
+    far_ids = torch.randint(-1, 900, (tokens, far_count), dtype=torch.int32, device=hopper)
+    if near_count + far_count == 1:
+        near_ids, far_ids = near_ids.abs(), far_ids.abs()
+    out = sparse_attention(q, near, near_ids, far, far_ids, sink, tiles_per_split=per_split, tiles=tiles)
+    assert relative(out, sparse_attention_reference(q.double(), near, near_ids, far, far_ids, sink)) < bound
+
+
+def test_hoppers_own_kernel_is_refused_elsewhere(device, dtype):
+    pool = new_pool(4, 128, 64, False, device, dtype)
+    ids = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    q = torch.zeros(1, 16, 128, device=device, dtype=dtype)
+    with pytest.raises(ValueError, match="HopperTiles need"):
+        sparse_attention(q, pool, ids, pool, ids, torch.zeros(16, device=device), tiles=HopperTiles())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "far", "expected"), [(1, 512, 1), (8, 512, 1), (32, 512, 3), (128, 512, 10), (4096, 512, 10)]
+)
+def test_splits_fill_the_card_once(tokens, far, expected):
+    assert fast_split(tokens, 64, 128, far) == expected
+
+
+def test_a_list_of_any_length_has_at_most_64_splits():
+    for far in (0, 1, 8192, 1 << 20):
+        tiles = fast_split(1, 64, 128, far)
+        assert SplitPlan.of(128, far, 64, tiles).splits <= 64

@@ -1,4 +1,4 @@
-"""``nautile bench``: how an engine or a server behaves under load."""
+"""``nautile bench``: how an engine or a server behaves under load, and how fast the GPU kernels are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import platform
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ import typer
 
 if TYPE_CHECKING:
     from nautile.engine.load import Load, Outcome, Target
+    from nautile.kernels.measure import Measured
 
 __all__ = ["app"]
 
@@ -24,6 +25,60 @@ app = typer.Typer(help="Measure speed under load.", no_args_is_help=True)
 @app.callback()
 def _root() -> None:
     """Measure speed under load."""
+
+
+@app.command("kernels")
+def kernels(
+    *,
+    only: Annotated[str, typer.Option(help="Cases whose name contains this.")] = "",
+    commit: Annotated[str, typer.Option(help="The commit of this tree, where git cannot say.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Write the result as JSON here.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Time the GPU kernels in V4-Flash's shapes beside their floors, and beside FlashMLA and DeepGEMM where installed.
+
+    Example: nautile bench kernels --only experts
+    """
+    import torch  # noqa: PLC0415
+
+    from nautile.kernels.measure import CASES, ceilings, measure  # noqa: PLC0415
+
+    if not torch.cuda.is_available():
+        typer.echo(
+            "nautile bench kernels needs an NVIDIA GPU (compute capability 8.0 or newer) and PyTorch's CUDA build", err=True
+        )
+        raise typer.Exit(1)
+    cases = [case for case in CASES if only in case.name]
+    if not cases:
+        raise typer.BadParameter(f"no case's name contains {only!r}; they are: {', '.join(case.name for case in CASES)}")
+    card, rows = ceilings(), []
+    if not json_:
+        typer.echo(
+            f"{torch.cuda.get_device_name()}: copy {card.copy / 1e9:.0f} GB/s, bfloat16 {card.product / 1e12:.0f} TFLOP/s"
+        )
+    for case in cases:
+        rows.append(measure(case, card))
+        if not json_:
+            typer.echo(_kernel_line(rows[-1]))
+        torch.cuda.empty_cache()
+    result = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": commit or _commit(),
+        "copy_bytes_per_second": card.copy, "bfloat16_flops_per_second": card.product, "rows": [asdict(row) for row in rows],
+    }  # fmt: skip
+    if out:
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if json_:
+        typer.echo(json.dumps(result))
+
+
+def _kernel_line(row: Measured) -> str:
+    """One line of the table of kernels."""
+    if row.ours is None or row.floor is None:
+        return f"{row.name:32s} FAILED {row.failure}"
+    peer = f"peer {row.peer:8.1f} us ({row.ours / row.peer:4.2f} x)" if row.peer else " " * 24
+    share = f"{row.floor / row.ours:4.0%} of floor"
+    return f"{row.name:32s} {row.ours:9.1f} us  {share}  {peer}  bar {row.bar:16s} error {row.error:.1e}"
 
 
 @app.command("serve")

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nautile.kernels import few_experts, many_experts
+from nautile.kernels.many_experts import ManyTiles
 from nautile.quant import mxfp4
 
 try:
@@ -28,7 +30,7 @@ try:
 except ImportError:  # CPU-only installations have no Triton
     triton = None
 
-__all__ = ["ExpertBlocks", "ExpertTiles", "FP4Experts", "fp4_experts", "fp4_experts_reference"]
+__all__ = ["ExpertBlocks", "ExpertTiles", "FP4Experts", "FewTiles", "ManyTiles", "fp4_experts", "fp4_experts_reference"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class ExpertBlocks:
 
 @dataclass(frozen=True)
 class ExpertTiles:
-    """Sizes of the programs: ``pairs`` of a block, ``rows`` of weights and ``bytes`` of codes of a step for the two products."""
+    """Sizes of Triton's programs: ``pairs`` of a block, ``rows`` of the two products, ``bytes`` of codes of a step."""
 
     pairs: int
     rows: int
@@ -116,14 +118,28 @@ class ExpertTiles:
         return cls(128, 64, 128, 64, 8, 3)
 
 
+@dataclass(frozen=True)
+class FewTiles:
+    """Sizes of the programs of ``few_experts``: warps of 16 rows each, words of codes of a step of the two products.
+    ``direct`` makes every pair of a single token a block of its own, without a kernel that sorts pairs."""
+
+    warps: int = 2
+    words: int = 32
+    down_words: int = 32
+    direct: bool = False
+
+
+Tiles = ExpertTiles | FewTiles | ManyTiles
+
 _FEW = 1024  # pairs that one program can sort
 
 
-def fp4_experts(x: Tensor, chosen: Tensor, weights: Tensor, experts: FP4Experts, *, tiles: ExpertTiles | None = None) -> Tensor:
-    """``fp4_experts_reference`` in Triton, activations in x's dtype: x [T, d] -> float32 [T, d].
+def fp4_experts(x: Tensor, chosen: Tensor, weights: Tensor, experts: FP4Experts, *, tiles: Tiles | None = None) -> Tensor:
+    """``fp4_experts_reference`` on a GPU, activations in x's dtype: x [T, d] -> float32 [T, d].
 
-    d and I must be multiples of 128. ``tiles`` overrides the sizes of the programs. Nothing synchronises with the host, so a
-    graph may hold it. Raises ValueError for other widths, RuntimeError without Triton.
+    d and I must be multiples of 128. ``tiles`` overrides the choice of kernel and the sizes of its programs: ``FewTiles`` and
+    ``ManyTiles`` need what ``few_experts.fits`` and ``many_experts.fits`` say. Nothing synchronises with the host, so a graph
+    may hold it. Raises ValueError for other widths, RuntimeError without Triton.
     """
     if triton is None:
         raise RuntimeError("fp4_experts needs Triton; fp4_experts_reference is the same in plain PyTorch")
@@ -131,9 +147,20 @@ def fp4_experts(x: Tensor, chosen: Tensor, weights: Tensor, experts: FP4Experts,
     if hidden % 128 or inner % 128:
         raise ValueError(f"d={hidden} and I={inner} must be multiples of 128")
     pairs, count = tokens * top, experts.w1.shape[0]
-    tiles = tiles or ExpertTiles.of(pairs, count)
+    choice = tiles or _best_tiles(x, pairs, count, inner)
+    if isinstance(choice, FewTiles):
+        return _few(x, chosen, weights, experts, choice)
+    if isinstance(choice, ManyTiles):
+        return _many(x, chosen, weights, experts, choice)
+    return _portable(x, chosen, weights, experts, choice)
+
+
+def _portable(x: Tensor, chosen: Tensor, weights: Tensor, experts: FP4Experts, tiles: ExpertTiles) -> Tensor:
+    """The path in Triton."""
+    (tokens, hidden), top, inner = x.shape, chosen.shape[1], experts.w1.shape[1]
+    pairs, count = tokens * top, experts.w1.shape[0]
     pdl = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    blocks, halves = _prepared(x, chosen, count, tiles.pairs, pdl)
+    blocks, halves = _prepared(x, chosen, count, tiles.pairs, 2, pdl)
     middle = torch.empty(pairs, inner, dtype=x.dtype, device=x.device)
     parts = torch.empty(pairs, hidden, dtype=torch.float32, device=x.device)
     table = (blocks.pair, blocks.expert, blocks.first, blocks.count)
@@ -149,28 +176,74 @@ def fp4_experts(x: Tensor, chosen: Tensor, weights: Tensor, experts: FP4Experts,
     _down_kernel[(hidden // tiles.down_rows, len(blocks.expert))](
         middle, experts.w2, s2, parts, *table, hidden, INNER=inner, BLOCK_N=tiles.down_rows, **options
     )
-    out = torch.empty(tokens, hidden, dtype=torch.float32, device=x.device)
-    _sum_kernel[(tokens, triton.cdiv(hidden, 1024))](
-        parts, out, hidden, TOP=top, BLOCK=1024, PDL=pdl, num_warps=4, launch_pdl=pdl
+    return _summed(parts, tokens, pdl)
+
+
+def _best_tiles(x: Tensor, pairs: int, experts: int, inner: int) -> Tiles:
+    """The fastest kernel of those that run here."""
+    if few_experts.fits(x) and pairs <= min(8 * experts, _FEW) and x.shape[1] % 256 == 0 and inner % 256 == 0:
+        return FewTiles()
+    return ManyTiles() if many_experts.fits(x, inner) else ExpertTiles.of(pairs, experts)
+
+
+def _many(x: Tensor, chosen: Tensor, weights: Tensor, experts: FP4Experts, tiles: ManyTiles) -> Tensor:
+    """The path of ``many_experts``."""
+    blocks = ExpertBlocks.of(chosen, experts.w1.shape[0], many_experts.PAIRS)
+    parts = torch.empty(chosen.numel(), x.shape[1], dtype=torch.float32, device=x.device)
+    many_experts.launch(
+        many_experts.paired(x), _tensors(experts), weights.float().contiguous(),
+        (blocks.pair, blocks.expert, blocks.first, blocks.count), chosen.shape[1], experts.limit, parts, tiles,
+    )  # fmt: skip
+    return _summed(parts, x.shape[0], True)
+
+
+def _tensors(experts: FP4Experts) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return experts.w1, experts.s1, experts.w3, experts.s3, experts.w2, experts.s2
+
+
+def _few(x: Tensor, chosen: Tensor, weights: Tensor, experts: FP4Experts, tiles: FewTiles) -> Tensor:
+    """The path of ``few_experts``."""
+    (tokens, hidden), top = x.shape, chosen.shape[1]
+    pdl = torch.cuda.get_device_capability(x.device) >= (9, 0)
+    if tokens == 1 and tiles.direct:
+        table = (chosen.flatten(),) * 4  # every pair is a block of its own
+    else:
+        blocks = _prepared(x, chosen, experts.w1.shape[0], few_experts.PAIRS, 0, pdl)[0]
+        table = (blocks.pair, blocks.expert, blocks.first, blocks.count)
+    parts = torch.empty(tokens * top, hidden, dtype=torch.float32, device=x.device)
+    few_experts.launch(
+        x.contiguous(), _tensors(experts), weights.float().contiguous(), table, top, experts.limit, parts,
+        (tiles.warps, tiles.words, tiles.down_words), tiles.direct and tokens == 1,
+    )  # fmt: skip
+    return _summed(parts, tokens, pdl)
+
+
+def _summed(parts: Tensor, tokens: int, pdl: bool) -> Tensor:
+    """A token's pairs, added in the order of its choices."""
+    hidden = parts.shape[1]
+    out = torch.empty(tokens, hidden, dtype=torch.float32, device=parts.device)
+    _sum_kernel[(tokens, triton.cdiv(hidden, 512))](
+        parts, out, hidden, TOP=parts.shape[0] // tokens, BLOCK=512, PDL=pdl, num_warps=4, launch_pdl=pdl
     )
     return out
 
 
-def _prepared(x: Tensor, chosen: Tensor, experts: int, size: int, pdl: bool) -> tuple[ExpertBlocks, Tensor]:
-    """The blocks, and x split into even and odd elements [T, 2, d / 2]: one kernel for few pairs, else PyTorch."""
+def _prepared(x: Tensor, chosen: Tensor, experts: int, size: int, ways: int, pdl: bool) -> tuple[ExpertBlocks, Tensor]:
+    """The blocks, and x with every ``ways``-th element side by side [T, ways, d / ways] (``ways`` 0: x as it is): one kernel
+    for few pairs, else PyTorch."""
     tokens, hidden = x.shape
     pairs = chosen.numel()
     if pairs > _FEW:
-        halves = x.view(tokens, hidden // 2, 2).transpose(1, 2).contiguous()
+        halves = x.view(tokens, hidden // ways, ways).transpose(1, 2).contiguous() if ways else x
         return ExpertBlocks.of(chosen, experts, size), halves
-    halves = torch.empty(tokens, 2, hidden // 2, dtype=x.dtype, device=x.device)
+    halves = torch.empty(tokens, ways, hidden // ways, dtype=x.dtype, device=x.device) if ways else x
     most = ExpertBlocks.most(pairs, experts, size)
     table = torch.empty(pairs + 3 * most, dtype=torch.int32, device=x.device)
     pair, expert, first, count = table.split([pairs, most, most, most])
-    _prepare_kernel[(1 + tokens,)](
+    _prepare_kernel[(1 + tokens if ways else 1,)](
         x.contiguous(), chosen.contiguous(), halves, pair, expert, first, count, pairs, most, hidden, experts, size,
         PAIRS=max(16, triton.next_power_of_2(pairs)), BLOCKS=triton.next_power_of_2(most),
-        EXPERTS=triton.next_power_of_2(experts), PDL=pdl, num_warps=8,
+        EXPERTS=triton.next_power_of_2(experts), WAYS=max(1, ways), PDL=pdl, num_warps=8,
     )  # fmt: skip
     return ExpertBlocks(pair, expert, first, count, size), halves
 
@@ -248,40 +321,40 @@ if triton is not None:
     @triton.jit
     def _prepare_kernel(
         x, chosen, halves, pair, expert, first, count, pairs, most, hidden, experts, size,
-        PAIRS: tl.constexpr, BLOCKS: tl.constexpr, EXPERTS: tl.constexpr, PDL: tl.constexpr,
+        PAIRS: tl.constexpr, BLOCKS: tl.constexpr, EXPERTS: tl.constexpr, WAYS: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """Program 0: the tables of ExpertBlocks. Program 1 + t: token t split into even and odd elements."""
+        """Program 0: the tables of ExpertBlocks. Program 1 + t: token t with every WAYS-th element side by side."""
         if tl.program_id(0) > 0:
             token = (tl.program_id(0) - 1).to(tl.int64)
-            for start in range(0, hidden // 2, 1024):
-                place = start + tl.arange(0, 1024)
-                inside = place < hidden // 2
-                source, target = x + token * hidden + 2 * place, halves + token * hidden + place
-                tl.store(target, tl.load(source, mask=inside, other=0.0), mask=inside)
-                tl.store(target + hidden // 2, tl.load(source + 1, mask=inside, other=0.0), mask=inside)
+            for start in range(0, hidden, 4096):
+                place = start + tl.arange(0, 4096)
+                source = (place % (hidden // WAYS)) * WAYS + place // (hidden // WAYS)
+                value = tl.load(x + token * hidden + source, mask=place < hidden, other=0.0)
+                tl.store(halves + token * hidden + place, value, mask=place < hidden)
         else:
-            slot, name, block = tl.arange(0, PAIRS), tl.arange(0, EXPERTS), tl.arange(0, BLOCKS)
-            own = tl.load(chosen + slot, mask=slot < pairs, other=experts).to(tl.int32)
+            slot, name = tl.arange(0, PAIRS), tl.arange(0, EXPERTS)
+            own = tl.load(chosen + slot, mask=slot < pairs, other=0).to(tl.int32)
             rank = tl.zeros((PAIRS,), tl.int32)  # pairs that come before: a lower expert, or the same one and an earlier place
-            counts = tl.zeros((EXPERTS,), tl.int32)
             for start in range(0, pairs, 16):
                 other = start + tl.arange(0, 16)
-                their = tl.load(chosen + other, mask=other < pairs, other=experts + 1).to(tl.int32)
-                same = (their[None, :] == own[:, None]) & (other[None, :] < slot[:, None])
-                rank += tl.sum(((their[None, :] < own[:, None]) | same).to(tl.int32), axis=1)
-                counts += tl.sum((their[None, :] == name[:, None]).to(tl.int32), axis=1)
+                their = tl.load(chosen + other, mask=other < pairs, other=experts).to(tl.int32)
+                before = (their[None, :] == own[:, None]) & (other[None, :] < slot[:, None])
+                rank += tl.sum(((their[None, :] < own[:, None]) | before).to(tl.int32), axis=1)
             tl.store(pair + rank, slot, mask=slot < pairs)
+            counts = tl.histogram(own, EXPERTS, mask=slot < pairs)
             blocks = (counts + size - 1) // size
-            ends = tl.cumsum(blocks, axis=0)
-            before = (ends[None, :] <= block[:, None]) & (name < experts)[None, :]
-            number = tl.sum(before.to(tl.int32), axis=1)
-            inside = block - tl.sum(tl.where(before, blocks[None, :], 0), axis=1)
-            own_count = tl.sum(tl.where(name[None, :] == number[:, None], counts[None, :], 0), axis=1)
-            begin = tl.sum(tl.where(before, counts[None, :], 0), axis=1) + inside * size
-            here = block < most
-            tl.store(expert + block, tl.minimum(number, experts - 1), mask=here)
-            tl.store(first + block, begin, mask=here)
-            tl.store(count + block, tl.where(number < experts, tl.minimum(own_count - inside * size, size), 0), mask=here)
+            at = tl.cumsum(blocks, axis=0) - blocks
+            begin = tl.cumsum(counts, axis=0) - counts
+            for part in range(0, tl.max(blocks, axis=0)):
+                here = part < blocks
+                tl.store(expert + at + part, name, mask=here)
+                tl.store(first + at + part, begin + part * size, mask=here)
+                tl.store(count + at + part, tl.minimum(counts - part * size, size), mask=here)
+            block = tl.arange(0, BLOCKS)
+            empty = (block < most) & (block >= tl.sum(blocks, axis=0))
+            tl.store(expert + block, tl.zeros((BLOCKS,), tl.int32), mask=empty)
+            tl.store(first + block, tl.zeros((BLOCKS,), tl.int32), mask=empty)
+            tl.store(count + block, tl.zeros((BLOCKS,), tl.int32), mask=empty)
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
 

@@ -7,9 +7,10 @@ Triton's own pipeliner does not do for values that pass through registers.
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from nautile.kernels.row_pool import RowPool
 
@@ -20,11 +21,21 @@ try:
 except ImportError:  # CPU-only installations have no Triton, older versions no Gluon
     gluon = None
 
-__all__ = ["ROWS", "fits", "launch"]
+__all__ = ["HopperTiles", "fits", "launch"]
 
-ROWS = 64  # of a tile
 _BYTES = 584  # of a row
 _C, _ROTATED, _HEADS = 512, 64, 64
+
+
+@dataclass(frozen=True)
+class HopperTiles:
+    """Rows of a tile, tiles in shared memory, warps that decode and registers of a thread of theirs. The defaults are the
+    fastest that were measured."""
+
+    rows: int = 64
+    stages: int = 2
+    warps: int = 8
+    registers: int = 72
 
 
 def fits(q: Tensor, near: RowPool, far: RowPool, capability: tuple[int, int]) -> bool:
@@ -39,14 +50,15 @@ def fits(q: Tensor, near: RowPool, far: RowPool, capability: tuple[int, int]) ->
 
 def launch(
     q: Tensor, near: RowPool, near_ids: Tensor, far: RowPool, far_ids: Tensor, sink: Tensor, out: Tensor,
-    partial: Tensor, weight: Tensor, numbers: tuple[int, int, float, int, int, int, int, int],
+    partial: Tensor, weight: Tensor, numbers: tuple[int, int, float, int, int, int, int, int], tiles: HopperTiles,
 ) -> None:  # fmt: skip
     """Fill ``out`` [T, H, 512], or with several splits ``partial`` and ``weight``. ``numbers`` are the lengths of the lists,
     the scale of the logits times log2(e), heads, splits, tiles of a split, tiles of the window and of the entries."""
     splits = numbers[4]
     _attend_kernel[(q.shape[0], q.shape[1] // _HEADS, splits)](
         q, near.data.view(torch.int32), near_ids, far.data.view(torch.int32), far_ids, sink, out, partial, weight, *numbers,
-        STRIDE=_BYTES // 4, SINGLE=splits == 1, N=ROWS, PDL=splits > 1, num_warps=8,
+        STRIDE=_BYTES // 4, SINGLE=splits == 1, N=tiles.rows, S=tiles.stages, W=tiles.warps, R=tiles.registers,
+        num_warps=8,
     )  # fmt: skip
 
 
@@ -69,63 +81,46 @@ if gluon is not None:
     """)
 
     @gluon.jit
-    def _fetch_part(base, start, live, WORD: gl.constexpr, SCALE: gl.constexpr, G: gl.constexpr, L: gl.constexpr):
-        """Words of G groups (16 words each, from WORD on) of rows that begin at ``start``, and the word of scales SCALE."""
+    def _names(near_ids, far_ids, token, near_count, far_count, near_tiles, tile, last, N: gl.constexpr):
+        """Row numbers of one tile, -1 where there is none."""
+        lane = gl.arange(0, N, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+        if tile < near_tiles:
+            ids = near_ids + token * near_count
+            count = near_count
+            at = tile * N + lane
+        else:
+            ids = far_ids + token * far_count
+            count = far_count
+            at = (tile - near_tiles) * N + lane
+        return gl.load(ids + at, mask=(at < count) & (tile < last), other=-1)
+
+    @gluon.jit
+    def _fetch_part(base, ids, WORD: gl.constexpr, SCALE: gl.constexpr, G: gl.constexpr, STRIDE: gl.constexpr, L: gl.constexpr):
+        """Words of G groups (16 words each, from WORD on) of the rows ``ids``, and their word of scales SCALE."""
+        row = ids.load(gl.SliceLayout(1, gl.SliceLayout(2, L)))
+        live = row >= 0
+        start = row.to(gl.int64) * STRIDE
         group = gl.arange(0, G, layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :]
         column = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, :]
         scale = gl.load(base + start + SCALE, mask=live, other=0)
         offset = start[:, None][:, :, None] + (WORD + group * 16)[:, :, None] + column[:, None, :]
-        codes = gl.load(
-            base + offset, mask=live[:, None][:, :, None] & (column >= 0)[:, None, :] & (group >= 0)[:, :, None], other=0
-        )
-        return codes, scale
-
-    @gluon.jit
-    def _start(ids, token, count, tile, N: gl.constexpr, STRIDE: gl.constexpr, L: gl.constexpr):
-        """Where the rows of a tile begin, in words, and which of them there are."""
-        place = tile * N + gl.arange(0, N, layout=L)
-        row = gl.load(ids + token * count + place, mask=place < count, other=-1)
-        return row.to(gl.int64) * STRIDE, row >= 0
+        seen = live[:, None][:, :, None] & (column >= 0)[:, None, :] & (group >= 0)[:, :, None]
+        return gl.load(base + offset, mask=seen, other=0), scale
 
     @gluon.jit
     def _fetch(
-        near,
-        near_ids,
-        far,
-        far_ids,
-        token,
-        near_count,
-        far_count,
-        near_tiles,
-        tile,
-        N: gl.constexpr,
-        STRIDE: gl.constexpr,
-        LA: gl.constexpr,
-        LB: gl.constexpr,
-        LD: gl.constexpr,
-        LR: gl.constexpr,
+        near, far, ids, is_near, STRIDE: gl.constexpr, LA: gl.constexpr, LB: gl.constexpr, LD: gl.constexpr, LR: gl.constexpr
     ):
-        """Rows of one tile in registers, still packed: 4 + 2 + 1 groups of codes with their scales, and the rotated elements."""
-        if tile < near_tiles:
-            base = near
-            ids = near_ids
-            count = near_count
-            at = tile
-        else:
-            base = far
-            ids = far_ids
-            count = far_count
-            at = tile - near_tiles
-        sa, va = _start(ids, token, count, at, N, STRIDE, gl.SliceLayout(1, gl.SliceLayout(2, LA)))
-        sb, vb = _start(ids, token, count, at, N, STRIDE, gl.SliceLayout(1, gl.SliceLayout(2, LB)))
-        sd, vd = _start(ids, token, count, at, N, STRIDE, gl.SliceLayout(1, gl.SliceLayout(2, LD)))
-        sr, vr = _start(ids, token, count, at, N, STRIDE, gl.SliceLayout(1, LR))
-        ca, pa = _fetch_part(base, sa, va, 0, 144, 4, LA)
-        cb, pb = _fetch_part(base, sb, vb, 64, 145, 2, LB)
-        cd, pd = _fetch_part(base, sd, vd, 96, 145, 1, LD)
+        """Rows of one tile in registers, still packed: 4 + 2 + 1 groups of codes, their scales, the rotated elements."""
+        base = near if is_near else far
+        row = ids.load(gl.SliceLayout(1, LR))
         column = gl.arange(0, 32, layout=gl.SliceLayout(0, LR))[None, :]
-        r = gl.load(base + (sr + 112)[:, None] + column, mask=vr[:, None] & (column >= 0), other=0)
-        return ca, pa, cb, pb, cd, pd, r
+        start = row.to(gl.int64) * STRIDE + 112
+        turned = gl.load(base + start[:, None] + column, mask=(row >= 0)[:, None] & (column >= 0), other=0)
+        ca, pa = _fetch_part(base, ids, 0, 144, 4, STRIDE, LA)
+        cb, pb = _fetch_part(base, ids, 64, 145, 2, STRIDE, LB)
+        cd, pd = _fetch_part(base, ids, 96, 145, 1, STRIDE, LD)
+        return ca, pa, cb, pb, cd, pd, turned
 
     @gluon.jit
     def _decode(codes, scale, FIRST: gl.constexpr, N: gl.constexpr, G: gl.constexpr, L: gl.constexpr):
@@ -140,165 +135,148 @@ if gluon is not None:
         return gl.reshape(gl.join(low, high), [N, 32 * G])
 
     @gluon.jit
-    def _put(k, raw, N: gl.constexpr, LA: gl.constexpr, LB: gl.constexpr, LD: gl.constexpr):
-        """Decode a tile into shared memory, where both products read it."""
-        k.slice(0, 128, dim=1).store(_decode(raw[0], raw[1], 0, N, 4, LA))
-        k.slice(128, 64, dim=1).store(_decode(raw[2], raw[3], 0, N, 2, LB))
-        k.slice(192, 32, dim=1).store(_decode(raw[4], raw[5], 2, N, 1, LD))
-        k.slice(224, 32, dim=1).store(raw[6])
-        hopper.fence_async_shared()
+    def _produce(
+        near, near_ids, far, far_ids, token, near_count, far_count, near_tiles, first, last, words, names, full, empty,
+        STRIDE: gl.constexpr, N: gl.constexpr, S: gl.constexpr, W: gl.constexpr,
+    ):  # fmt: skip
+        """Decode tile after tile into shared memory, where both products read it. Rows are fetched a tile ahead of their
+        decoding, their numbers two tiles ahead."""
+        LA: gl.constexpr = gl.BlockedLayout([1, 1, 2], [1, 4, 8], [W, 1, 1], [2, 1, 0])
+        LB: gl.constexpr = gl.BlockedLayout([1, 1, 2], [2, 2, 8], [W, 1, 1], [2, 1, 0])
+        LD: gl.constexpr = gl.BlockedLayout([1, 1, 2], [4, 1, 8], [W, 1, 1], [2, 1, 0])
+        LR: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [W, 1], [1, 0])
+        names.index(0).store(_names(near_ids, far_ids, token, near_count, far_count, near_tiles, first, last, N))
+        names.index(1).store(_names(near_ids, far_ids, token, near_count, far_count, near_tiles, first + 1, last, N))
+        later = _names(near_ids, far_ids, token, near_count, far_count, near_tiles, first + 2, last, N)
+        raw = _fetch(near, far, names.index(0), first < near_tiles, STRIDE, LA, LB, LD, LR)
+        for tile in range(first, last):
+            step = tile - first
+            k = words.index(step % S)
+            hopper.mbarrier.wait(empty.index(step % S), ((step // S) & 1) ^ 1)
+            k.slice(224, 32, dim=1).store(raw[6])
+            k.slice(0, 128, dim=1).store(_decode(raw[0], raw[1], 0, N, 4, LA))
+            k.slice(128, 64, dim=1).store(_decode(raw[2], raw[3], 0, N, 2, LB))
+            k.slice(192, 32, dim=1).store(_decode(raw[4], raw[5], 2, N, 1, LD))
+            hopper.fence_async_shared()
+            gl.thread_barrier()
+            hopper.mbarrier.arrive(full.index(step % S), count=1)
+            # Loads come after the fence, which would wait for them.
+            raw = _fetch(near, far, names.index((step + 1) & 7), tile + 1 < near_tiles, STRIDE, LA, LB, LD, LR)
+            names.index((step + 2) & 7).store(later)
+            later = _names(near_ids, far_ids, token, near_count, far_count, near_tiles, tile + 3, last, N)
 
     @gluon.jit
-    def _weigh(
-        s,
-        top,
-        total,
-        near_ids,
-        far_ids,
-        token,
-        near_count,
-        far_count,
-        near_tiles,
-        tile,
-        scale,
-        N: gl.constexpr,
-        LS: gl.constexpr,
-    ):
+    def _weigh(s, top, total, names, scale, N: gl.constexpr, LS: gl.constexpr):
         """Weights of a tile's logits for the running softmax (base 2), and by how much earlier sums shrink."""
-        lane: gl.constexpr = gl.SliceLayout(0, LS)
-        place = gl.arange(0, N, layout=lane)
-        if tile < near_tiles:
-            at = tile * N + place
-            ids = gl.load(near_ids + token * near_count + at, mask=at < near_count, other=-1)
-        else:
-            at = (tile - near_tiles) * N + place
-            ids = gl.load(far_ids + token * far_count + at, mask=at < far_count, other=-1)
+        ids = names.load(gl.SliceLayout(0, LS))
         logits = gl.where((ids >= 0)[None, :], s * scale, float("-inf"))
         higher = gl.maximum(top, gl.max(logits, axis=1))
         base = gl.where(higher == float("-inf"), 0.0, higher)
         weights = gl.exp2(logits - base[:, None])
         shrink = gl.exp2(top - base)
-        total = total * shrink + gl.sum(weights, axis=1)
-        return weights.to(gl.bfloat16), higher, total, shrink
+        return weights.to(gl.bfloat16), higher, total * shrink + gl.sum(weights, axis=1), shrink
 
     @gluon.jit
-    def _attend_kernel(
-        q,
-        near,
-        near_ids,
-        far,
-        far_ids,
-        sink,
-        out,
-        partial,
-        weight,
-        near_count,
-        far_count,
-        scale,
-        heads,
-        splits,
-        tiles,
-        near_tiles,
-        far_tiles,
-        STRIDE: gl.constexpr,
-        SINGLE: gl.constexpr,
-        N: gl.constexpr,
-        PDL: gl.constexpr,
-    ):
-        """One query, 64 heads, tiles [split * tiles, (split + 1) * tiles) of its two lists (window tiles first).
+    def _add(p, k, left, right, shrink, LO: gl.constexpr):
+        """Start the sums of a tile: in two halves, since one instruction for all of it needs 128 registers."""
+        shrink = gl.convert_layout(shrink, gl.SliceLayout(1, LO))[:, None]
+        left = hopper.warpgroup_mma(p, k.slice(0, 256, dim=1), left * shrink, is_async=True)
+        right = hopper.warpgroup_mma(p, k.slice(256, 256, dim=1), right * shrink, is_async=True)
+        return left, right
 
-        While the tensor cores add tile t, the same warps decode tile t + 1 into the other half of shared memory, and the packed
-        rows of tile t + 2 are on their way into registers.
-        """
+    @gluon.jit
+    def _consume(
+        q, sink, out, partial, weight, token, split, scale, heads, splits, first, last, q_smem, k_smem, p_smem, names, full,
+        empty, SINGLE: gl.constexpr, N: gl.constexpr, S: gl.constexpr,
+    ):  # fmt: skip
+        """Both products of every tile, the softmax between them, and the result."""
         C: gl.constexpr = 512
         H: gl.constexpr = 64
-        LA: gl.constexpr = gl.BlockedLayout([1, 1, 2], [1, 4, 8], [8, 1, 1], [2, 1, 0])
-        LB: gl.constexpr = gl.BlockedLayout([1, 1, 2], [2, 2, 8], [8, 1, 1], [2, 1, 0])
-        LD: gl.constexpr = gl.BlockedLayout([1, 1, 2], [4, 1, 8], [8, 1, 1], [2, 1, 0])
-        LR: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [8, 1], [1, 0])
         LQ: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
         LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, N // 2, 16])
-        LO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 256, 16])
-        SH: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-        token = gl.program_id(0).to(gl.int64)
-        split = gl.program_id(2)
+        LO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 128, 16])
         head0 = gl.program_id(1) * H
-        q_smem = gl.allocate_shared_memory(gl.bfloat16, [H, C], SH)
-        k_smem = gl.allocate_shared_memory(gl.bfloat16, [2, N, C], SH)
-        w_smem = k_smem._reinterpret(gl.int32, [2, N, C // 2], gl.NVMMASharedLayout(128, 32, 2))
-        p_smem = gl.allocate_shared_memory(gl.bfloat16, [H, N], SH)
-        first = split * tiles
-        last = gl.minimum(first + tiles, near_tiles + far_tiles)
-        raw = _fetch(near, near_ids, far, far_ids, token, near_count, far_count, near_tiles, first, N, STRIDE, LA, LB, LD, LR)
-        qrow = head0 + gl.arange(0, H, layout=gl.SliceLayout(1, LQ))
-        qcol = gl.arange(0, C, layout=gl.SliceLayout(0, LQ))
-        at = (token * heads + qrow)[:, None] * C + qcol[None, :]
-        q_smem.store(gl.load(q + at))
+        row = head0 + gl.arange(0, H, layout=gl.SliceLayout(1, LQ))
+        column = gl.arange(0, C, layout=gl.SliceLayout(0, LQ))
+        q_smem.store(gl.load(q + (token * heads + row)[:, None] * C + column[None, :]))
+        hopper.fence_async_shared()
         top = gl.full([H], float("-inf"), gl.float32, layout=gl.SliceLayout(1, LS))
         total = gl.full([H], 0.0, gl.float32, layout=gl.SliceLayout(1, LS))
-        o = gl.full([H, C], 0.0, gl.float32, layout=LO)
+        left = gl.full([H, C // 2], 0.0, gl.float32, layout=LO)
+        right = gl.full([H, C // 2], 0.0, gl.float32, layout=LO)
         zero = gl.full([H, N], 0.0, gl.float32, layout=LS)
-        _put(w_smem.index(0), raw, N, LA, LB, LD)
+        gl.thread_barrier()
+        hopper.mbarrier.wait(full.index(0), 0)
         s = hopper.warpgroup_mma(q_smem, k_smem.index(0).permute([1, 0]), zero, use_acc=False, is_async=True)
-        raw = _fetch(
-            near,
-            near_ids,
-            far,
-            far_ids,
-            token,
-            near_count,
-            far_count,
-            near_tiles,
-            gl.minimum(first + 1, last),
-            N,
-            STRIDE,
-            LA,
-            LB,
-            LD,
-            LR,
-        )
         s = hopper.warpgroup_mma_wait(0, deps=[s])
-        buf = 0
         for tile in range(first, last - 1):
-            p, top, total, shrink = _weigh(
-                s, top, total, near_ids, far_ids, token, near_count, far_count, near_tiles, tile, scale, N, LS
-            )
+            step = tile - first
+            hopper.mbarrier.wait(full.index((step + 1) % S), ((step + 1) // S) & 1)
+            k = k_smem.index((step + 1) % S)
+            s_next = hopper.warpgroup_mma(q_smem, k.permute([1, 0]), zero, use_acc=False, is_async=True)
+            p, top, total, shrink = _weigh(s, top, total, names.index(step & 7), scale, N, LS)
             p_smem.store(p)
             hopper.fence_async_shared()
-            o = o * gl.convert_layout(shrink, gl.SliceLayout(1, LO))[:, None]
-            o_later = hopper.warpgroup_mma(p_smem, k_smem.index(buf), o, is_async=True)
-            _put(w_smem.index(1 - buf), raw, N, LA, LB, LD)
-            s_later = hopper.warpgroup_mma(q_smem, k_smem.index(1 - buf).permute([1, 0]), zero, use_acc=False, is_async=True)
-            raw = _fetch(
-                near, near_ids, far, far_ids, token, near_count, far_count, near_tiles, tile + 2, N, STRIDE, LA, LB, LD, LR
-            )
-            o, s = hopper.warpgroup_mma_wait(0, deps=[o_later, s_later])
-            buf = 1 - buf
-        p, top, total, shrink = _weigh(
-            s, top, total, near_ids, far_ids, token, near_count, far_count, near_tiles, last - 1, scale, N, LS
-        )
+            left, right = _add(p_smem, k_smem.index(step % S), left, right, shrink, LO)
+            left, right, s = hopper.warpgroup_mma_wait(0, deps=[left, right, s_next])
+            gl.thread_barrier()
+            hopper.mbarrier.arrive(empty.index(step % S), count=1)
+        step = last - 1 - first
+        p, top, total, shrink = _weigh(s, top, total, names.index(step & 7), scale, N, LS)
         p_smem.store(p)
         hopper.fence_async_shared()
-        o = o * gl.convert_layout(shrink, gl.SliceLayout(1, LO))[:, None]
-        o = hopper.warpgroup_mma(p_smem, k_smem.index(buf), o, is_async=True)
-        o = hopper.warpgroup_mma_wait(0, deps=[o])
-        orow = head0 + gl.arange(0, H, layout=gl.SliceLayout(1, LO))
-        srow = head0 + gl.arange(0, H, layout=gl.SliceLayout(1, LS))
+        left, right = _add(p_smem, k_smem.index(step % S), left, right, shrink, LO)
+        left, right = hopper.warpgroup_mma_wait(0, deps=[left, right])
+        logit_row = head0 + gl.arange(0, H, layout=gl.SliceLayout(1, LS))
         if SINGLE:
-            drain = gl.load(sink + srow) * 1.4426950408889634
+            drain = gl.load(sink + logit_row) * 1.4426950408889634
             base = gl.maximum(top, drain)
             shrink = gl.exp2(top - base)
             share = shrink / (total * shrink + gl.exp2(drain - base))
-            o = o * gl.convert_layout(share, gl.SliceLayout(1, LO))[:, None]
-            k_smem.index(buf).store(o.to(gl.bfloat16))
-            gl.store(out + at, k_smem.index(buf).load(LQ))
+            share = gl.convert_layout(share, gl.SliceLayout(1, LO))[:, None]
+            k = k_smem._reinterpret(gl.bfloat16, [H, C], gl.NVMMASharedLayout(128, 16, 2))
+            k.slice(0, C // 2, dim=1).store((left * share).to(gl.bfloat16))
+            k.slice(C // 2, C // 2, dim=1).store((right * share).to(gl.bfloat16))
+            gl.store(out + (token * heads + row)[:, None] * C + column[None, :], k.load(LQ))
         else:
             slot = (token * splits + split) * heads
-            ocol = gl.arange(0, C, layout=gl.SliceLayout(0, LO))
-            gl.store(partial + (slot + orow)[:, None] * C + ocol[None, :], o)
-            gl.store(weight + (slot + srow) * 2, top)
-            gl.store(weight + (slot + srow) * 2 + 1, total)
-        if PDL:
-            gl.inline_asm_elementwise(
-                "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-            )
+            o_row = head0 + gl.arange(0, H, layout=gl.SliceLayout(1, LO))
+            o_column = gl.arange(0, C // 2, layout=gl.SliceLayout(0, LO))
+            target = partial + (slot + o_row)[:, None] * C + o_column[None, :]
+            gl.store(target, left)
+            gl.store(target + C // 2, right)
+            gl.store(weight + (slot + logit_row) * 2, top)
+            gl.store(weight + (slot + logit_row) * 2 + 1, total)
+
+    @gluon.jit
+    def _attend_kernel(
+        q, near, near_ids, far, far_ids, sink, out, partial, weight, near_count, far_count, scale, heads, splits, tiles,
+        near_tiles, far_tiles,
+        STRIDE: gl.constexpr, SINGLE: gl.constexpr, N: gl.constexpr, S: gl.constexpr, W: gl.constexpr, R: gl.constexpr,
+    ):  # fmt: skip
+        """One query, 64 heads, tiles [split * tiles, (split + 1) * tiles) of its two lists (window tiles first): two
+        warpgroups multiply, W more warps decode for them into two halves of shared memory in turn."""
+        SH: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+        token = gl.program_id(0).to(gl.int64)
+        split = gl.program_id(2)
+        first = split * tiles
+        last = gl.minimum(first + tiles, near_tiles + far_tiles)
+        q_smem = gl.allocate_shared_memory(gl.bfloat16, [64, 512], SH)
+        k_smem = gl.allocate_shared_memory(gl.bfloat16, [S, N, 512], SH)
+        words = k_smem._reinterpret(gl.int32, [S, N, 256], gl.NVMMASharedLayout(128, 32, 2))
+        p_smem = gl.allocate_shared_memory(gl.bfloat16, [64, N], gl.NVMMASharedLayout(2 * N, 16, 2))
+        names = gl.allocate_shared_memory(gl.int32, [8, N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        full = gl.allocate_shared_memory(gl.int64, [S, 1], hopper.mbarrier.MBarrierLayout())
+        empty = gl.allocate_shared_memory(gl.int64, [S, 1], hopper.mbarrier.MBarrierLayout())
+        for half in gl.static_range(S):
+            hopper.mbarrier.init(full.index(half), count=1)
+            hopper.mbarrier.init(empty.index(half), count=1)
+        gl.warp_specialize(
+            [
+                (_consume, (q, sink, out, partial, weight, token, split, scale, heads, splits, first, last,
+                            q_smem, k_smem, p_smem, names, full, empty, SINGLE, N, S)),
+                (_produce, (near, near_ids, far, far_ids, token, near_count, far_count, near_tiles, first, last,
+                            words, names, full, empty, STRIDE, N, S, W)),
+            ],
+            [W], [R],
+        )  # fmt: skip

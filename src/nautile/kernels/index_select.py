@@ -12,9 +12,12 @@ those become candidates, and radix rounds over them settle the rest, ties by the
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from nautile.kernels import index_scores
 from nautile.quant import mxfp4
 
 try:
@@ -24,6 +27,8 @@ except ImportError:  # CPU-only installations have no Triton
     triton = None
 
 __all__ = ["index_scores_reference", "index_select", "index_select_reference"]
+
+Kernel = Literal["auto", "portable", "warpgroup"]
 
 _TILE = 4096  # scores a program looks at in the selection, and the largest k
 _BLOCK = 128  # keys of a tile
@@ -52,12 +57,15 @@ def _group(count: int) -> int:
     return 1 << max(0, min(7, (max(count, 1) // 2048).bit_length() - 1))
 
 
-def index_select(q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def index_select(
+    q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, k: int, *, kernel: Kernel = "auto"
+) -> tuple[Tensor, Tensor]:
     """Scores float32 [T, n] and the selection int32 [T, k] of ``index_select_reference``, in Triton.
 
     Args: q [T, H, ci] bfloat16 or float32 whose values lie on the FP4 grid (products are exact then), weights [T, H] float32,
     keys uint8 [n, ci / 2 + ci / 32] contiguous, visible [T] int32. ci is 128; scores of invisible keys are not written; k is
-    at most 4,096.
+    at most 4,096. ``kernel`` "auto" scores with ``index_scores`` where it runs, else with Triton's "portable" kernel;
+    "warpgroup" is the former with Hopper's own matrix instruction.
     Raises ValueError for shapes the kernel does not take, RuntimeError without Triton.
     """
     if triton is None:
@@ -72,14 +80,18 @@ def index_select(q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, k: i
     best = torch.empty(tokens, maxima, dtype=torch.float32, device=q.device)
     found = torch.empty(tokens, 2 * count + 1, dtype=torch.int32, device=q.device)  # keys, indices, how many
     taken = torch.empty(tokens, k, dtype=torch.int32, device=q.device)
-    tiles = triton.cdiv(count, _BLOCK)
-    per = max(1, triton.cdiv(tiles * tokens, 3 * 132))
     pdl = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
-    q, weights, visible = q.contiguous(), weights.contiguous(), visible.to(torch.int32)
-    _score_kernel[(triton.cdiv(tiles, per), tokens)](
-        q, weights, keys.view(torch.int32), visible, scores, best, found, count, per, maxima,
-        HEADS=heads, BLOCK=_BLOCK, GROUP=group, ASM=q.is_cuda, PDL=pdl, num_warps=4, num_stages=3,
-    )  # fmt: skip
+    q, weights, visible, keys = q.contiguous(), weights.contiguous(), visible.to(torch.int32), keys.view(torch.int32)
+    if kernel != "portable" and index_scores.fits(q):
+        programs = max(1, min(triton.cdiv(count, _BLOCK), triton.cdiv(132, tokens)))
+        index_scores.launch(q, weights, keys, visible, scores, best, found, group, programs, warpgroup=kernel == "warpgroup")
+    else:
+        tiles = triton.cdiv(count, _BLOCK)
+        per = max(1, triton.cdiv(tiles * tokens, 3 * 132))
+        _score_kernel[(triton.cdiv(tiles, per), tokens)](
+            q, weights, keys, visible, scores, best, found, count, per, maxima,
+            HEADS=heads, BLOCK=_BLOCK, GROUP=group, ASM=q.is_cuda, PDL=pdl, num_warps=4, num_stages=3,
+        )  # fmt: skip
     _collect_kernel[(triton.cdiv(count, _TILE), tokens)](
         scores, best, visible, found, count, k,
         MAXIMA=maxima, GROUP=group, TILE=_TILE, PDL=pdl, num_warps=8, launch_pdl=pdl,

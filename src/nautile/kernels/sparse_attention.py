@@ -13,7 +13,6 @@ depend on which other queries run beside it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,11 +24,18 @@ except ImportError:  # CPU-only installations have no Triton
     triton = None
 
 from nautile.kernels import hopper_attention
+from nautile.kernels.hopper_attention import HopperTiles
 from nautile.kernels.row_pool import RowPool
 
-__all__ = ["AttentionTiles", "RowPool", "SplitPlan", "fast_split", "sparse_attention", "sparse_attention_reference"]
-
-Kernel = Literal["auto", "portable", "hopper"]
+__all__ = [
+    "AttentionTiles",
+    "HopperTiles",
+    "RowPool",
+    "SplitPlan",
+    "fast_split",
+    "sparse_attention",
+    "sparse_attention_reference",
+]
 
 _LOG2E = 1.4426950408889634
 
@@ -98,14 +104,14 @@ class AttentionTiles:
 
 def sparse_attention(
     q: Tensor, near: RowPool, near_ids: Tensor, far: RowPool, far_ids: Tensor, sink: Tensor, *,
-    tiles_per_split: int = 0, kernel: Kernel = "auto", tiles: AttentionTiles | None = None,
+    tiles_per_split: int = 0, tiles: AttentionTiles | HopperTiles | None = None,
 ) -> Tensor:  # fmt: skip
     """``sparse_attention_reference`` on a GPU: products in q's dtype with float32 sums, one or several programs a query.
 
     ``tiles_per_split`` 0 takes all tiles in one program (prefill); small numbers suit few queries (decode, ``fast_split``).
-    ``kernel`` "auto" takes Hopper's own kernel where it fits (``hopper_attention.fits``), "portable" Triton's, whose sizes
-    ``tiles`` overrides. H must be a multiple of 16, c a power of two. Raises ValueError for shapes no kernel takes,
-    RuntimeError without Triton.
+    ``tiles`` None takes Hopper's own kernel where it fits, else Triton's portable one; HopperTiles or AttentionTiles choose
+    between them and set their sizes. H must be a multiple of 16, c a power of two. Raises ValueError for shapes the kernel does
+    not take, RuntimeError without Triton.
     """
     if triton is None:
         raise RuntimeError("sparse_attention needs Triton; sparse_attention_reference is the same in plain PyTorch")
@@ -113,11 +119,12 @@ def sparse_attention(
     if heads % 16 or c & (c - 1) or near.packed != far.packed or (near.c, near.rotated) != (c, far.rotated):
         raise ValueError(f"{heads} heads must be a multiple of 16, c={c} a power of two, and both pools of one format")
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
-    hopper = q.is_cuda and kernel != "portable" and hopper_attention.fits(q, near, far, capability)
-    if kernel == "hopper" and not hopper:
-        raise ValueError("kernel='hopper' needs sm_90, bfloat16 queries of 512, a multiple of 64 heads and packed rows of 584")
-    size = tiles or AttentionTiles.of(capability)
-    block = hopper_attention.ROWS if hopper else size.rows
+    some = near_ids.shape[1] + far_ids.shape[1] > 0
+    fits = some and q.is_cuda and hopper_attention.fits(q, near, far, capability)
+    if isinstance(tiles, HopperTiles) and not fits:
+        raise ValueError("HopperTiles need sm_90, bfloat16 queries of 512, heads in 64s and packed rows of 584 bytes")
+    tiles = tiles or (HopperTiles() if fits else AttentionTiles.of(capability))
+    block = tiles.rows
     plan = SplitPlan.of(near_ids.shape[1], far_ids.shape[1], block, tiles_per_split)
     out = torch.empty_like(q)
     single = plan.splits == 1
@@ -129,15 +136,15 @@ def sparse_attention(
         near_ids.shape[1], far_ids.shape[1], c**-0.5 * _LOG2E, heads, plan.splits, plan.tiles,
         -(-near_ids.shape[1] // block), -(-far_ids.shape[1] // block),
     )  # fmt: skip
-    if hopper:
-        hopper_attention.launch(q, near, near_ids, far, far_ids, sink, out, partial, weight, numbers)
+    if isinstance(tiles, HopperTiles):
+        hopper_attention.launch(q, near, near_ids, far, far_ids, sink, out, partial, weight, numbers, tiles)
     else:
-        block_h = min(size.heads, heads)
+        block_h = min(tiles.heads, heads)
         _attend_kernel[(tokens, heads // block_h, plan.splits)](
             q, near.data, near_ids, far.data, far_ids, sink, out, partial, weight, *numbers,
-            C=c, PLAIN=c - near.rotated, BLOCK_H=block_h, BLOCK_N=size.rows, PACKED=near.packed, SINGLE=single,
+            C=c, PLAIN=c - near.rotated, BLOCK_H=block_h, BLOCK_N=tiles.rows, PACKED=near.packed, SINGLE=single,
             NATIVE=capability >= (8, 9), NEAR_STRIDE=near.stride, FAR_STRIDE=far.stride,
-            num_warps=size.warps, num_stages=size.stages,
+            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     if not single:
         _join(partial, weight, sink, out, plan.splits, capability)

@@ -1,0 +1,278 @@
+"""Time the kernels in V4-Flash's shapes on this GPU, beside their floors and beside the libraries made for the same work.
+
+All calls of a case lie in one CUDA graph and every call has inputs of its own, at least 60 MB in all, so that neither launch
+gaps of the host nor a warm cache flatter a figure. The floor of a case is the larger of its bytes over the card's copy rate
+and its operations over the card's bfloat16 product rate, both measured first. Peers are timed the same way, in the same run,
+where they are installed.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nautile.kernels.fp4_experts import FP4Experts, fp4_experts, fp4_experts_reference
+from nautile.kernels.index_select import index_scores_reference, index_select, index_select_reference
+from nautile.kernels.row_pool import RowPool
+from nautile.kernels.sparse_attention import fast_split, sparse_attention, sparse_attention_reference
+from nautile.quant import mxfp4
+
+__all__ = ["CASES", "Case", "Ceilings", "Measured", "ceilings", "measure", "microseconds"]
+
+HEADS, C, ROW = 64, 512, 584
+_COLD = 60 << 20  # bytes that the calls of a graph read together, more than the L2 of an H100
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this card does: bytes a second (read plus written) of a large copy, bfloat16 operations a second."""
+
+    copy: float
+    product: float
+
+    def floor(self, flops: float, read: float) -> float:
+        """Microseconds below which the work cannot be done."""
+        return 1e6 * max(flops / self.product, read / self.copy)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table: ``make(peer)`` returns the work, for a peer's call the same without an error."""
+
+    name: str
+    bar: str
+    make: Callable[[], Work]
+    peer: Callable[[], list[Call]] | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """Calls that do the same on different inputs, the relative error of one, operations and least bytes of each."""
+
+    calls: list[Call]
+    error: float
+    flops: float
+    read: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Microseconds of ours, of the floor and of the peer (None without one); ``failure`` instead of all where it failed."""
+
+    name: str
+    bar: str
+    ours: float | None
+    floor: float | None
+    error: float | None
+    peer: float | None
+    failure: str = ""
+
+
+def microseconds(calls: list[Call], rounds: int = 9) -> float:
+    """Median time of one call in a graph of all of them."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times: list[float] = []
+    for _ in range(rounds):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(float(begin.elapsed_time(end)) * 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def ceilings() -> Ceilings:
+    """Measure the card: a copy of 4 GiB and a product of 8,192 x 8,192 x 8,192."""
+    source = torch.empty(4 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy = 2 * source.nbytes / microseconds([lambda: target.copy_(source)] * 3)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    product = 2 * 8192**3 / microseconds([lambda: torch.mm(a, b, out=out)] * 4)
+    return Ceilings(copy * 1e6, product * 1e6)
+
+
+def measure(case: Case, card: Ceilings) -> Measured:
+    """One case; a failure becomes a line of the table, not its end."""
+    try:
+        work = case.make()
+        ours = microseconds(work.calls)
+    except Exception as failure:
+        return Measured(case.name, case.bar, None, None, None, None, repr(failure)[-300:])
+    try:
+        peer = microseconds(case.peer()) if case.peer else None
+    except ImportError:
+        peer = None
+    return Measured(case.name, case.bar, ours, card.floor(work.flops, work.read), work.error, peer)
+
+
+def _error(out: Tensor, reference: Tensor) -> float:
+    """||out - ref|| / ||ref||."""
+    return float((out.double() - reference.double()).norm() / reference.double().norm())
+
+
+def _pool(rows: int) -> RowPool:
+    """Packed rows of random values."""
+    data = torch.zeros(rows, ROW, dtype=torch.uint8, device="cuda")
+    data[:, :448] = (torch.randn(rows, 448, device="cuda") * 20).to(torch.float8_e4m3fn).view(torch.uint8)
+    data[:, 448:576] = torch.randn(rows, 64, device="cuda").bfloat16().view(torch.uint8)
+    data[:, 576:583] = torch.randint(119, 125, (rows, 7), device="cuda", dtype=torch.uint8)
+    return RowPool(data.flatten(), ROW, C, 64)
+
+
+def _sets(read: int) -> int:
+    return max(3, min(160, _COLD // read)) if read < 1 << 30 else 1
+
+
+def _attention(tokens: int, far_count: int, far_rows: int) -> Work:
+    """128 window rows and ``far_count`` of ``far_rows`` entries a query; splits as fast as the batch allows."""
+    read = tokens * (128 + far_count) * ROW
+    near, far, sink = _pool(65536), _pool(far_rows), torch.randn(HEADS, device="cuda")
+    tiles = fast_split(tokens, HEADS, 128, far_count)
+    calls: list[Call] = []
+    for _ in range(_sets(read)):
+        q = torch.randn(tokens, HEADS, C, device="cuda", dtype=torch.bfloat16)
+        near_ids = torch.randint(0, 65536, (tokens, 128), dtype=torch.int32, device="cuda")
+        far_ids = torch.randint(0, far_rows, (tokens, far_count), dtype=torch.int32, device="cuda")
+        calls.append(
+            lambda q=q, i=near_ids, j=far_ids: sparse_attention(q, near, i, far, j, sink, tiles_per_split=tiles)  # type: ignore[misc]
+        )
+    some = slice(-min(tokens, 3), None)
+    right = sparse_attention_reference(q[some].double(), near, near_ids[some], far, far_ids[some], sink)
+    out = calls[-1]()
+    assert isinstance(out, Tensor)
+    least = min(read, (65536 + far_rows) * ROW) + 4 * q.numel()
+    return Work(calls, _error(out[some], right), 4.0 * tokens * HEADS * (128 + far_count) * C, least)
+
+
+def _indexer(tokens: int, count: int, k: int = 512) -> Work:
+    """64 heads of 128 over ``count`` stored FP4 keys, exact top-k; a selection that is not exact is an error of 1."""
+    visible = torch.full((tokens,), count, dtype=torch.int32, device="cuda")
+    calls: list[Call] = []
+    for _ in range(_sets(count * 68)):
+        codes, scales = mxfp4.encode(torch.randn(count, 128, device="cuda"))
+        keys = torch.cat((codes.view(torch.uint8), scales.view(torch.uint8)), dim=-1)
+        q = mxfp4.decode(*mxfp4.encode(torch.randn(tokens, 64, 128, device="cuda"))).bfloat16()
+        weights = torch.randn(tokens, 64, device="cuda")
+        calls.append(lambda q=q, w=weights, s=keys: index_select(q, w, s, visible, k))  # type: ignore[misc]
+    scores, selected = index_select(q, weights, keys, visible, k)
+    wrong = _error(scores[:1], index_scores_reference(q[:1], weights[:1], keys))
+    exact = torch.equal(selected[:1], index_select_reference(scores[:1], visible[:1], k))
+    return Work(calls, wrong if exact else 1.0, 2.0 * tokens * 64 * 128 * count, count * 68)
+
+
+def _experts(tokens: int, top: int = 6, count: int = 256) -> Work:
+    """Flash's routed experts (4,096 x 2,048) on FP4 weights, uniform routing."""
+
+    def packed(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        codes = torch.randint(0, 256, (count, rows, columns // 2), dtype=torch.uint8, device="cuda")
+        return codes, torch.randint(118, 122, (count, rows, columns // 32), dtype=torch.uint8, device="cuda")
+
+    weights = FP4Experts(*packed(2048, 4096), *packed(2048, 4096), *packed(4096, 2048), 10.0)
+    calls: list[Call] = []
+    read = 0.0
+    for _ in range(4):
+        x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
+        chosen = torch.stack([torch.randperm(count, device="cuda")[:top] for _ in range(tokens)])
+        shares = torch.rand(tokens, top, device="cuda")
+        calls.append(lambda x=x, c=chosen, s=shares: fp4_experts(x, c, s, weights))  # type: ignore[misc]
+        read += len(chosen.unique()) * 3 * 4096 * 2048 * (0.5 + 1 / 32) / 4
+    some = slice(0, min(tokens, 3))
+    right = fp4_experts_reference(x[some], chosen[some], shares[some], weights)
+    wrong = _error(fp4_experts(x, chosen, shares, weights)[some], right)
+    return Work(calls, wrong, 2.0 * tokens * top * 3 * 4096 * 2048, read)
+
+
+def _flash_mla(tokens: int, far_count: int, blocks: int, page: int) -> list[Call]:
+    """FlashMLA's decode on its own V4 rows (any bytes that are finite numbers)."""
+    import flash_mla  # noqa: PLC0415
+
+    near, far = (
+        torch.randint(0x30, 0x3F, (n, size, 1, ROW), dtype=torch.uint8, device="cuda")
+        for n, size in ((1024, 64), (blocks, page))
+    )
+    sink = torch.randn(HEADS, device="cuda")
+
+    def one() -> Call:
+        q = torch.randn(tokens, 1, HEADS, C, device="cuda", dtype=torch.bfloat16)
+        ids = torch.randint(0, 65536, (tokens, 1, 128), dtype=torch.int32, device="cuda")
+        extra = torch.randint(0, blocks * page, (tokens, 1, far_count), dtype=torch.int32, device="cuda")
+        plan = flash_mla.get_mla_metadata()[0]
+        return lambda: flash_mla.flash_mla_with_kvcache(
+            q, near, None, None, C, plan, indices=ids, attn_sink=sink, extra_k_cache=far, extra_indices_in_kvcache=extra,
+            use_legacy=True, kv_format="V4",
+        )  # fmt: skip
+
+    return [one() for _ in range(_sets(tokens * (128 + far_count) * ROW))]
+
+
+def _flash_mla_prefill(rows: int) -> list[Call]:
+    """FlashMLA's prefill: 4,096 queries, 640 of ``rows`` bfloat16 rows each."""
+    import flash_mla  # noqa: PLC0415
+
+    kv = torch.randn(rows, 1, C, device="cuda", dtype=torch.bfloat16)
+    q = torch.randn(4096, HEADS, C, device="cuda", dtype=torch.bfloat16)
+    ids = torch.randint(0, rows, (4096, 1, 640), dtype=torch.int32, device="cuda")
+    sink = torch.randn(HEADS, device="cuda")
+    return [lambda: flash_mla.flash_mla_sparse_fwd(q, kv, ids, C**-0.5, attn_sink=sink, use_legacy=True)] * 2
+
+
+def _deep_gemm(tokens: int, count: int) -> list[Call]:
+    """DeepGEMM's logits of FP8 keys and torch.topk, which leaves ties to the device."""
+    import deep_gemm  # noqa: PLC0415
+
+    q = torch.randn(tokens, 64, 128, device="cuda").to(torch.float8_e4m3fn)
+    keys, scales = torch.randn(count, 128, device="cuda").to(torch.float8_e4m3fn), torch.rand(count, device="cuda")
+    weights = torch.randn(tokens, 64, device="cuda")
+    first = torch.zeros(tokens, dtype=torch.int32, device="cuda")
+    last = torch.full((tokens,), count, dtype=torch.int32, device="cuda")
+    return [lambda: deep_gemm.fp8_mqa_logits(q, (keys, scales), weights, first, last).topk(512)] * 3
+
+
+def _decode_case(tokens: int, far_count: int, bar: str) -> Case:
+    """A decode step: the indexer's 512 of 262,144 entries, or HCA's 8,192 of 65,536, which FlashMLA has in pages of two."""
+    rows, blocks, page = (262144, 4096, 64) if far_count == 512 else (65536, 32768, 2)
+    return Case(
+        f"decode 128+{far_count:,}, batch {tokens}", bar,
+        lambda: _attention(tokens, far_count, rows), lambda: _flash_mla(tokens, far_count, blocks, page),
+    )  # fmt: skip
+
+
+def _prefill_case(rows: int) -> Case:
+    return Case(
+        f"prefill 4,096 x 640 of {rows:,}",
+        "<= 1.33 x peer",
+        lambda: _attention(4096, 512, rows),
+        lambda: _flash_mla_prefill(rows),
+    )
+
+
+CASES = (
+    _decode_case(1, 512, "<= 12 us"),
+    _decode_case(8, 512, "<= 1.0 x peer"),
+    _decode_case(32, 512, "<= 1.1 x peer"),
+    _decode_case(128, 512, "<= 1.2 x peer"),
+    _decode_case(1, 8192, "<= 0.8 x peer"),
+    _decode_case(8, 8192, "<= 1.0 x peer"),
+    _decode_case(32, 8192, "<= 1.2 x peer"),
+    _prefill_case(5120),
+    _prefill_case(262144),
+    Case("indexer 1 x 262,144 + top-512", "<= 40 us", lambda: _indexer(1, 262144), lambda: _deep_gemm(1, 262144)),
+    Case("indexer 16 x 65,536 + top-512", "", lambda: _indexer(16, 65536), lambda: _deep_gemm(16, 65536)),
+    Case("FP4 experts, 1 token", ">= 65 % of floor", lambda: _experts(1)),
+    Case("FP4 experts, 32 tokens", "", lambda: _experts(32)),
+    Case("FP4 experts, 4,096 tokens", ">= 55 % of floor", lambda: _experts(4096)),
+)

@@ -26,6 +26,7 @@ from nautile.state import (
     StoreError,
     StoreUnavailable,
 )
+from nautile.state import session as session_module
 from nautile.state.files import StateFile, read_header
 from state.kills import kill_at_random
 from state.pools import close, feed, logits_of, new_pool, row
@@ -247,6 +248,25 @@ def test_a_full_or_read_only_disk_keeps_the_old_session(tmp_path: Path, monkeypa
             store.save("a", pool, sequence)
     assert store.resume("a", new_pool()).info.length == 100
     store.save("a", pool, sequence)
+    assert store.resume("a", new_pool()).sequence.length == 300
+
+
+def test_a_save_that_fails_leaves_no_files_that_only_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = SessionStore(tmp_path)
+    saved(store, "a", 300, seed=1)
+    before = {path.name for path in store.nodes.glob("*")}
+    real = session_module.write_file
+
+    def full(path: Path, kind: str, *rest: object) -> int:
+        if kind == "session":
+            raise StoreUnavailable(28, "the disk is full")
+        return real(path, kind, *rest)
+
+    monkeypatch.setattr(session_module, "write_file", full)
+    with pytest.raises(StoreUnavailable, match="full"):
+        saved(store, "b", 500, seed=2)
+    assert {path.name for path in store.nodes.glob("*")} == before
+    monkeypatch.undo()
     assert store.resume("a", new_pool()).sequence.length == 300
 
 

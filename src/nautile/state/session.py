@@ -165,10 +165,15 @@ class SessionStore:
                 "note": note if note is not None else (old["note"] if old else ""),
                 "forked_from": old["forked_from"] if old else None,
                 "spans": count,
-                "snapshots": self._write_spans(pool, sequence, count),
             }
             history = pool.read_history(sequence, count * k, sequence.length)
-            return self._write(name, _Contents(fields, tuple(sequence.ids), history, pool.read_tail(sequence), logits))
+            try:
+                fields["snapshots"] = self._write_spans(pool, sequence, count)
+                return self._write(name, _Contents(fields, tuple(sequence.ids), history, pool.read_tail(sequence), logits))
+            except StoreUnavailable:
+                with contextlib.suppress(OSError):
+                    self._collect()  # nodes that only this session would have needed must not fill the disk for good
+                raise
 
     def resume(self, name: str, pool: StatePool, partition: str = "") -> Resumed:
         """A live sequence that is where the session was, in a partition of the pool.

@@ -50,8 +50,9 @@ class StatusReport(Environment):
         """See ``Environment.prompt``."""
         return (
             "access.log has one request a line: address, request in quotes, status code, bytes. Write a shell script "
-            f"{self.script} that takes the path of such a log as its argument and prints every status code from {self.floor} on with its "
-            "count, as in `404 17`, most frequent first and equal counts by code. It will be run with sh on other logs."
+            f"{self.script} that takes the path of such a log as its argument and prints every status code from {self.floor} "
+            "on with its count, as in `404 17`, most frequent first and equal counts by code. It will be run with sh on other "
+            "logs."
         )
 
     def files(self) -> Mapping[str, bytes]:

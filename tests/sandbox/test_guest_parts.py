@@ -8,6 +8,8 @@ import re
 import socket
 import stat
 import struct
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -18,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nautile.sandbox import FileRefused, InvalidRequest, SandboxLost, SubstrateUnavailable
-from nautile.sandbox.guest import accel, disk, kernel, transfer
+from nautile.sandbox.guest import accel, disk, kernel, places, transfer
 from nautile.sandbox.guest import link as wire
 from nautile.sandbox.guest.blocks import Disk, Export
 from nautile.sandbox.guest.kernel import Kernel, KernelMissing
@@ -422,6 +424,20 @@ def test_a_canary_is_remembered(monkeypatch, tmp_path):
     Guest.key = "other"
     accel.probe(tmp_path)
     assert len(calls) == 3
+
+
+def test_what_a_killed_client_left_is_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    mine = places.temporary("disk")
+    dead = subprocess.run(
+        [sys.executable, "-c", "from nautile.sandbox.guest import places; print(places.temporary('layer'))"],
+        env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    (Path(dead) / "file").touch()
+    (tmp_path / "nautile-disk-1.1-link").symlink_to(mine)
+    (tmp_path / "nautile-other-1.1-x").mkdir()
+    assert places.sweep() == 1
+    assert not os.path.exists(dead) and mine.is_dir() and len(os.listdir(tmp_path)) == 3
 
 
 def test_images_of_odd_files_are_refused(tmp_path):

@@ -11,7 +11,6 @@ import math
 import os
 import secrets
 import shutil
-import tempfile
 import time
 import weakref
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 from nautile.sandbox import seccomp
 from nautile.sandbox.errors import SubstrateUnavailable
 from nautile.sandbox.function import ENVIRONMENT
-from nautile.sandbox.guest import accel, base, boot, template
+from nautile.sandbox.guest import accel, base, boot, places, template
 from nautile.sandbox.guest import link as wire
 from nautile.sandbox.guest.driver import GuestDriver, identity_of, settings_of
 from nautile.sandbox.image import Image
@@ -41,7 +40,7 @@ class Disks:
         self.indexes: list[Path] = [self._checked.path] if self._checked is not None else []
         self.shared = not image.layers
         if image.layers:
-            place = Path(tempfile.mkdtemp(prefix="nautile-disks-"))
+            place = places.temporary("disks")
             self._finalizer = weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
             for number, layer in enumerate(image.layers):
                 self.indexes.append(base.layer_index(layer, place / f"{number}.index"))

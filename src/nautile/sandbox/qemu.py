@@ -23,6 +23,7 @@ from typing import Any
 from nautile.sandbox import cgroup, seccomp
 from nautile.sandbox.errors import SandboxError, SandboxLost, SubstrateUnavailable
 from nautile.sandbox.function import host_directories
+from nautile.sandbox.guest import places
 from nautile.sandbox.guest.boot import Boot
 from nautile.sandbox.guest.kernel import cache_directory
 from nautile.sandbox.guest.link import Link
@@ -125,6 +126,7 @@ class Emulator:
             allow_unenforced=machine.limits.allow_unenforced,
         )
         cgroup.sweep()
+        places.sweep()
         self.group = cgroup.Group.create(identity, own, owner=cgroup.owner_name())
         self._warden: subprocess.Popen[bytes] | None = None
         self.memory = os.memfd_create(f"nautile-{machine.substrate}", os.MFD_CLOEXEC)

@@ -9,13 +9,13 @@ import json
 import os
 import shutil
 import subprocess
-import tempfile
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nautile.sandbox.errors import InvalidRequest, SubstrateUnavailable
+from nautile.sandbox.guest import places
 from nautile.sandbox.limits import Limits
 from nautile.sandbox.qemu import Drive
 
@@ -49,7 +49,7 @@ class Chain:
     def empty(cls, limits: Limits) -> Chain:
         """A new disk with an empty file system of ``limits.disk`` bytes. Raises SubstrateUnavailable."""
         _need("mkfs.ext4", "e2fsprogs")
-        path = Path(tempfile.mkdtemp(prefix="nautile-disk-"), "base.raw")
+        path = places.temporary("disk") / "base.raw"
         with open(path, "wb") as file:
             file.truncate(limits.disk)
         # No journal: the file system is frozen while a copy is made of it, and ends with its machine.
@@ -78,7 +78,7 @@ class Chain:
     def _topped(self) -> Chain:
         """This chain with a new, empty file at its end."""
         below = self._files[-1]
-        place = Path(tempfile.mkdtemp(prefix="nautile-disk-"))
+        place = places.temporary("disk")
         top = _File(place / "top.qcow2", "qcow2", ours=True)
         _run(
             [

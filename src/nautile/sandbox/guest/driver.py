@@ -18,7 +18,7 @@ from nautile.sandbox.driver import Order, Watch
 from nautile.sandbox.errors import InvalidRequest, SandboxLost
 from nautile.sandbox.function import ENVIRONMENT, MASKED, MASKED_DIRECTORIES
 from nautile.sandbox.guest import link as wire
-from nautile.sandbox.guest import transfer
+from nautile.sandbox.guest import places, transfer
 from nautile.sandbox.guest.network import GuestNetwork
 from nautile.sandbox.guest.output import Kept
 from nautile.sandbox.guest.session import GuestSession
@@ -239,7 +239,7 @@ class GuestDriver:
 
     def snapshot(self) -> Image:
         """See ``Sandbox.snapshot``: a layer that containers and machines can start from."""
-        layer = TemporaryLayer(Path(tempfile.mkdtemp(prefix="nautile-layer-")))
+        layer = TemporaryLayer(places.temporary("layer"))
         layer.place.chmod(0o755)
         with tempfile.TemporaryFile() as file:
             transfer.pack(self._link, file, _LARGEST)

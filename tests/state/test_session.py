@@ -254,6 +254,9 @@ def test_a_full_or_read_only_disk_keeps_the_old_session(tmp_path: Path, monkeypa
 def test_a_save_that_fails_leaves_no_files_that_only_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = SessionStore(tmp_path)
     saved(store, "a", 300, seed=1)
+    other = SessionStore(tmp_path / "other")
+    saved(other, "c", 500, seed=3)
+    other.export("c", tmp_path / "c.nautile")
     before = {path.name for path in store.nodes.glob("*")}
     real = session_module.write_file
 
@@ -265,6 +268,9 @@ def test_a_save_that_fails_leaves_no_files_that_only_fill_the_disk(tmp_path: Pat
     monkeypatch.setattr(session_module, "write_file", full)
     with pytest.raises(StoreUnavailable, match="full"):
         saved(store, "b", 500, seed=2)
+    assert {path.name for path in store.nodes.glob("*")} == before
+    with pytest.raises(StoreUnavailable, match="full"):
+        store.import_(tmp_path / "c.nautile")
     assert {path.name for path in store.nodes.glob("*")} == before
     monkeypatch.undo()
     assert store.resume("a", new_pool()).sequence.length == 300

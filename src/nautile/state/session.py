@@ -167,13 +167,9 @@ class SessionStore:
                 "spans": count,
             }
             history = pool.read_history(sequence, count * k, sequence.length)
-            try:
+            with self._all_or_nothing():
                 fields["snapshots"] = self._write_spans(pool, sequence, count)
                 return self._write(name, _Contents(fields, tuple(sequence.ids), history, pool.read_tail(sequence), logits))
-            except StoreUnavailable:
-                with contextlib.suppress(OSError):
-                    self._collect()  # nodes that only this session would have needed must not fill the disk for good
-                raise
 
     def resume(self, name: str, pool: StatePool, partition: str = "") -> Resumed:
         """A live sequence that is where the session was, in a partition of the pool.
@@ -274,10 +270,11 @@ class SessionStore:
         with self._lock():
             self._check_free(name)
             store = NodeStore(self.nodes, {key: contents.fields[key] for key in _LAYOUT})
-            for span, (history, tail) in zip(contents.spans, parts, strict=True):
-                if not self._has_node(span.digest, contents.fields, tail is not None):
-                    store.write(span, history, tail)
-            return self._write(name, _replace(contents, fields={**contents.fields, "revision": 1}))
+            with self._all_or_nothing():
+                for span, (history, tail) in zip(contents.spans, parts, strict=True):
+                    if not self._has_node(span.digest, contents.fields, tail is not None):
+                        store.write(span, history, tail)
+                return self._write(name, _replace(contents, fields={**contents.fields, "revision": 1}))
 
     # Parts --------------------------------------------------------------------------------------------------------
 
@@ -386,6 +383,16 @@ class SessionStore:
         for path in self.nodes.glob("*.node"):
             if path.stem not in needed:
                 path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """When the disk refuses a session, nodes that only it would have needed go too: they would fill the disk for good."""
+        try:
+            yield
+        except StoreUnavailable:
+            with contextlib.suppress(OSError):
+                self._collect()
+            raise
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:

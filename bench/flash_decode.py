@@ -40,7 +40,8 @@ TINY = {
     "vocab_size": 160, "hidden_size": 128, "num_attention_heads": 16, "head_dim": 128, "q_lora_rank": 128, "o_groups": 2,
     "o_lora_rank": 64, "sliding_window": 16, "index_n_heads": 16, "index_head_dim": 64, "index_topk": 64,
     "n_routed_experts": 16, "num_experts_per_tok": 3, "moe_intermediate_size": 128, "num_hash_layers": 1,
-    "num_hidden_layers": 4, "compress_ratios": (0, 4, 128, 4, 0), "rope_scaling": RopeScaling(original_max_position_embeddings=256),
+    "num_hidden_layers": 4, "compress_ratios": (0, 4, 128, 4, 0),
+    "rope_scaling": RopeScaling(original_max_position_embeddings=256),
 }  # fmt: skip
 
 

@@ -17,8 +17,8 @@ POINTERS = {
     "norm": "*fp32", "post": "*fp32", "matrix": "*fp32", "one": "*fp32", "two": "*fp32", "three": "*fp32", "out": "*fp32",
     "projected": "*fp32", "q_norm": "*fp32", "kv_norm": "*fp32", "cos": "*fp32", "sin": "*fp32", "window": "*u8",
     "rows": "*i64", "kv": "*fp32", "gate": "*fp32", "ape": "*fp32", "ring_kv": "*fp32", "ring_gate": "*fp32", "pool": "*u8",
-    "signs": "*fp32", "slots": "*i64", "positions": "*i64", "weights": "*fp32", "scaled": "*fp32", "logits": "*fp32", "ids": "*i64",
-    "bias": "*fp32", "table": "*i64", "chosen": "*i32", "both": "*fp32", "scales": "*u8",
+    "signs": "*fp32", "slots": "*i64", "positions": "*i64", "weights": "*fp32", "scaled": "*fp32", "logits": "*fp32",
+    "ids": "*i64", "bias": "*fp32", "table": "*i64", "chosen": "*i32", "both": "*fp32", "scales": "*u8",
 }  # fmt: skip
 LINEAR = {"INPUTS": 4096, "BLOCK_N": 16, "BLOCK_T": 16, "BLOCK_K": 128, "ASM": True}
 COMPRESS = {"ROTATED": 64, "LAYERS": 21}

@@ -185,6 +185,36 @@ if gluon is not None:
         return left, right
 
     @gluon.jit
+    def _finish(
+        sink, out, token, heads, head0, top, total, left, right, k_smem,
+        LQ: gl.constexpr, LS: gl.constexpr, LO: gl.constexpr,
+    ):  # fmt: skip
+        """Divide by the sum with the sink; the result passes the tiles' shared memory, so that whole lines are written."""
+        row = head0 + gl.arange(0, 64, layout=gl.SliceLayout(1, LQ))
+        column = gl.arange(0, 512, layout=gl.SliceLayout(0, LQ))
+        drain = gl.load(sink + head0 + gl.arange(0, 64, layout=gl.SliceLayout(1, LS))) * 1.4426950408889634
+        base = gl.maximum(top, drain)
+        shrink = gl.exp2(top - base)
+        share = shrink / (total * shrink + gl.exp2(drain - base))
+        share = gl.convert_layout(share, gl.SliceLayout(1, LO))[:, None]
+        k = k_smem._reinterpret(gl.bfloat16, [64, 512], gl.NVMMASharedLayout(128, 16, 2))
+        k.slice(0, 256, dim=1).store((left * share).to(gl.bfloat16))
+        k.slice(256, 256, dim=1).store((right * share).to(gl.bfloat16))
+        gl.store(out + (token * heads + row)[:, None] * 512 + column[None, :], k.load(LQ))
+
+    @gluon.jit
+    def _keep(partial, weight, slot, head0, top, total, left, right, LS: gl.constexpr, LO: gl.constexpr):
+        """Keep one split's sums, its largest logits and totals for the kernel that joins splits."""
+        row = head0 + gl.arange(0, 64, layout=gl.SliceLayout(1, LO))
+        column = gl.arange(0, 256, layout=gl.SliceLayout(0, LO))
+        target = partial + (slot + row)[:, None] * 512 + column[None, :]
+        gl.store(target, left)
+        gl.store(target + 256, right)
+        row = head0 + gl.arange(0, 64, layout=gl.SliceLayout(1, LS))
+        gl.store(weight + (slot + row) * 2, top)
+        gl.store(weight + (slot + row) * 2 + 1, total)
+
+    @gluon.jit
     def _consume(
         q, sink, out, partial, weight, token, split, scale, heads, splits, first, last, q_smem, k_smem, p_smem, names, full,
         empty, SINGLE: gl.constexpr, N: gl.constexpr, S: gl.constexpr,
@@ -227,26 +257,10 @@ if gluon is not None:
         hopper.fence_async_shared()
         left, right = _add(p_smem, k_smem.index(step % S), left, right, shrink, LO)
         left, right = hopper.warpgroup_mma_wait(0, deps=[left, right])
-        logit_row = head0 + gl.arange(0, H, layout=gl.SliceLayout(1, LS))
         if SINGLE:
-            drain = gl.load(sink + logit_row) * 1.4426950408889634
-            base = gl.maximum(top, drain)
-            shrink = gl.exp2(top - base)
-            share = shrink / (total * shrink + gl.exp2(drain - base))
-            share = gl.convert_layout(share, gl.SliceLayout(1, LO))[:, None]
-            k = k_smem._reinterpret(gl.bfloat16, [H, C], gl.NVMMASharedLayout(128, 16, 2))
-            k.slice(0, C // 2, dim=1).store((left * share).to(gl.bfloat16))
-            k.slice(C // 2, C // 2, dim=1).store((right * share).to(gl.bfloat16))
-            gl.store(out + (token * heads + row)[:, None] * C + column[None, :], k.load(LQ))
+            _finish(sink, out, token, heads, head0, top, total, left, right, k_smem, LQ, LS, LO)
         else:
-            slot = (token * splits + split) * heads
-            o_row = head0 + gl.arange(0, H, layout=gl.SliceLayout(1, LO))
-            o_column = gl.arange(0, C // 2, layout=gl.SliceLayout(0, LO))
-            target = partial + (slot + o_row)[:, None] * C + o_column[None, :]
-            gl.store(target, left)
-            gl.store(target + C // 2, right)
-            gl.store(weight + (slot + logit_row) * 2, top)
-            gl.store(weight + (slot + logit_row) * 2 + 1, total)
+            _keep(partial, weight, (token * splits + split) * heads, head0, top, total, left, right, LS, LO)
 
     @gluon.jit
     def _attend_kernel(

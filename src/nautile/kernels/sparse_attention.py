@@ -74,14 +74,17 @@ class SplitPlan:
 
 
 def fast_split(tokens: int, heads: int, near: int, far: int, programs: int = 132, block: int = 64) -> int:
-    """Tiles a split that fill ``programs`` multiprocessors once with ``tokens`` queries of lists of these lengths.
+    """Tiles a split with which ``tokens`` queries of lists of these lengths ran fastest on a card of ``programs``
+    multiprocessors: these are filled once, by half where lists are short and many, because splits must be joined.
 
     It looks at the batch, so results differ in the last bits between batches; pass a constant to ``sparse_attention`` where
     they must not.
     """
     tiles = -(-near // block) + -(-far // block)
-    room = max(1, programs // max(1, tokens * -(-heads // 64)))
-    return max(1, -(-tiles // min(room, 64)))
+    queries = max(1, tokens * -(-heads // 64))
+    share = 1 if tiles >= programs // 2 or queries <= 8 else 2
+    room = max(1, programs // (share * queries))
+    return max(1, -(-tiles // min(room, programs // 2)))
 
 
 @dataclass(frozen=True)

@@ -53,23 +53,50 @@ def rows():
 
 
 def cpu():
-    """Speed of the shipped model on a CPU, in the type that is named, beside transformers in the same run."""
+    """Speed of the shipped model on a CPU in both types of the native kernels, beside transformers in the same run."""
     result = read("decode_cpu.json")
-    if not result:
+    if not result or "roofline" not in result:  # written before the bars were measured in both types
         return
     where = (result["device"], result["date"], result["commit"], "decode_cpu.json")
-    decode, bars = result["decode_tokens_per_second"], result["bars"]
-    both = f"{decode['native_bfloat16']:.0f} tokens/s in bfloat16, {decode['native']:.0f} in float32"
-    yield "nano decode at 1K, batch 1", f"{both} (transformers {decode['transformers']:.0f})", *where
-    yield "nano decode at 1K, batch 16, all together", f"{decode['batch_16']:.0f} tokens/s", *where
+    decode, long = result["decode_tokens_per_second"], result["long_context"]
+
+    def both(figure):
+        return f"{figure('bfloat16')} in bfloat16, {figure('float32')} in float32"
+
+    alone = both(lambda dtype: f"{decode[dtype]:.0f} tokens/s")
+    yield "nano decode at 1K, batch 1", f"{alone} (transformers {decode['transformers']:.0f})", *where
+    many = both(lambda dtype: f"{decode[dtype + '_batch_16']:.0f} tokens/s")
+    yield "nano decode at 1K, batch 16, all together", many, *where
     for length, rates in result["prefill"].items():
         beside = f" (transformers {rates['transformers']:.0f})" if "transformers" in rates else ""
-        yield f"nano prefill of {length} tokens", f"{rates['native_bfloat16']:.0f} tokens/s{beside}", *where
-    for length, point in result["long_context"]["decode"].items():
+        figures = both(lambda dtype, rates=rates: f"{rates[dtype]:.0f} tokens/s")
+        yield f"nano prefill of {length} tokens", figures + beside, *where
+    for length in long["bfloat16"]["decode"]:
         if int(length) >= 16384:
-            figures = f"{point['tokens_per_second']:.0f} tokens/s, {point['ratio_to_1k']:.2f} of 1K"
+            points = {dtype: long[dtype]["decode"][length] for dtype in ("bfloat16", "float32")}
+            figures = both(
+                lambda dtype, p=points: f"{p[dtype]['tokens_per_second']:.0f} tokens/s, {p[dtype]['ratio_to_1k']:.2f} of 1K"
+            )
             yield f"nano decode at {int(length) // 1024}K", figures, *where
-    yield "bfloat16 chooses float32's token", f"{100 * bars['same_choice_as_float32']['measured']:.2f} %", *where
+    yield "bfloat16 chooses float32's token", f"{100 * result['agreement']['same_choice']:.2f} %", *where
+    for dtype, bars in result["bars"].items():
+        met = [name for name, bar in bars.items() if bar["met"]]
+        missed = ", ".join(f"{name} {bar['measured']:.2f} of {bar['wanted']}" for name, bar in bars.items() if not bar["met"])
+        yield f"CPU bars in {dtype}", f"{len(met)} of {len(bars)} met" + (f"; not: {missed}" if missed else ""), *where
+    yield from roofline(result, where)
+
+
+def roofline(result, where):
+    """Time by part beside what memory and arithmetic allow."""
+    for dtype, cases in result["roofline"].items():
+        for case, parts in cases.items():
+            cells = [
+                f"{part} {value['microseconds']:.0f}"
+                + (f" ({value['floor_microseconds']:.0f})" if "floor_microseconds" in value else "")
+                for part, value in parts.items()
+                if value["microseconds"] >= 1
+            ]
+            yield f"us a token by part (floor), {dtype}, {case}", ", ".join(cells), *where
 
 
 def engine():
@@ -83,6 +110,13 @@ def engine():
     if load:
         figures = f"{load['errors']} errors, {load['different_from_twin']} of {load['streams']} texts differ from their twins"
         yield "64 streaming clients for 60 s", figures, load["device"], load["date"], load["commit"], "serve_load.json"
+    for dtype in ("bfloat16", "float32"):
+        tasks = read(f"eval_tools_in_process_{dtype}.json")
+        if tasks:
+            total = tasks["total"]
+            figures = f"{total['passed']}/{total['total']} ({100 * total['low']:.1f}-{100 * total['high']:.1f} %)"
+            where = (tasks["device"], tasks["date"][:10], tasks["commit"], f"eval_tools_in_process_{dtype}.json")
+            yield f"pass@1 in {dtype}, 14 kinds, in process", figures, *where
     kills = read("session_kills.json")
     if kills:
         figures = f"{kills['lost']} lost, {kills['unreadable']} unreadable"

@@ -204,7 +204,8 @@ def build(
     dispatch = open_dispatch(weights.store, options.threads, max(2, most))
     if dispatch is not None:
         link, cores = dispatch.speeds.link * 1e6, dispatch.speeds.host * 1e6
-        print(f"one expert: link {link:.0f} us, host {cores:.0f} us (both busy)", flush=True)
+        start = dispatch.speeds.start * 1e6
+        print(f"one expert: link {link:.0f} us, host {start:.0f} + {cores:.0f} us (both busy)", flush=True)
     return weights, dispatch, loaded
 
 

@@ -114,6 +114,9 @@ def test_each_expert_goes_where_it_ends_first():
     assert divide([(3, 1), (1, 1), (2, 1)], Speeds(1.0, 10.0)) == ([1, 2, 3], [])
     assert divide([(3, 1), (1, 4), (2, 1)], Speeds(1.0, 0.4)) == ([2], [1, 3])
     assert divide([(e, 1) for e in range(9)], Speeds(1.0, 100.0), room=2) == ([0, 1], [2, 3, 4, 5, 6, 7, 8])
+    with_start = Speeds(0.28, 0.18, 0.17)  # one expert alone is faster over the link, of five the host takes three
+    assert divide([(1, 1)], with_start) == ([1], [])
+    assert divide([(e, 1) for e in range(5)], with_start) == ([0, 3], [1, 2, 4])
     assert divide([], Speeds(1.0, 1.0)) == ([], [])
 
 

@@ -24,10 +24,12 @@ __all__ = ["Dispatch", "DispatchCounts", "Speeds", "divide", "measured_speeds", 
 
 @dataclass(frozen=True)
 class Speeds:
-    """Seconds an expert takes: over the link, and on the host's cores (infinite: not used)."""
+    """Seconds an expert takes: over the link, and on the host's cores (infinite: not used), which need ``start`` seconds more
+    for the first."""
 
     link: float
     host: float
+    start: float = 0.0
 
 
 @dataclass
@@ -47,7 +49,7 @@ class DispatchCounts:
 def divide(missing: Sequence[tuple[int, int]], speeds: Speeds, room: int | None = None) -> tuple[list[int], list[int]]:
     """(expert, tokens that chose it) -> experts to stream, experts for the host. Each goes where it ends earlier; on the host
     an expert of several tokens is read once. Experts of many tokens are placed first; at most ``room`` are streamed."""
-    link = host = 0.0
+    link, host = 0.0, speeds.start
     streamed: list[int] = []
     computed: list[int] = []
     for expert, tokens in sorted(missing, key=lambda item: (-item[1], item[0])):
@@ -76,25 +78,29 @@ def measured_speeds(store: ExpertStore, team: HostTeam | None) -> Speeds:
     if events:
         events[1].record()
     link = time.perf_counter() - began
-    host = _host_seconds(store, team, away[-64:]) if team is not None else math.inf
+    two, one = (_host_seconds(store, team, away[-60:], count) if team is not None else math.inf for count in (2, 1))
     if events:
         torch.cuda.synchronize()
         link = events[0].elapsed_time(events[1]) / 1e3
-    return Speeds(link / max(1, len(copied)), host)
+    if team is None:
+        return Speeds(link / max(1, len(copied)), math.inf)
+    more = max(two - one, 0.0)  # what a second expert adds
+    return Speeds(link / max(1, len(copied)), more, max(one - more, 0.0))
 
 
-def _host_seconds(store: ExpertStore, team: HostTeam, away: list[tuple[int, int]]) -> float:
-    """Seconds an expert on the host, two at a time as a step asks for them."""
+def _host_seconds(store: ExpertStore, team: HostTeam, away: list[tuple[int, int]], count: int) -> float:
+    """Mean seconds of ``count`` experts of one token on the host."""
     config = store.config
     x, out = torch.randn(1, config.hidden_size).bfloat16(), torch.empty(1, config.hidden_size)
-    spent = 0.0
-    for at in range(0, len(away), 2):
-        jobs = [ExpertJob(store.address(layer, expert), 0, 1.0) for layer, expert in away[at : at + 2]]
+    spent, rounds = 0.0, 0
+    for at in range(0, len(away) - count + 1, count):
+        jobs = [ExpertJob(store.address(layer, expert), 0, 1.0) for layer, expert in away[at : at + count]]
         start = time.perf_counter()
         team.start(jobs, x, out)
         team.wait()
         spent += time.perf_counter() - start
-    return spent / max(1, len(away))
+        rounds += 1
+    return spent / max(1, rounds)
 
 
 def open_dispatch(store: ExpertStore, threads: int, tokens: int) -> Dispatch | None:

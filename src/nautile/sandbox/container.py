@@ -365,7 +365,7 @@ class ContainerDriver:
     def layer(self, place: Path) -> Image:
         """The files as they are now, as an image whose top layer is in ``place``, which the caller keeps while it is used."""
         self._keeper.ask(self._request("pack", layer=str(place)), timeout=600.0)
-        return Image((*self._image.layers, place), self._image.host_usr, self._image.held)
+        return Image((*self._image.layers, place), self._image.host_usr, held=self._image.held)
 
     def snapshot(self) -> Image:
         """See ``Sandbox.snapshot``."""

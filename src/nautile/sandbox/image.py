@@ -31,11 +31,12 @@ class Image:
 
     layers: tuple[Path, ...] = ()
     host_usr: bool = True
+    memory: Path | None = None  # processes and files saved by runsc; only runtime="runsc" can continue them
     held: tuple[TemporaryLayer, ...] = field(default=(), repr=False, compare=False)
 
     def with_layer(self, layer: TemporaryLayer) -> Image:
         """This image with one more layer on top."""
-        return Image((*self.layers, layer.place), self.host_usr, (*self.held, layer))
+        return Image((*self.layers, layer.place), self.host_usr, held=(*self.held, layer))
 
     @classmethod
     def of(cls, image: Image | Path | str | None) -> Image:

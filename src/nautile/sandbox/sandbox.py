@@ -269,7 +269,11 @@ class _Order:
         if self.kind not in KINDS:
             raise InvalidRequest(f"kind {self.kind!r}: choose one of {', '.join(KINDS)}")
         expected = {"function": "bubblewrap", "container": "crun"}.get(self.kind, "qemu")
-        if self.runtime not in (None, expected):
+        if self.kind == "container" and self.runtime == "runsc":
+            self._check_runsc(has_log)
+        elif self.image.memory is not None:
+            raise InvalidRequest("the image holds saved processes, which only runtime='runsc' can continue")
+        elif self.runtime not in (None, expected):
             why = f"the runtime {self.runtime!r} is not part of this version"
             raise SubstrateUnavailable(self.kind, why, f"leave runtime out, or give {expected!r}")
         if not 0 < self.workers <= 64:
@@ -280,6 +284,11 @@ class _Order:
             raise Unsupported("function", "image", "workers run the host's Python", "use kind='container'")
         if self.kind == "function" and self.policy.rules:
             raise Unsupported("function", "network", "workers have none", "use kind='container'")
+
+    def _check_runsc(self, has_log: bool) -> None:
+        for asked, feature in ((self.policy.rules, "network"), (self.workspace, "workspace"), (has_log, "trajectory log")):
+            if asked:
+                raise Unsupported("container", feature, "runtime='runsc' has none in this version", "leave runtime out")
 
     def _check_machine(self, has_log: bool) -> None:
         if has_log:
@@ -311,6 +320,10 @@ class _Order:
             return FunctionDriver(identity, self.limits, workers=self.workers, workspace=self.workspace)
         if self.kind in ("microvm", "vm"):
             return self._machine(identity)
+        if self.runtime == "runsc":
+            from nautile.sandbox.gvisor import GvisorDriver  # noqa: PLC0415
+
+            return GvisorDriver.create(identity, self.image, self.limits)
         from nautile.sandbox.container import ContainerDriver  # noqa: PLC0415
 
         return ContainerDriver.create(identity, self.image, self.limits, self.policy, self.workspace, keep=keep)

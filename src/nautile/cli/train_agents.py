@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
+import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,6 +64,56 @@ def check_environments(
     typer.echo(f"{total - wrong} of {total} scripts got what they should", err=as_json)
     if wrong:
         raise typer.Exit(2)
+
+
+@app_env.command("measure")
+def measure_environments(  # noqa: PLR0913
+    kinds: Annotated[list[str] | None, typer.Argument(help="Kinds to measure; the held-out ones when none is given.")] = None,
+    *,
+    model: Annotated[Path, typer.Option(help="Model directory.")],
+    seeds: Annotated[int, typer.Option(help="Tasks of each kind.", min=1)] = 20,
+    first_seed: Annotated[int, typer.Option(help="Training uses seeds below 10,000,000.", min=10_000_000)] = 10_000_000,
+    substrate: Annotated[str, typer.Option(help="function or container.")] = "function",
+    reply_tokens: int = 512,
+    turns: int = 12,
+    out: Annotated[Path | None, typer.Option(help="Write the scores to this file too.")] = None,
+) -> None:
+    """pass@1 of a model in environments, sampled at temperature 1, with Wilson's intervals; JSON on stdout.
+
+    Example: nautile train env measure --model src/nautile/weights/nano --seeds 20
+    """
+    from nautile.engine import Engine  # noqa: PLC0415
+    from nautile.evals.tools import commit, device_name, wilson  # noqa: PLC0415
+    from nautile.train.environments import HELD_OUT, environment  # noqa: PLC0415
+    from nautile.train.rollout import Planned, RolloutConfig, roll_out  # noqa: PLC0415
+
+    chosen = list(kinds or HELD_OUT)
+    try:
+        for kind in chosen:
+            environment(kind)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    cases = [(kind, first_seed + index) for index in range(seeds) for kind in chosen]
+    plan = [Planned(number, number, kind, seed) for number, (kind, seed) in enumerate(cases)]
+    config = RolloutConfig(turns=turns, reply_tokens=reply_tokens, tokens=8192, substrate=substrate, at_once=8)
+    version, began = commit(), time.monotonic()
+    engine = Engine(model)
+    try:
+        with tempfile.TemporaryDirectory(prefix="nautile-measure-") as scratch:
+            samples = roll_out(engine, plan, Path(scratch), config, {"model": str(model)})
+    finally:
+        engine.close()
+    scores: dict[str, dict[str, float]] = {}
+    for kind in chosen:
+        rewards = [sample.reward >= 1 for sample in samples if sample.planned.kind == kind]
+        low, high = wilson(sum(rewards), len(rewards))
+        scores[kind] = {"passed": sum(rewards), "total": len(rewards), "low": round(low, 4), "high": round(high, 4)}
+    statuses = Counter(sample.reason for sample in samples if sample.reward < 1)
+    facts = {"model": model.name, "device": device_name(), "commit": version, "seconds": round(time.monotonic() - began, 1)}
+    text = json.dumps({"kinds": scores, "failures": dict(statuses.most_common(8)), "temperature": 1.0, **facts}, indent=1)
+    typer.echo(text)
+    if out is not None:
+        out.write_text(text + "\n", encoding="utf-8")
 
 
 def grpo(  # noqa: PLR0913

@@ -26,7 +26,7 @@ def engine(model):
 
 def test_a_sound_engine_passes_every_check_but_random_drafts(model):
     found = {finding.name: finding for finding in doctor.examine(model, None, replace(OPTIONS, runner="auto"))}
-    assert set(found) == {"runner", "prefix cache", "needle", "state bytes", "after warm-up", "drafts"}
+    assert set(found) == {"runner", "number format", "prefix cache", "needle", "state bytes", "after warm-up", "drafts"}
     for name in ("prefix cache", "needle", "state bytes"):
         assert found[name].verdict == "ok", found[name]
     assert found["after warm-up"].verdict in ("ok", "warn")  # a busy machine may make one round slow

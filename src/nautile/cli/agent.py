@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nautile.engine import Engine, EngineConfig
     from nautile.sandbox import ToolSandbox
 
-__all__ = ["SetupError", "agent", "open_client", "open_engine", "open_remote", "shipped_model"]
+__all__ = ["SetupError", "agent", "computes_in", "open_client", "open_engine", "open_remote", "shipped_model"]
 
 
 class SetupError(RuntimeError):
@@ -50,6 +50,9 @@ def agent(  # noqa: PLR0913  # one parameter an option
     api_key: Annotated[str, typer.Option(help="The server's key.")] = "",
     api_key_file: Annotated[Path | None, typer.Option(help="A file whose first line is the server's key.")] = None,
     dialect: Annotated[str | None, typer.Option(help="0731 or preview, when the checkpoint does not say.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto (bfloat16 where this CPU multiplies it), float32 for parity, bfloat16.")
+    ] = "auto",
     kinds: Annotated[bool, typer.Option("--kinds", help="List the kinds of task the model has mastered.")] = False,
     unconfined: Annotated[bool, typer.Option("--unconfined", help="Run tools with your rights, without a sandbox.")] = False,
     sandbox: Annotated[str, typer.Option(help="Where tools run: bubblewrap, function, container, microvm, vm.")] = "bubblewrap",
@@ -75,7 +78,7 @@ def agent(  # noqa: PLR0913  # one parameter an option
         _undo(dir, place, sandbox, unconfined)
     else:
         budget = Budget(steps, tokens, reply_tokens, seconds)
-        source = _Source(model, dialect, url, api_key, api_key_file)
+        source = _Source(model, dialect, url, api_key, api_key_file, dtype)
         _work(_Order(task, dir, place, budget, yes, resume, unfinished, source, unconfined, sandbox, json_, emulate))
 
 
@@ -88,12 +91,13 @@ class _Source:
     url: str
     api_key: str
     api_key_file: Path | None
+    dtype: str = "auto"
 
     def open(self) -> ChatClient:
         """A client. Raises what the loader or the server says."""
         if self.url:
             return open_remote(self.url, self.model, self.api_key, self.api_key_file)
-        return open_client(self.model, dialect=self.dialect)
+        return open_client(self.model, dialect=self.dialect, dtype=self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +137,8 @@ def _work(order: _Order) -> None:
     if path is None and not order.source.url:
         _warn(order.task, order.source.model, console)
     client = order.source.open()
+    if console.is_terminal and (dtype := computes_in(client)):
+        console.print(f"[dim]{client.name} computes in {dtype}[/dim]", highlight=False)
     terminal = Terminal(console, yes=order.yes, unfinished=order.unfinished.value)
     worker = Agent(client, TOOLS, sandbox, budget=order.budget, front=terminal, state=order.state)
     outcome = worker.run(order.task) if path is None else worker.resume(path)
@@ -209,14 +215,46 @@ def shipped_model() -> Path:
 
 
 def open_client(
-    model: str = "", *, thinking: bool = True, temperature: float = 0.0, seed: int = 0, dialect: str | None = None
+    model: str = "",
+    *,
+    thinking: bool = True,
+    temperature: float = 0.0,
+    seed: int = 0,
+    dialect: str | None = None,
+    dtype: str = "float32",
+    config: EngineConfig | None = None,
 ) -> EngineClient:
-    """Load a model and open it for conversations. Raises SetupError when the shipped one lacks its weights."""
-    engine = open_engine(model)
+    """Load a model and open it for conversations, with ``config`` or else in ``dtype`` (see ``choose_dtype``).
+
+    Raises SetupError when the shipped model lacks its weights, SetupError for another dtype."""
+    engine = open_engine(model, config) if config is not None else _open_in(model, dtype)
     from nautile.agent.client import EngineClient  # noqa: PLC0415
     from nautile.engine import SamplingParams  # noqa: PLC0415
 
     return EngineClient(engine, SamplingParams(temperature, seed=seed), model or "nano", thinking, dialect)
+
+
+def _open_in(model: str, dtype: str) -> Engine:
+    """The engine of a command that is told no more than a dtype; float32 where the native kernels cannot run the model."""
+    from nautile.engine import Engine, EngineConfig  # noqa: PLC0415
+    from nautile.engine.fast import choose_dtype, with_dtype  # noqa: PLC0415
+    from nautile.engine.native import NativeRunner  # noqa: PLC0415
+
+    try:
+        options = with_dtype(EngineConfig(), choose_dtype(dtype))
+    except ValueError as error:
+        raise SetupError(str(error)) from None
+    engine = open_engine(model, options)
+    if dtype == "auto" and options.precision != "float32" and not isinstance(engine.runner, NativeRunner):
+        engine.close()
+        return Engine(engine.model, EngineConfig(), engine.tokenizer)
+    return engine
+
+
+def computes_in(client: ChatClient) -> str:
+    """The number format of a model in this process; empty for one behind a server."""
+    options: EngineConfig | None = getattr(getattr(client, "engine", None), "options", None)
+    return options.precision if options is not None else ""
 
 
 def open_remote(url: str, model: str, key: str, key_file: Path | None, **options: Any) -> HttpClient:

@@ -21,6 +21,9 @@ def chat(  # noqa: PLR0913  # one parameter an option
     api_key_file: Annotated[Path | None, typer.Option(help="A file whose first line is the server's key.")] = None,
     dialect: Annotated[str | None, typer.Option(help="0731 or preview, when the checkpoint does not say.")] = None,
     system: Annotated[str, typer.Option(help="System prompt.")] = "",
+    dtype: Annotated[
+        str, typer.Option(help="auto (bfloat16 where this CPU multiplies it), float32 for parity, bfloat16.")
+    ] = "auto",
     thinking: Annotated[bool, typer.Option(help="Let the model reason before it answers.")] = True,
     temperature: Annotated[float | None, typer.Option(help="0, the default, is greedy; with --url the server's.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of one answer.")] = 1024,
@@ -35,19 +38,22 @@ def chat(  # noqa: PLR0913  # one parameter an option
     from nautile.agent.client import ChatClient  # noqa: PLC0415
     from nautile.agent.console import Terminal  # noqa: PLC0415
     from nautile.agent.http_client import ServerError  # noqa: PLC0415
-    from nautile.cli.agent import open_client, open_remote  # noqa: PLC0415
+    from nautile.cli.agent import computes_in, open_client, open_remote  # noqa: PLC0415
 
     client: ChatClient
     if url:
         wanted = None if thinking else False  # thinking is what servers of V4 do by themselves; others do not know the field
         client = open_remote(url, model, api_key, api_key_file, thinking=wanted, temperature=temperature, seed=seed)
     else:
-        client = open_client(model, thinking=thinking, temperature=temperature or 0.0, seed=seed or 0, dialect=dialect)
+        client = open_client(
+            model, thinking=thinking, temperature=temperature or 0.0, seed=seed or 0, dialect=dialect, dtype=dtype
+        )
     console = Console()
     terminal = Terminal(console)
     talk = client.open([{"role": "system", "content": system}] if system else [], ())
     if sys.stdin.isatty():
-        console.print("[dim]Ctrl-C stops an answer, Ctrl-D leaves.[/dim]")
+        local = "" if url else f"{client.name} computes in {computes_in(client)}. "
+        console.print(f"[dim]{local}Ctrl-C stops an answer, Ctrl-D leaves.[/dim]", highlight=False)
     while (text := _asked()) is not None:
         if not text.strip():
             continue

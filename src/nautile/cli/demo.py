@@ -56,6 +56,9 @@ def _lookup(text: str) -> str:
 
 def demo(
     model: Annotated[str, typer.Option(help="Model directory or Hub id. Default: the shipped nano.")] = "",
+    dtype: Annotated[
+        str, typer.Option(help="auto (bfloat16 where this CPU multiplies it), float32 for parity, bfloat16.")
+    ] = "auto",
     unconfined: Annotated[bool, typer.Option("--unconfined", help="Run tools with your rights, without a sandbox.")] = False,
 ) -> None:
     """Let the model work on three real files of this system and check its answers.
@@ -64,7 +67,7 @@ def demo(
     """
     from rich.console import Console  # noqa: PLC0415
 
-    from nautile.cli.agent import open_client  # noqa: PLC0415
+    from nautile.cli.agent import computes_in, open_client  # noqa: PLC0415
 
     console = Console()
     with tempfile.TemporaryDirectory(prefix="nautile-demo-") as scratch:
@@ -75,8 +78,9 @@ def demo(
         sandbox, why = _sandbox(root, unconfined)  # says what is missing before the model is loaded
         console.print(f"Tools run in: {sandbox.confinement}{why}", highlight=False)
         began = time.monotonic()
-        client = open_client(model)
-        console.print(f"{client.name} loaded in {time.monotonic() - began:.1f} s. It works in {root}, which holds copies of:")
+        client = open_client(model, dtype=dtype)
+        loaded = f"{client.name} loaded in {time.monotonic() - began:.1f} s, computes in {computes_in(client)}."
+        console.print(f"{loaded} It works in {root}, which holds copies of:", highlight=False)
         for question in questions:
             console.print(f"  {question.name:12} {question.source}", highlight=False)
         try:

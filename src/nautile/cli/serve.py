@@ -59,7 +59,10 @@ def serve(  # noqa: PLR0913  # one parameter an option
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")] = None,
     running: Annotated[int, typer.Option(min=1, help="Most sequences in one step of the engine.")] = 16,
     memory: Annotated[int, typer.Option(min=1, help="MiB for the state of sequences and kept prefixes.")] = 256,
-    rows: Annotated[Rows, typer.Option(help="Format of the state.")] = Rows.float32,
+    dtype: Annotated[
+        str, typer.Option(help="auto (bfloat16 where this CPU multiplies it), float32 for parity, bfloat16.")
+    ] = "auto",
+    rows: Annotated[Rows | None, typer.Option(help="Format of the state. Default: the dtype; with --sessions float32.")] = None,
     speculate: Annotated[bool, typer.Option(help="Draft with the checkpoint's MTP block; outputs stay the same.")] = False,
     cache_dir: Annotated[Path | None, typer.Option(help="Keep prefixes here between runs.")] = None,
     sessions: Annotated[Path | None, typer.Option(help="Keep named sessions here and serve /v1/sessions.")] = None,
@@ -71,6 +74,7 @@ def serve(  # noqa: PLR0913  # one parameter an option
     Example: nautile serve --port 8000
     """
     from nautile.engine import EngineConfig  # noqa: PLC0415
+    from nautile.engine.fast import choose_dtype  # noqa: PLC0415
     from nautile.server.service import ServerOptions  # noqa: PLC0415
     from nautile.server.serving import check_exposure, listen  # noqa: PLC0415
     from nautile.server.serving import serve as run  # noqa: PLC0415
@@ -90,11 +94,16 @@ def serve(  # noqa: PLR0913  # one parameter an option
         log_format=log_format.value,
     )
     check_exposure(host, options)
+    try:
+        choice = choose_dtype(dtype)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     engine = EngineConfig(
         threads=threads,
+        precision=choice.dtype,
         max_running=running,
         pool_bytes=memory * 2**20,
-        rows=rows.value,
+        rows=rows.value if rows is not None else "float32" if sessions is not None else choice.dtype,
         speculate=speculate,
         cache_dir=cache_dir,
     )
@@ -104,7 +113,8 @@ def serve(  # noqa: PLR0913  # one parameter an option
         _keep_sessions(service, sessions)
     address, number = listener.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
-    typer.echo(f"{service.name} at http://{shown}:{number}/ (APIs: http://{shown}:{number}/v1); Ctrl-C ends", err=True)
+    where = f"http://{shown}:{number}/ (APIs: http://{shown}:{number}/v1; computes in {choice.dtype})"
+    typer.echo(f"{service.name} at {where}; Ctrl-C ends", err=True)
     run(service, listener)
 
 

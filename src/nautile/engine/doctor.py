@@ -17,6 +17,8 @@ import torch
 
 from nautile.engine.costs import kv_bytes
 from nautile.engine.engine import Engine
+from nautile.engine.fast import choose_dtype
+from nautile.engine.native import NativeRunner
 from nautile.engine.options import EngineConfig
 from nautile.engine.sampling import SamplingParams
 from nautile.model import Transformer
@@ -46,6 +48,7 @@ def examine(model: Transformer, tokenizer: Tokenizer | None, options: EngineConf
     engine = Engine(model, replace(options, speculate=False), tokenizer)
     try:
         yield _runner(engine)
+        yield _number_format(engine)
         yield _prefix_hits(engine)
         yield _residues(engine)
         yield _state_bytes(engine)
@@ -77,6 +80,19 @@ def _runner(engine: Engine) -> Finding:
     if engine.runner_notes:
         return Finding("runner", "warn", f"{engine.runner_name}; {'; '.join(engine.runner_notes)}", "install g++ (make setup)")
     return Finding("runner", "ok", engine.runner_name)
+
+
+def _number_format(engine: Engine) -> Finding:
+    """What this engine computes in, and what would be faster here."""
+    using = engine.options.precision if isinstance(engine.runner, NativeRunner) else "float32"
+    best = choose_dtype()
+    figures = {"dtype": using, "rows": engine.options.rows, "fastest": best.dtype}
+    text = f"{using}, rows of the state in {engine.options.rows}"
+    if using == best.dtype:
+        return Finding("number format", "ok", f"{text} ({best.why})", "", figures)
+    python = f"EngineConfig(precision={best.dtype!r}, rows={best.dtype!r})"
+    fix = f"nothing is wrong: chat, agent, demo and serve take {best.dtype} here; in Python {python}"
+    return Finding("number format", "ok", text, fix, figures)
 
 
 def _prefix_hits(engine: Engine) -> Finding:

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.flash_models import budget, flash_config, packed
 from nautile.checkpoint import load_model
@@ -118,6 +120,18 @@ def test_each_expert_goes_where_it_ends_first():
     assert divide([(1, 1)], with_start) == ([1], [])
     assert divide([(e, 1) for e in range(5)], with_start) == ([0, 3], [1, 2, 4])
     assert divide([], Speeds(1.0, 1.0)) == ([], [])
+
+
+@given(st.lists(st.integers(1, 8), max_size=20), st.floats(0.1, 10), st.floats(0.1, 10), st.floats(0, 3), st.integers(0, 20))
+@settings(max_examples=60, deadline=None)
+def test_every_missing_expert_is_served_once(tokens, link, host, start, room):
+    missing = list(enumerate(tokens))
+    streamed, computed = divide(missing, Speeds(link, host, start), room)
+    assert sorted(streamed + computed) == list(range(len(tokens))) and len(streamed) <= room
+    if tokens and room >= len(tokens):  # never slower than leaving it all to the link
+        work = dict(missing)
+        on_host = start + sum(host * (1 + 0.25 * (work[expert] - 1)) for expert in computed)
+        assert max(link * len(streamed), on_host if computed else 0.0) <= link * len(tokens) + 1e-9
 
 
 def write_official(path, weights):

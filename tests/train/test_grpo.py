@@ -3,6 +3,9 @@
 import copy
 import json
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -286,3 +289,38 @@ def test_nano_in_real_sandboxes(tmp_path):
     GRPO(load_model(NANO), Tokenizer.load(NANO), config, tmp_path).run(reports.append)
     assert [report.difference_max for report in reports] == [0.0]
     assert len((tmp_path / "trajectories.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="apt-get install bubblewrap")
+def test_a_killed_command_goes_on_in_the_middle_of_its_rollouts(tmp_path):
+    """``nautile train grpo`` with the shipped model, killed three times: the conversations of the run that nobody killed."""
+
+    def command(out):
+        options = ["--kinds", "last_line", "--steps", "1", "--groups", "1", "--samples", "3", "--reply-tokens", "80"]
+        return [
+            sys.executable,
+            "-m",
+            "nautile.cli",
+            "train",
+            "grpo",
+            "--init",
+            str(NANO),
+            "--out",
+            str(out),
+            "--kl",
+            "0",
+            *options,
+        ]
+
+    def conversations(out):
+        rows = [json.loads(line) for line in (out / "trajectories.jsonl").read_text().splitlines()]
+        return [(row["number"], row["status"], row["reward"], row["sampled"], row["turns"]) for row in rows]
+
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True, timeout=280)
+    for seconds in (6.0, 8.0, 10.0):
+        with subprocess.Popen(command(tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            time.sleep(seconds)
+            process.kill()
+    subprocess.run(command(tmp_path / "killed"), check=True, capture_output=True, timeout=280)
+    assert conversations(tmp_path / "killed") == conversations(tmp_path / "whole")

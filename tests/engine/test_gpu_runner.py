@@ -1,6 +1,7 @@
 """Packed weights: the decode pieces against the modules, on the card or on the CPU, wherever experts lie."""
 
 import json
+from contextlib import suppress
 
 import pytest
 import torch
@@ -12,13 +13,15 @@ from nautile.checkpoint import load_model
 from nautile.checkpoint.errors import CheckpointError
 from nautile.checkpoint.layout import entries, scale_name, stored_tensors
 from nautile.checkpoint.shards import ShardWriter
-from nautile.engine import Engine, EngineConfig, SamplingParams
+from nautile.engine import Engine, EngineConfig, EngineError, SamplingParams
+from nautile.engine.decode_step import DecodeStep
 from nautile.engine.expert_dispatch import Dispatch, Speeds, divide
 from nautile.engine.fill import fill_from_checkpoint
 from nautile.engine.gpu_runner import GPURunner
 from nautile.engine.packed import load_packed
 from nautile.engine.packed_weights import network
 from nautile.engine.plan import Piece, Plan
+from nautile.engine.request import EngineStoppedError
 from nautile.engine.runner import TorchRunner
 from nautile.kernels.host import HostTeam
 from nautile.state import PoolOptions, StatePool
@@ -132,6 +135,31 @@ def test_every_missing_expert_is_served_once(tokens, link, host, start, room):
         work = dict(missing)
         on_host = start + sum(host * (1 + 0.25 * (work[expert] - 1)) for expert in computed)
         assert max(link * len(streamed), on_host if computed else 0.0) <= link * len(tokens) + 1e-9
+
+
+class Uncompilable(Exception):  # noqa: N818  # stands for one of Triton's
+    __module__ = "triton.compiler.errors"
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"), [(torch.AcceleratorError("an illegal address"), "started again"), (Uncompilable("_kernel"), "_kernel")]
+)
+def test_a_fault_ends_requests_with_an_error(weights, monkeypatch, fault, text):
+    """The text names what failed, and no token comes out of the step; requests after it fail or are right, never wrong."""
+    engine = Engine(network(weights), EngineConfig(rows="packed", pool_bytes=24 << 20, threads=1))
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    good = engine.generate([[1, 2, 3]], params)[0].ids
+
+    def broken(self, index):
+        raise fault
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DecodeStep, "piece", broken)
+        with pytest.raises(EngineError, match=text):
+            engine.generate([[1, 2, 3]], params)
+    with suppress(EngineError, EngineStoppedError):
+        assert engine.generate([[1, 2, 3]], params)[0].ids == good
+    engine.close()
 
 
 def write_official(path, weights):

@@ -22,13 +22,13 @@ def test_every_tensor_of_the_official_layout_has_its_place(name):
     everything = config.num_hidden_layers * config.n_routed_experts
     placement = place_experts(config, budget(config, everything))
     weights = PackedWeights.allocate(ExpertStore(placement, torch.device("meta")), torch.device("meta"))
-    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights.destinations()}
+    found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in weights.destinations()}
     wanted = {tensor.name: tensor for entry in entries(config) for tensor in stored_tensors(entry)}
     assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        shape, dtype = found[name]
+    for official, tensor in wanted.items():
+        shape, dtype = found[official]
         stored = _TORCH[tensor.dtype]
-        assert shape == tensor.shape and dtype in WIDER.get(stored, (stored,)), name
+        assert shape == tensor.shape and dtype in WIDER.get(stored, (stored,)), official
 
 
 def test_random_values_fill_everything_and_are_numbers():

@@ -58,7 +58,7 @@ class HostTimes:
 
 
 class CardError(RuntimeError):
-    """The card failed in the middle of a step; nothing of the step counts."""
+    """The card, or a kernel that it cannot run, failed in the middle of a step; nothing of the step counts."""
 
 
 class GPURunner(TorchRunner):
@@ -99,6 +99,13 @@ class GPURunner(TorchRunner):
                     rows[index] = self.model.logits(self.model.hidden(wanted)) if piece.rows else self._none()
         except torch.AcceleratorError as error:
             raise CardError(f"the card failed: {error}; the engine must be started again") from error
+        except Exception as error:
+            if type(error).__module__.startswith("triton"):
+                raise CardError(
+                    f"a kernel does not compile for this card: {error}; until it does, the modules compute the same without it "
+                    "(TorchRunner over packed_weights.network), several times slower"
+                ) from error
+            raise
         wanted_rows = [rows[index] for index, piece in enumerate(plan.pieces) if piece.rows]
         return torch.cat(wanted_rows) if wanted_rows else self._none()
 

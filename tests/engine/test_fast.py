@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from nautile.cli.agent import SetupError, computes_in, open_client
-from nautile.engine import EngineConfig
+from nautile.engine import Engine, EngineConfig
 from nautile.engine import fast as fast_module
 from nautile.engine.fast import choose_dtype, with_dtype
 from nautile.engine.native import NativeRunner
 from nautile.kernels.native import NativeUnavailable
+from oracles.random_models import tiny_network
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
@@ -35,6 +38,18 @@ def test_without_a_compiler_it_says_so(monkeypatch):
     monkeypatch.setattr(fast_module, "features", features)
     choice = choose_dtype()
     assert choice.dtype == "float32" and "no compiler" in choice.why
+
+
+def test_an_engine_says_what_it_really_computes_in():
+    """Packed rows go through the modules, whatever the native kernels were told."""
+    model = tiny_network((0, 4), head_dim=72, index_head_dim=32, fake_quant_kv=True, fake_quant_indexer=True)
+    packed = EngineConfig(precision="bfloat16", rows="packed", pool_bytes=8 << 20, max_running=2)
+    for options, expected in ((packed, "float32"), (replace(packed, rows="bfloat16"), "bfloat16")):
+        engine = Engine(model, options)
+        try:
+            assert fast_module.computes_in(engine) == expected
+        finally:
+            engine.close()
 
 
 def test_other_names_are_refused():

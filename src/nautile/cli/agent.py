@@ -253,8 +253,11 @@ def _open_in(model: str, dtype: str) -> Engine:
 
 def computes_in(client: ChatClient) -> str:
     """The number format of a model in this process; empty for one behind a server."""
-    options: EngineConfig | None = getattr(getattr(client, "engine", None), "options", None)
-    return options.precision if options is not None else ""
+    from nautile.engine import Engine  # noqa: PLC0415
+    from nautile.engine.fast import computes_in as format_of  # noqa: PLC0415
+
+    engine = getattr(client, "engine", None)
+    return format_of(engine) if isinstance(engine, Engine) else ""
 
 
 def open_remote(url: str, model: str, key: str, key_file: Path | None, **options: Any) -> HttpClient:

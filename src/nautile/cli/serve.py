@@ -73,8 +73,8 @@ def serve(  # noqa: PLR0913  # one parameter an option
 
     Example: nautile serve --port 8000
     """
-    from nautile.engine import EngineConfig  # noqa: PLC0415
-    from nautile.engine.fast import choose_dtype  # noqa: PLC0415
+    from nautile.engine import Engine, EngineConfig  # noqa: PLC0415
+    from nautile.engine.fast import choose_dtype, computes_in  # noqa: PLC0415
     from nautile.server.service import ServerOptions  # noqa: PLC0415
     from nautile.server.serving import check_exposure, listen  # noqa: PLC0415
     from nautile.server.serving import serve as run  # noqa: PLC0415
@@ -109,11 +109,12 @@ def serve(  # noqa: PLR0913  # one parameter an option
     )
     listener = listen(host, port)  # before the model is loaded: a port in use is known at once
     service = _open(model, name, dialect, options, engine)
+    assert isinstance(service.engine, Engine)
     if sessions is not None:
         _keep_sessions(service, sessions)
     address, number = listener.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
-    where = f"http://{shown}:{number}/ (APIs: http://{shown}:{number}/v1; computes in {choice.dtype})"
+    where = f"http://{shown}:{number}/ (APIs: http://{shown}:{number}/v1; computes in {computes_in(service.engine)})"
     typer.echo(f"{service.name} at {where}; Ctrl-C ends", err=True)
     run(service, listener)
 

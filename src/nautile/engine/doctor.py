@@ -17,8 +17,7 @@ import torch
 
 from nautile.engine.costs import kv_bytes
 from nautile.engine.engine import Engine
-from nautile.engine.fast import choose_dtype
-from nautile.engine.native import NativeRunner
+from nautile.engine.fast import choose_dtype, computes_in
 from nautile.engine.options import EngineConfig
 from nautile.engine.sampling import SamplingParams
 from nautile.model import Transformer
@@ -84,7 +83,7 @@ def _runner(engine: Engine) -> Finding:
 
 def _number_format(engine: Engine) -> Finding:
     """What this engine computes in, and what would be faster here."""
-    using = engine.options.precision if isinstance(engine.runner, NativeRunner) else "float32"
+    using = computes_in(engine)
     best = choose_dtype()
     figures = {"dtype": using, "rows": engine.options.rows, "fastest": best.dtype}
     text = f"{using}, rows of the state in {engine.options.rows}"

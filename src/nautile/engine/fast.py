@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from nautile.engine.engine import Engine
+from nautile.engine.native import NativeRunner
 from nautile.engine.options import EngineConfig
 from nautile.kernels.native import NativeUnavailable, features
 
-__all__ = ["Dtype", "DtypeChoice", "choose_dtype", "with_dtype"]
+__all__ = ["Dtype", "DtypeChoice", "choose_dtype", "computes_in", "with_dtype"]
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 _FAST = "AVX-512 with bfloat16"
@@ -47,3 +49,10 @@ def choose_dtype(wanted: str = "auto") -> DtypeChoice:
 def with_dtype(options: EngineConfig, choice: DtypeChoice) -> EngineConfig:
     """The options with weights and rows of that format."""
     return replace(options, precision=choice.dtype, rows=choice.dtype)
+
+
+def computes_in(engine: Engine) -> str:
+    """The number format of an engine's products: its ``precision`` is that of the native kernels only."""
+    if isinstance(engine.runner, NativeRunner):
+        return engine.options.precision
+    return str(engine.model.embed.weight.dtype).removeprefix("torch.")

@@ -331,6 +331,7 @@ def test_an_edge_that_was_killed_finds_its_sandboxes_and_one_that_ends_leaves_no
     assert not (keeper.place / inner).exists() and not list((fleet.place / edge.arguments[1] / "sandboxes").iterdir())
 
 
+@pytest.mark.slow
 def test_a_silent_edge_is_a_typed_error_and_no_second_trajectory_is_begun(fleet):
     quick = Fleet(fleet.gateways[0].url, fleet.token, patience=0.5)
     for edge in fleet.edges[:1]:

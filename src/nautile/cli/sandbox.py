@@ -14,7 +14,11 @@ from nautile.cli import image as image_verbs
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Sandboxes: run, doctor, log, mcp.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Sandboxes: run, doctor, log, mcp, images; a fleet: edge, gateway, token, fleet.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 log = typer.Typer(help="Trajectory logs: show, replay, verify.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(log, name="log")
 app.add_typer(image_verbs.app, name="image")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import mmap
 import os
 import secrets
 import shutil
@@ -88,19 +87,22 @@ def keep(emulator: Emulator, key: str, cache: Path | None = None) -> None:
 
 
 def _copy_nonzero(source: int, target: int) -> None:
-    """Copy a memory file, pages of zeros left out."""
-    size, page = os.fstat(source).st_size, 16_384
-    nothing = bytes(page)
+    """Copy a memory file; holes, which reading would fill with memory of ours, and pieces of zeros are left out."""
+    size, piece = os.fstat(source).st_size, 65_536
+    nothing = bytes(piece)
     os.ftruncate(target, size)
-    with mmap.mmap(source, size, prot=mmap.PROT_READ) as view:
-        begin: int | None = None
-        for at in range(0, size + page, page):
-            zero = at >= size or view[at : at + page] == nothing
-            if zero and begin is not None:
-                os.pwrite(target, memoryview(view)[begin:at], begin)
-                begin = None
-            elif not zero and begin is None:
-                begin = at
+    at = 0
+    while at < size:
+        try:
+            at = os.lseek(source, at, os.SEEK_DATA)
+        except OSError:  # nothing but a hole is left
+            return
+        end = os.lseek(source, at, os.SEEK_HOLE)
+        while at < end:
+            data = os.pread(source, min(piece, end - at), at)
+            if data != nothing[: len(data)]:
+                os.pwrite(target, data, at)
+            at += len(data)
 
 
 def _forget(place: Path) -> None:

@@ -31,7 +31,6 @@ from sandbox.test_container import (  # noqa: F401  # collected here with this m
     test_a_tree_goes_out_and_in_again_without_links,
     test_a_watcher_that_gives_up_ends_the_command,
     test_files_go_in_and_out,
-    test_only_plain_files_are_read_and_no_link_is_followed,
     test_output_comes_as_it_is_written,
     test_writing_never_goes_through_a_link,
 )

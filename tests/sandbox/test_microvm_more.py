@@ -7,6 +7,7 @@ from sandbox.test_container import (  # noqa: F401  # collected here with this m
     test_a_fork_has_the_files_and_goes_its_own_way,
     test_a_path_that_is_swapped_while_it_is_opened_gives_nothing_of_the_target,
     test_a_snapshot_is_an_image,
+    test_only_plain_files_are_read_and_no_link_is_followed,
     test_what_changed_is_an_oci_layer,
 )
 from sandbox.test_sdk import test_arguments_arrive_as_they_were_given, test_processes_are_limited  # noqa: F401

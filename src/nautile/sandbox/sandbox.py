@@ -58,7 +58,8 @@ class Sandbox:
     ) -> Sandbox:
         """A new sandbox. ``image`` None: the host's /usr read-only and an empty workspace, and no user data.
 
-        ``workspace``: a host directory that is bound read-write at /workspace instead. ``network``: None, or a list of
+        ``allow_emulation``: machines may run without KVM, in software. ``workspace``: a host directory that is bound read-write
+        at /workspace instead (machines copy it in, and changes out after each command). ``network``: None, or a list of
         ``HOST:PORT`` that a proxy lets through. ``workers``: function calls at once.
 
         ``log``: a directory for the trajectory log. The sandbox then outlives this process by ``keep`` seconds; opened again,

@@ -2,6 +2,9 @@
 
     python bench/sandbox/latency.py [--rounds 100] [--out bench/results/sandbox_latency.json]
 
+container_create_run is the second and further containers of a kind, as the SDK makes them: the keeper has one ready if there
+was time to make it. container_cold_create_run has a size that was never asked for, so nothing is ready but a seat.
+
 One operation after the other, the paths taking turns, so that all meet the same machine. The load average before and after is
 in the result: figures of a busy machine say so. podman needs an image: it runs the host's root file system (--rootfs), which
 spares it the image store; runc gets the bundle that crun gets.
@@ -47,6 +50,29 @@ def create_and_run(samples, closes):
     checked(sandbox.run(["/bin/true"]))
     samples.append((time.perf_counter() - began) * 1000)
     closes.append(timed(sandbox.close))
+
+
+def create_cold(index, samples):
+    """As create_and_run, of a size of disk that no container made ahead has."""
+    began = time.perf_counter()
+    sandbox = Sandbox.create("container", limits=Limits(memory=256 * MIB, pids=64, disk=64 * MIB + 4096 * (index + 1)))
+    checked(sandbox.run(["/bin/true"]))
+    samples.append((time.perf_counter() - began) * 1000)
+    sandbox.close()
+
+
+def gvisor(create, checkpoint):
+    """Create and first run of a runsc container; the same from a checkpoint."""
+    for samples, options in ((create, {}), (checkpoint, {"image": None})):
+        with contextlib.ExitStack() as stack:
+            if options:
+                first = stack.enter_context(Sandbox.create("container", runtime="runsc", limits=LIMITS))
+                options["image"] = first.snapshot()
+            began = time.perf_counter()
+            sandbox = Sandbox.create("container", runtime="runsc", limits=LIMITS, **options)
+            samples.append((time.perf_counter() - began) * 1000)
+            checked(sandbox.run(["/bin/true"]))
+            sandbox.close()
 
 
 def pooled(pool, samples):
@@ -145,7 +171,8 @@ class Peers:
 
 def measure(rounds, place):
     samples = {name: [] for name in ("function_python", "function_true", "container_run", "container_create_run")}
-    samples |= {"container_close": [], "container_pooled_run": []}
+    samples |= {"container_close": [], "container_pooled_run": [], "container_cold_create_run": []}
+    samples |= {"runsc_create": [], "runsc_restore": []}
     peers = Peers(place)
     samples |= {name: [] for name in peers.ways}
     with (
@@ -160,6 +187,9 @@ def measure(rounds, place):
             samples["container_run"].append(timed(lambda: checked(container.run(["/bin/true"]))))
             create_and_run(samples["container_create_run"], samples["container_close"])
             pooled(pool, samples["container_pooled_run"])
+            create_cold(index, samples["container_cold_create_run"])
+            if index % 5 == 0 and shutil.which("runsc") and os.geteuid() == 0:
+                gvisor(samples["runsc_create"], samples["runsc_restore"])
             for name, way in peers.ways.items():
                 if name == "subprocess" or index % 5 == 0:  # the slow peers have fewer turns
                     samples[name].append(timed(way))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any, NoReturn
 
-__all__ = ["Capture", "Forked", "Job", "Outcome", "execute", "forking", "supervise"]
+__all__ = ["Capture", "Forked", "Job", "Outcome", "Prepared", "attend", "execute", "forking", "supervise"]
 
 _GRACE = 5.0  # seconds that killed processes may take to be gone before this is an infrastructure failure
 _CHUNK = 2**16
@@ -133,6 +133,28 @@ def forking(start: Callable[[], NoReturn]) -> Callable[[int, int, int], Forked]:
     return spawn
 
 
+class Prepared:
+    """Something that was started, and our ends of its pipes (``stdin``: -1 if it has none)."""
+
+    def __init__(self, spawn: Callable[[int, int, int], Any], *, stdin: bool) -> None:
+        """Let ``spawn`` start it with these descriptors as stdin, stdout and stderr."""
+        (self.stdout, out_write), (self.stderr, err_write) = os.pipe(), os.pipe()
+        in_read, self.stdin = os.pipe() if stdin else (-1, -1)
+        try:
+            self.child = spawn(in_read, out_write, err_write)
+        except BaseException:
+            self._close(self.stdin, self.stdout, self.stderr)
+            raise
+        finally:
+            self._close(in_read, out_write, err_write)
+
+    @staticmethod
+    def _close(*descriptors: int) -> None:
+        for descriptor in descriptors:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
 def supervise(
     job: Job,
     spawn: Callable[[int, int, int], Any],
@@ -142,29 +164,32 @@ def supervise(
     owner: int | None = None,
     watch: Callable[[str, memoryview], None] | None = None,
 ) -> Outcome:
-    """Let ``spawn`` start a command with these descriptors as stdin (-1: none), stdout and stderr, and see it to its end.
+    """Start a command, and see it to its end: ``Prepared`` and ``attend`` in one."""
+    began = time.monotonic()
+    prepared = Prepared(spawn, stdin=job.stdin is not None)
+    return attend(job, prepared, kill_tree, captures, owner=owner, watch=watch, began=began)
+
+
+def attend(
+    job: Job,
+    prepared: Prepared,
+    kill_tree: Callable[[], None],
+    captures: tuple[Capture, Capture],
+    *,
+    owner: int | None = None,
+    watch: Callable[[str, memoryview], None] | None = None,
+    began: float | None = None,
+) -> Outcome:
+    """See what was started to its end.
 
     When the child ends, or at the time limit, ``kill_tree`` must end everything that it started. stdout and stderr go into
     ``captures``. ``owner`` is a descriptor whose hang-up means that nobody waits for the result any more. ``watch`` gets
     ("stdout" | "stderr", bytes) as they come.
     """
-    began = time.monotonic()
-    (out_read, out_write), (err_read, err_write) = os.pipe(), os.pipe()
-    in_read, in_write = (-1, -1) if job.stdin is None else os.pipe()
+    streams = {prepared.stdout: ("stdout", captures[0]), prepared.stderr: ("stderr", captures[1])}
+    pump = _Pump(job, prepared.child, prepared.stdin, streams, watch)
     try:
-        child = spawn(in_read, out_write, err_write)
-    except BaseException:
-        for descriptor in (in_write, out_read, err_read):
-            if descriptor >= 0:
-                os.close(descriptor)
-        raise
-    finally:
-        for descriptor in (in_read, out_write, err_write):
-            if descriptor >= 0:
-                os.close(descriptor)
-    pump = _Pump(job, child, in_write, {out_read: ("stdout", captures[0]), err_read: ("stderr", captures[1])}, watch)
-    try:
-        return pump.run(began, kill_tree, owner)
+        return pump.run(time.monotonic() if began is None else began, kill_tree, owner)
     finally:
         pump.close()
 

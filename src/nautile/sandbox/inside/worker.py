@@ -1,4 +1,4 @@
-"""The warm fork server inside a function sandbox: process 1 of its own process namespace, one fork a call.
+"""The warm fork server inside a function sandbox: process 1 of its own process namespace, one fork a call, made ahead of it.
 
 It answers frames on descriptor 0. After a call it kills every other process of the namespace and empties the writable
 places; if either fails it ends, and the namespace and its file systems with it. The tenant has the same user id, so this
@@ -19,7 +19,7 @@ import socket
 import sys
 
 from nautile.sandbox.inside import frames
-from nautile.sandbox.inside.supervise import Capture, Job, execute, forking, supervise
+from nautile.sandbox.inside.supervise import Capture, Job, Prepared, attend, execute, forking
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,22 +45,25 @@ def main() -> NoReturn:
     frames.send(channel, {"ready": True})
     gc.freeze()
     gc.disable()
-    while (notice := frames.receive(channel)) is not None:
-        if not _serve(channel, settings, float(notice[0]["timeout"]), captures, libc):
+    while True:
+        ready, go = _ahead(channel, settings, libc)
+        notice = frames.receive(channel)
+        if notice is None or not _serve(channel, settings, float(notice[0]["timeout"]), captures, (ready, go)):
             break
     os._exit(0)
 
 
-def _serve(
-    channel: socket.socket, settings: dict[str, Any], timeout: float, captures: tuple[Capture, Capture], libc: Any
-) -> bool:
-    """One call: run it, clean up, answer. False if this worker must not serve another one.
+def _ahead(channel: socket.socket, settings: dict[str, Any], libc: Any) -> tuple[Prepared, int]:
+    """The fork for the next call, which waits until a byte is written to the descriptor; then it reads the call by itself.
 
-    The notice holds the time limit; the call itself follows and is read by its own fork. Process 1 never sees it, so the
-    next fork cannot find it in its memory.
+    Process 1 never sees a call, so the next fork cannot find it in its memory.
     """
+    gate, go = os.pipe()
 
     def start() -> NoReturn:
+        os.close(go)
+        if not os.read(gate, 1):
+            os._exit(125)
         message = frames.receive(channel)
         if message is None:
             os._exit(125)
@@ -79,7 +82,27 @@ def _serve(
             _python(header["python"], header.get("arguments", []))
         execute(header["argv"], {**settings["environment"], **header.get("environment", {})})
 
-    outcome = supervise(Job(None, timeout), forking(start), _kill_all, captures, owner=channel.fileno())
+    prepared = Prepared(forking(start), stdin=False)
+    os.close(gate)
+    return prepared, go
+
+
+def _serve(
+    channel: socket.socket,
+    settings: dict[str, Any],
+    timeout: float,
+    captures: tuple[Capture, Capture],
+    ahead: tuple[Prepared, int],
+) -> bool:
+    """One call, of which a notice with the time limit has come: run it, clean up, answer.
+
+    False if this worker must not serve another one.
+    """
+    prepared, go = ahead
+    with contextlib.suppress(BrokenPipeError):  # it has died: what follows says so
+        os.write(go, b"g")
+    os.close(go)
+    outcome = attend(Job(None, timeout), prepared, _kill_all, captures, owner=channel.fileno())
     clean = not outcome.stuck and not outcome.abandoned and _reap() and _wipe(settings["wipe"]) and not _pending(channel)
     header = {name: getattr(outcome, name) for name in ("exit_code", "truncated", "timed_out", "stuck", "seconds")}
     out, err = (capture.pieces() for capture in captures)

@@ -27,7 +27,7 @@ from nautile.config import ModelConfig, RopeScaling
 from nautile.engine.costs import weight_bytes
 from nautile.engine.expert_dispatch import Dispatch, open_dispatch
 from nautile.engine.gpu_runner import GPURunner
-from nautile.engine.packed import card_memory, random_packed
+from nautile.engine.packed import card_memory, load_packed, random_packed
 from nautile.engine.packed_weights import PackedWeights
 from nautile.engine.placement import Budget, expert_bytes
 from nautile.engine.plan import Piece, Plan
@@ -45,12 +45,15 @@ TINY = {
 }  # fmt: skip
 
 
-def configuration(name: str, layers: int, experts: int) -> ModelConfig:
-    config = ModelConfig(**TINY) if name == "tiny" else ModelConfig.preset(name)
+def configuration(options: argparse.Namespace) -> ModelConfig:
+    """Of the checkpoint, or of the preset with the changes that were asked for."""
+    if options.weights != "random":
+        return ModelConfig.from_json(options.weights).replace(num_nextn_predict_layers=0)
+    config = ModelConfig(**TINY) if options.model == "tiny" else ModelConfig.preset(options.model)
     config = config.replace(num_nextn_predict_layers=0)
-    if layers:
-        config = config.replace(num_hidden_layers=layers, num_hash_layers=min(layers, config.num_hash_layers))
-    return config.replace(n_routed_experts=experts) if experts else config
+    if options.layers:
+        config = config.replace(num_hidden_layers=options.layers, num_hash_layers=min(options.layers, config.num_hash_layers))
+    return config.replace(n_routed_experts=options.experts) if options.experts else config
 
 
 def pool_options(context: int, batch: int) -> PoolOptions:
@@ -165,6 +168,7 @@ def profile(runner: GPURunner, pool: StatePool, context: int, batch: int) -> lis
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("flash", "pro", "tiny"), default="flash")
+    parser.add_argument("--weights", default="random", help="random, or the directory of an official checkpoint")
     parser.add_argument("--layers", type=int, default=0, help="a slice of the first layers")
     parser.add_argument("--experts", type=int, default=0, help="other than the model's number of routed experts")
     parser.add_argument("--case", nargs="+", default=["4096x1"], help="context x batch, each a line of the result")
@@ -186,14 +190,15 @@ def build(
     options: argparse.Namespace, cases: list[tuple[int, int]], device: torch.device
 ) -> tuple[PackedWeights, Dispatch | None, float]:
     """Weights, what serves their experts, and the seconds it took to allocate and fill them."""
-    config = configuration(options.model, options.layers, options.experts)
+    config = configuration(options)
     most = max(batch for _, batch in cases)
     state = max(state_bytes(config, context, batch) for context, batch in cases)
     on_card = device.type == "cuda"
     card = int(options.card_gb * 1e9) or (card_memory(device) if on_card else 1 << 30)
     budget = Budget(card, int(options.host_gb * 1e9), state, WORKSPACE if on_card else 0)
     began = time.perf_counter()
-    weights = random_packed(config, budget, device)
+    random_values = options.weights == "random"
+    weights = random_packed(config, budget, device) if random_values else load_packed(options.weights, budget, device)
     loaded, placement = time.perf_counter() - began, weights.store.placement
     host = placement.in_host * expert_bytes(config) / 1e9
     print(

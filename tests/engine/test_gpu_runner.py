@@ -219,6 +219,8 @@ def test_what_cannot_run_says_so(config, weights):
         GPURunner(weights, StatePool(config, PoolOptions(blocks=4, slots=1)))
     with pytest.raises(ValueError, match="dispatch"):
         GPURunner(packed(config, 26), StatePool(config, OPTIONS))
+    with pytest.raises(ValueError, match="draft block"):
+        Engine(network(weights), EngineConfig(rows="packed", pool_bytes=24 << 20, speculate=True))
     with pytest.raises(ValueError, match="fake_quant"):
         packed(flash_config(fake_quant_kv=False))
 

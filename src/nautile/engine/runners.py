@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 
-from nautile.engine.expert_dispatch import open_dispatch
-from nautile.engine.gpu_runner import GPURunner
 from nautile.engine.native import NativeRunner, NativeUnavailable
 from nautile.engine.native_drafts import NativeDraftingRunner
 from nautile.engine.numpy_runner import NumpyRunner
 from nautile.engine.options import EngineConfig
-from nautile.engine.packed_weights import PackedNetwork
 from nautile.engine.plan import Runner
 from nautile.engine.runner import TorchRunner
 from nautile.model import Transformer
@@ -24,8 +21,8 @@ def make_runner(model: Transformer, pool: StatePool, options: EngineConfig) -> t
 
     Raises ValueError or NativeUnavailable when a runner that was asked for by name cannot run this model.
     """
-    if isinstance(model, PackedNetwork):  # whatever was asked for: nothing else reads packed weights
-        return GPURunner(model.packed, pool, open_dispatch(model.packed.store, _host_threads(options), 8), model), ()
+    if getattr(model, "packed", None) is not None:  # whatever was asked for: nothing else reads packed weights
+        return _packed(model, pool, options), ()
     if options.runner == "native":
         return _native(model, pool, options), ()
     if options.runner == "numpy":
@@ -35,9 +32,17 @@ def make_runner(model: Transformer, pool: StatePool, options: EngineConfig) -> t
     return _fastest(model, pool, options)
 
 
-def _host_threads(options: EngineConfig) -> int:
-    """For experts that are not on the card: all cores but the one that drives it."""
-    return options.threads or max(1, (os.cpu_count() or 2) - 1)
+def _packed(model: Transformer, pool: StatePool, options: EngineConfig) -> Runner:
+    """The runner of packed weights; threads for experts that are not on the card: all cores but the one that drives it."""
+    from nautile.engine.expert_dispatch import open_dispatch  # noqa: PLC0415  # the card's kernels only when they are needed
+    from nautile.engine.gpu_runner import GPURunner  # noqa: PLC0415
+    from nautile.engine.packed_weights import PackedNetwork  # noqa: PLC0415
+
+    assert isinstance(model, PackedNetwork)
+    if options.speculate:
+        raise ValueError("packed weights leave the draft block out: run without speculation")
+    threads = options.threads or max(1, (os.cpu_count() or 2) - 1)
+    return GPURunner(model.packed, pool, open_dispatch(model.packed.store, threads, options.max_running), model)
 
 
 def _fastest(model: Transformer, pool: StatePool, options: EngineConfig) -> tuple[Runner, tuple[str, ...]]:

@@ -31,7 +31,7 @@ def test_run_gives_output_and_status(capfd):
     ("arguments", "said"),
     [
         (["run", "true", "--kind", "docker"], "choose one of"),
-        (["run", "true", "--kind", "vm"], "use kind='container'"),
+        (["run", "true", "--kind", "vm", "--log", "/tmp/x"], "use kind='container'"),
         (["run", "true", "--memory", "0"], "memory is 0"),
         (["run", "true", "--allow", "http://x"], "write HOST:PORT"),
         (["run", "true", "--workspace", "/nowhere"], "not a directory"),
@@ -50,7 +50,10 @@ def test_doctor_tries_everything(capfd, crun):
     found = {one["part"]: one for one in json.loads(capfd.readouterr().out)}
     assert set(found) == {"seccomp", "limits", "function", "container", "microvm", "vm"}
     assert found["function"]["state"] == found["container"]["state"] == "ok"
-    assert 0 < found["function"]["seconds"] < 20 and found["vm"]["state"] == "missing" and found["vm"]["remedy"]
+    assert 0 < found["function"]["seconds"] < 20
+    for kind in ("microvm", "vm"):  # degraded where only emulation boots a guest, missing without QEMU
+        assert found[kind]["state"] == "ok" or found[kind]["remedy"]
+        assert (found[kind]["state"] == "missing") == (found[kind]["seconds"] is None)
 
 
 def test_doctor_says_what_is_missing(capfd, monkeypatch, tmp_path):

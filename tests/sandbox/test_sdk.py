@@ -185,8 +185,8 @@ def test_a_kind_that_is_not_there_says_so_and_nothing_weaker_is_given():
     for kind in ("microvm", "vm"):
         with pytest.raises(SubstrateUnavailable, match="firecracker"):
             Sandbox.create(kind, allow_emulation=True, runtime="firecracker")
-    with pytest.raises(SubstrateUnavailable, match="runsc"):
-        Sandbox.create("container", runtime="runsc")
+    with pytest.raises(SubstrateUnavailable, match="kata"):
+        Sandbox.create("container", runtime="kata")
     with pytest.raises(Unsupported, match="use kind='container'"):
         Sandbox.create("function", image="/usr")
 

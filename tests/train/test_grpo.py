@@ -168,6 +168,25 @@ def test_decisions_are_replayed_whatever_the_router_has_become():
     assert torch.equal(after.layers[routed[-1]].routing.experts, free.layers[routed[-1]].routing.experts)  # nothing is left
 
 
+def test_notes_survive_a_kill(tmp_path):
+    """What the file gives back is what was noted, and a record that a crash cut is cut off."""
+    model, path = network(), tmp_path / "decisions.bin"
+    recorder = Recorder.at(path, model)
+    sample = samples_of(model, recorder, False, prompts_of(model, (60,)), samples=1)[0]
+    recorder.close()
+    again = Recorder.at(path, model)
+    again.close()
+    for one, other in zip(recorder.of(sample.ids[:-1]), again.of(sample.ids[:-1]), strict=True):
+        assert (one.experts == other.experts).all() and one.picks == other.picks
+    assert any(note.picks[0] is not None for note in again.of(sample.ids[:-1]))
+    path.write_bytes(path.read_bytes()[:-3])
+    cut = Recorder.at(path, model)
+    assert len(cut.decisions) == len(again.decisions) - 1
+    more = samples_of(model, cut, False, prompts_of(model, (60,)), samples=1)[0]
+    cut.close()
+    assert more == sample and Recorder.at(path, model).decisions.keys() == again.decisions.keys()
+
+
 def test_own_routing_counts_what_differs():
     model, recorder = network(), Recorder()
     sample = samples_of(model, recorder, False, prompts_of(model, (60,)), samples=1)[0]

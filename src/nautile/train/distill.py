@@ -132,8 +132,8 @@ class Distill:
         """Conversations of the student, hidden states of the teachers, one update, a checkpoint."""
         began, config = time.perf_counter(), self.config
         stored = as_stored(self.model) if config.qat else None
-        recorder = Recorder() if config.replay else None
         place = self.directory / f"step-{self.step + 1:05d}"
+        recorder = Recorder.at(place / "decisions.bin", self.model) if config.replay else None
         samples = self._roll_out(place, stored, recorder, finished)
         rolled = time.perf_counter()
         outcome = self._summary(samples)
@@ -150,6 +150,8 @@ class Distill:
         outcome.rollout_seconds, outcome.train_seconds = rolled - began, time.perf_counter() - rolled
         self._write_down(samples, outcome)
         self._save()
+        if recorder is not None:
+            recorder.close()
         shutil.rmtree(place)
         return outcome
 

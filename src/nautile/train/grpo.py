@@ -98,11 +98,12 @@ class StepReport:
 
     def line(self) -> str:
         """For a terminal."""
+        unnoted = f"{self.unrecorded} tokens without notes  " if self.unrecorded else ""
         return (
             f"step {self.step}  reward {self.reward:.3f}  length {self.length:.0f}  groups dropped {self.dropped_groups}  "
             f"train - rollout max {self.difference_max:.3g} mean {self.difference_mean:.3g}  "
             f"routing differs {100 * self.routing_differs:.2f} %  kl {self.kl:.3g}  clipped {100 * self.clipped:.1f} %  "
-            f"masked {self.masked}  {self.tokens} tokens  {self.rollout_seconds:.1f} + {self.train_seconds:.1f} s"
+            f"masked {self.masked}  {unnoted}{self.tokens} tokens  {self.rollout_seconds:.1f} + {self.train_seconds:.1f} s"
         )
 
     def row(self) -> dict[str, Any]:
@@ -133,8 +134,8 @@ class GRPO:
         """One step: rollouts, update, checkpoint."""
         began = time.perf_counter()
         stored = as_stored(self.model) if self.config.qat else None
-        recorder = Recorder()
         place = self.directory / f"step-{self.step + 1:05d}"
+        recorder = Recorder.at(place / "decisions.bin", self.model)
         samples = self._roll_out(place, stored, recorder, finished)
         rolled = time.perf_counter()
         outcome = self._summary(samples)
@@ -146,6 +147,7 @@ class GRPO:
         outcome.rollout_seconds, outcome.train_seconds = rolled - began, time.perf_counter() - rolled
         self._write_down(samples, outcome)
         self.save()
+        recorder.close()
         shutil.rmtree(place)
         return outcome
 
@@ -201,28 +203,28 @@ class GRPO:
             part = taught[start : start + self.config.rows]
             currents, references = self._logprobs(part, recorder, outcome, first)
             losses = [
-                self._loss(current, sample, advantages[sample.planned.number], reference, outcome)
+                self._loss(current, sample, advantages[sample.planned.number], reference, outcome, total * self.config.epochs)
                 for sample, current, reference in zip(part, currents, references, strict=True)
             ]
             (torch.stack(losses).sum() / total).backward()
             outcome.loss += float(sum(loss.item() for loss in losses)) / total / self.config.epochs
         if first and taught and not self.config.deterministic and self.config.replay:
             outcome.routing_differs = own_routing(self.model, taught[0], recorder).share
-        outcome.kl /= max(total, 1)
-        outcome.clipped /= max(total, 1)
         return bool(taught)
 
-    def _loss(self, current: Tensor, sample: Sample, advantage: float, reference: Tensor | None, outcome: StepReport) -> Tensor:
-        """The sum over one sample's tokens."""
+    def _loss(
+        self, current: Tensor, sample: Sample, advantage: float, reference: Tensor | None, outcome: StepReport, total: int
+    ) -> Tensor:
+        """The sum over one sample's tokens; the report's means are over ``total`` tokens."""
         config, old = self.config, behaviour(sample).to(current.device)
         losses, clipped = clipped_loss(current, old, advantage, config.clip_low, config.clip_high)
         if off_policy(current, old, advantage, config.off_policy_limit):
             outcome.masked += 1
             losses = losses * 0.0
-        outcome.clipped += float(clipped.sum())
+        outcome.clipped += float(clipped.sum()) / total
         if reference is not None:
             divergence = unbiased_kl(current, old, reference)
-            outcome.kl += float(divergence.detach().sum())
+            outcome.kl += float(divergence.detach().sum()) / total
             losses = losses + config.kl * divergence
         return losses.sum()
 

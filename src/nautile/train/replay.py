@@ -9,9 +9,11 @@ share them. Hash layers route by token id and need none.
 from __future__ import annotations
 
 import contextlib
+import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -47,21 +49,49 @@ class Decision:
     picks: tuple[tuple[int, bytes] | None, ...]
 
 
-@dataclass
 class Recorder:
-    """Decisions by prefix. Written by the rollout's runner, read by training."""
+    """Decisions by prefix. Written by the rollout's runner, read by training; with a file they survive a kill."""
 
-    decisions: dict[int, Decision] = field(default_factory=dict)
-    _reached: WeakKeyDictionary[PoolSequence, tuple[int, int]] = field(default_factory=WeakKeyDictionary)
+    def __init__(self) -> None:
+        self.decisions: dict[int, Decision] = {}
+        self._reached: WeakKeyDictionary[PoolSequence, tuple[int, int]] = WeakKeyDictionary()
+        self._file: BinaryIO | None = None
+
+    @classmethod
+    def at(cls, path: Path, model: Transformer) -> Self:
+        """A recorder that keeps its notes in ``path`` too, and begins with those that are there; a half-written one is cut."""
+        routed = sum(block.ffn.gate.bias is not None for block in _blocks(model))
+        shape = (routed, model.config.num_experts_per_tok)
+        recorder = cls()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data, offset = path.read_bytes() if path.exists() else b"", 0
+        while (found := _unpacked(data, offset, shape)) is not None:
+            value, decision, offset = found
+            recorder.decisions[value] = decision
+        file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+        file.truncate(offset)
+        file.seek(offset)
+        recorder._file = file
+        return recorder
+
+    def close(self) -> None:
+        """Close the file, if there is one."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def take(self, sequence: PoolSequence, ids: Sequence[int], decisions: Sequence[Decision]) -> None:
         """Note what was decided for ``ids``, which follow what ``sequence`` has taken in. The first note of a prefix stays:
         it is the one whose state others may continue from."""
-        value = self._value(sequence)
+        value, new = self._value(sequence), list[bytes]()
         for token, decision in zip(ids, decisions, strict=True):
             value = _extend(value, token)
-            self.decisions.setdefault(value, decision)
+            if value not in self.decisions:
+                self.decisions[value] = decision
+                new.append(_record(value, decision))
         self._reached[sequence] = (sequence.length + len(ids), value)
+        if self._file is not None and new:
+            self._file.write(b"".join(new))
 
     def _value(self, sequence: PoolSequence) -> int:
         length, value = self._reached.get(sequence, (-1, 0))
@@ -79,6 +109,35 @@ class Recorder:
             value = _extend(value, token)
             found.append(self.decisions.get(value))
         return found
+
+
+def _record(value: int, decision: Decision) -> bytes:
+    """Length, prefix, experts, and for each CSA layer the number of entries (0: all) and its packed bits."""
+    parts = [struct.pack("<QB", value, len(decision.picks)), decision.experts.tobytes()]
+    for packed in decision.picks:
+        parts.append(struct.pack("<I", packed[0] if packed else 0) + (packed[1] if packed else b""))
+    body = b"".join(parts)
+    return struct.pack("<I", len(body)) + body
+
+
+def _unpacked(data: bytes, offset: int, shape: tuple[int, int]) -> tuple[int, Decision, int] | None:
+    """The record at ``offset``: (prefix, decision, where the next begins); None when it is not whole."""
+    if offset + 4 > len(data):
+        return None
+    end = offset + 4 + struct.unpack_from("<I", data, offset)[0]
+    if end > len(data):
+        return None
+    value, layers = struct.unpack_from("<QB", data, offset + 4)
+    place = offset + 13
+    experts = np.frombuffer(data, np.int16, shape[0] * shape[1], place).reshape(shape)
+    place += experts.nbytes
+    picks: list[tuple[int, bytes] | None] = []
+    for _ in range(layers):
+        count = struct.unpack_from("<I", data, place)[0]
+        size = -(-count // 8)
+        picks.append((count, data[place + 4 : place + 4 + size]) if count else None)
+        place += 4 + size
+    return value, Decision(experts, tuple(picks)), end
 
 
 def decisions_of(model: Transformer, trace: Trace, lengths: Sequence[int], width: int) -> list[list[Decision]]:

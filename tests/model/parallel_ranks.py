@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from nautile.model.parallel import ContextState, shard_experts, shard_heads
 from oracles.random_models import random_ids, tiny_network
 
-TOKENS, PROMPT = 12, 651
+TOKENS, PROMPT = 6, 540
 SHAPE = {"o_groups": 4, "n_routed_experts": 10, "num_experts_per_tok": 3}
 
 
@@ -85,8 +85,9 @@ def rank_main(rank, ranks, directory):
     everybody = dist.group.WORLD
     prompt = random_ids(new_model().config, PROMPT, seed=2)[None]
     expected = alone(prompt)
-    check(divided(prompt, lambda model: shard_heads(model, everybody)), expected)
-    check(divided(prompt, lambda model: shard_experts(model, everybody)), expected)
+    if ranks == 2:
+        check(divided(prompt, lambda model: shard_heads(model, everybody)), expected)
+        check(divided(prompt, lambda model: shard_experts(model, everybody)), expected)
     check(divided(prompt, lambda model: shard_experts(shard_heads(model, everybody), everybody)), expected)
     check_slices(in_slices(prompt, everybody, new_model()), expected)
     if ranks == 4:  # two by two: heads and experts over pairs, the prompt over the two pairs

@@ -35,7 +35,7 @@ from nautile.train.qat import as_stored, on_grid
 from nautile.train.replay import Recorder
 from nautile.train.rollout import Planned, RolloutConfig, Sample, roll_out
 from nautile.train.rollout_engine import RolloutEngine, engine_options
-from nautile.train.run_state import RunError, read_state, write_state
+from nautile.train.run_state import RunError, read_state, weights_digest, write_state
 
 __all__ = ["Distill", "DistillConfig", "DistillReport", "Teacher", "reverse_kl"]
 
@@ -162,7 +162,8 @@ class Distill:
         options = engine_options(actor, self.config.rollout.at_once, deterministic=False)
         engine = RolloutEngine(actor, self.tokenizer, options, recorder, deterministic=False)
         try:
-            return roll_out(engine, self._plan(), place, self.config.rollout, {"step": self.step + 1}, finished)
+            head = {"weights": weights_digest(actor), "step": self.step + 1}
+            return roll_out(engine, self._plan(), place, self.config.rollout, head, finished)
         finally:
             engine.close()
 

@@ -390,6 +390,8 @@ def main() -> None:
         run.resume()
         feed = batches(options.data, options.rows, torch.device(device), (run.shard, run.row))
         run.fit(feed, options.steps, lambda row: print(json.dumps(row), flush=True) if run.rank == 0 else None)
+    except RunError as error:
+        raise SystemExit(f"nautile: {error}") from None
     finally:
         dist.destroy_process_group()
 

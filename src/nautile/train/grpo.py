@@ -8,7 +8,6 @@ is on the disk before it is used, so a killed run goes on in the middle of its r
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import random
 import shutil
@@ -32,9 +31,9 @@ from nautile.train.qat import as_stored, on_grid
 from nautile.train.replay import Recorder
 from nautile.train.rollout import Planned, RolloutConfig, Sample, roll_out
 from nautile.train.rollout_engine import RolloutEngine, engine_options
-from nautile.train.run_state import RunError, read_state, write_state
+from nautile.train.run_state import RunError, read_state, weights_digest, write_state
 
-__all__ = ["GRPO", "GRPOConfig", "StepReport", "weights_digest"]
+__all__ = ["GRPO", "GRPOConfig", "StepReport"]
 
 
 @dataclass(frozen=True)
@@ -345,12 +344,3 @@ def _compare(part: Sequence[Sample], currents: Sequence[Tensor], found: Sequence
     if compared:
         outcome.routing_differs = max(outcome.routing_differs, sum(one.differing for one in found) / compared)
     outcome.unrecorded += sum(one.missing for one in found)
-
-
-def weights_digest(model: Transformer) -> str:
-    """A name for exactly these weights."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        total.update(name.encode())
-        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()[:32]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-__all__ = ["RunError", "read_state", "write_state"]
+__all__ = ["RunError", "read_state", "weights_digest", "write_state"]
 
 
 class RunError(RuntimeError):
@@ -48,3 +50,12 @@ def read_state(path: Path, model: dict[str, Any], options: dict[str, Any], devic
     if changed:
         raise RunError(f"{path} was made with another {changed[0]}: use the options of that run, or another --out")
     return state
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A name for exactly these weights."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(name.encode())
+        total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:32]

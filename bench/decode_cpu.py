@@ -173,7 +173,7 @@ def prefill(model, theirs, native, ids, length, rounds):
 
 def long_context(run, ids, longest):
     """One prefill up to ``longest`` with the time at every doubling; decode at each of them beside decode at 1K."""
-    short, long = run.open(CONTEXT + 1), run.open(longest + 1)
+    short, long = run.open(CONTEXT + 1), run.open(longest + CHUNK)
     run.feed(short, ids[:CONTEXT])
     spent, points, decode = 0.0, {}, {}
     at = [CONTEXT << i for i in range(20) if CONTEXT << i <= longest]
@@ -329,7 +329,7 @@ def measure(arguments, model, path, native):
         result["long_context"] = {}
         for name, run in native.items():
             say(f"long context to {arguments.longest} in {name}")
-            whole = Native(run.packed, name, arguments.threads, arguments.longest // BLOCK + 8, 2)
+            whole = Native(run.packed, name, arguments.threads, (arguments.longest + CHUNK) // BLOCK + 8, 2)
             result["long_context"][name] = long_context(whole, ids, arguments.longest)
     return result
 

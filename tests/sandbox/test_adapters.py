@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import SMALL
 from nautile.sandbox import InvalidRequest, SandboxError, SubstrateUnavailable, Unsupported
 from nautile.sandbox.adapters.swerex import deployment
+from sandbox.conftest import SMALL
 
 rex = pytest.importorskip("swerex.runtime.abstract", reason="swe-rex is missing: pip install swe-rex")
 exceptions = pytest.importorskip("swerex.exceptions")

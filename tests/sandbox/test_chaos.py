@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import client_code
+from sandbox.conftest import client_code
 
 CHAOS = Path(__file__).parents[2] / "bench/sandbox/chaos.py"
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from conftest import SMALL, client_code, need
 from nautile.sandbox import (
     AccessDenied,
     EdgeGone,
@@ -33,6 +32,7 @@ from nautile.sandbox.fleet.client import Fleet
 from nautile.sandbox.fleet.quota import Quota, issue
 from nautile.sandbox.fleet.supervisor import Supervisor, node_name
 from nautile.sandbox.log import verify
+from sandbox.conftest import SMALL, client_code, need
 
 COMMAND = "import sys\nfrom nautile.cli import main\nsys.exit(main(sys.argv[1:]))"
 

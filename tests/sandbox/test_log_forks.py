@@ -326,10 +326,32 @@ TrajectoryLog._conclude = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 sandbox.fork()
 """
     assert subprocess.run([sys.executable, "-c", client_code(script)], check=False).returncode == -signal.SIGKILL
+    (only,) = (place / "forks").iterdir()
+    orphan = load(only).head["sandbox"]
+    assert (KeeperClient().place / orphan).exists()
     with Sandbox.create("container", log=place) as sandbox:
         sandbox.run("echo a > f")
         child = sandbox.fork()
         assert child.run("cat f").stdout == "a\n"
         (only,) = (place / "forks").iterdir()
-        assert child.info.id == f"c-{only.name}"
+        assert child.info.id == load(only).head["sandbox"]
+        ours = {sandbox.info.id, child.info.id}
+        deadline = time.monotonic() + 5
+        while {one.name for one in KeeperClient().place.glob("c-*") if (one / "operations").exists()} & {orphan} - ours:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         child.close()
+
+
+@pytest.mark.usefixtures("crun")
+def test_what_is_asked_of_a_lost_sandbox_is_not_begun(place):
+    Sandbox.create("container", log=place).close()
+    with Sandbox.create("container", log=place) as first:
+        first.run("echo 1")
+    lost = Sandbox.create("container", log=place)
+    for _ in range(2):  # the same answer each time, and to the next client
+        assert lost.run("echo 1").stdout == "1\n" if not lost.driver.log.position else True
+        with pytest.raises(SandboxLost, match="reexecute"):
+            lost.run("echo 2")
+    lost.close()
+    assert verify(place) == (1, 0)

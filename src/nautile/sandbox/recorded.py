@@ -32,6 +32,7 @@ class Remaking:
     """How ``Recorded`` comes by other sandboxes of its kind. ``rules``: what the network policy was at the beginning."""
 
     make: Callable[[Image, NetworkPolicy, str], Driver]  # a new one, with this identity
+    discard: Callable[[str], None]  # end one, if it is there
     open: Callable[[Path, Image, NetworkPolicy], Recorded]  # the one of another log, found or made
     rules: tuple[str, ...] = ()
 
@@ -88,6 +89,8 @@ class Recorded:
             except FileRefused as error:  # an answer about the sandbox's files, which replays like any other
                 return {"refused": str(error), "path": error.path, "why": error.why}
 
+        if not self.log.replaying:
+            self._live()  # one that is known to be lost is not begun: it would be unknown for ever
         result = self.log.perform(kind, request, guarded, recover or self._recover, idempotent=idempotent)
         if "refused" in result:
             raise FileRefused(result["path"], result["why"])
@@ -200,8 +203,10 @@ class Recorded:
 
     def _layer(self, name: str) -> dict[str, Any]:
         layer = cast(Callable[[Path], Image], getattr(self._live(), "layer"))  # noqa: B009  # not every driver has it
-        place = self.log.place / "layers" / name
-        shutil.rmtree(place, ignore_errors=True)  # of an attempt that nobody saw the end of
+        for earlier in self.log.place.glob(f"layers/{name}-*"):  # of an attempt that nobody saw the end of
+            shutil.rmtree(earlier, ignore_errors=True)
+        # A place of its own: the keeper has mounted the earlier one, and knows it by its path.
+        place = self.log.place / "layers" / f"{name}-{os.urandom(4).hex()}"
         place.mkdir(parents=True)
         place.chmod(0o755)
         return image_record(layer(place.resolve()))
@@ -212,12 +217,15 @@ class Recorded:
         policy = NetworkPolicy.of(self._rules(sequence))
 
         def execute(name: str) -> dict[str, Any]:
-            image = self._layer(name)
-            child = f"{self.info.id[0]}-{name}"
-            self._remaking.make(recorded_image(image), policy, child)
+            place = self.log.place / "forks" / name
+            if (place / "log").exists():  # of an attempt that nobody saw the end of
+                self._remaking.discard(load(place, 0).head["sandbox"])
+                shutil.rmtree(place)
+            image, child = self._layer(name), f"{self.info.id[0]}-{os.urandom(8).hex()}"
             head = {**self.log.contents.head, "sandbox": child, "image": image, "rules": list(policy.texts)}
             head = {key: value for key, value in head.items() if key not in ("record", "version", "wall", "prev", "parent")}
-            self.log.fork(self.log.place / "forks" / name, head, sequence)
+            self.log.fork(place, head, sequence)  # before the sandbox, so that its name is known whatever happens
+            self._remaking.make(recorded_image(image), policy, child)
             return {**image, "sandbox": child, "log": f"forks/{name}"}
 
         done = self._perform("fork", {}, execute)

@@ -348,16 +348,18 @@ def _recorded(order: _Order, place: Path, identity: str, replay: str, keep: floa
     driver: Driver | None = None
 
     def make(image: Image, policy: NetworkPolicy, name: str) -> Driver:
-        if order.kind == "container":
-            with contextlib.suppress(SandboxLost):  # one that an attempt has left whose end nobody saw
-                ContainerDriver.attach(name, order.limits, keep).close()
         return dataclasses.replace(order, image=image, policy=policy, workspace=None).make(name, keep)
+
+    def discard(name: str) -> None:
+        if order.kind == "container":
+            with contextlib.suppress(SandboxLost):
+                ContainerDriver.attach(name, order.limits, keep).close()
 
     def reopen(child: Path, image: Image, policy: NetworkPolicy) -> Recorded:
         other = dataclasses.replace(order, image=image, policy=policy, workspace=None)
         return _recorded(other, child, f"{order.kind[:1]}-{secrets.token_hex(8)}", replay, keep)
 
-    remaking = Remaking(make, reopen, tuple(found.get("rules", ())))
+    remaking = Remaking(make, discard, reopen, tuple(found.get("rules", ())))
     try:
         if found["kind"] != order.kind:
             raise InvalidRequest(f"{place} is the log of a {found['kind']} sandbox: open it with kind={found['kind']!r}")

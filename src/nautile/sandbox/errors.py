@@ -71,7 +71,7 @@ class SandboxLost(SandboxError):  # noqa: N818
     """The sandbox, or the process that keeps it, has died. What it held is gone."""
 
 
-class EdgeGone(SandboxLost):  # noqa: N818
+class EdgeGone(SandboxLost):
     """No gateway, or not the edge that holds the sandbox, answers. The sandbox may live on: try again, or give it up."""
 
 

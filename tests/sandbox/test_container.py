@@ -316,6 +316,8 @@ def test_a_container_made_ahead_has_the_limits_of_the_one_that_is_asked_for(fres
     ready = {place.parent.name for place in own_keeper.glob("c-*/state.json")}
     assert len(ready) == 3
     inside = {(own_keeper / name / "group").read_text() for name in ready}
+    more = fresh(limits=Limits(memory=400 * 2**20, disk=SMALL.disk, inodes=SMALL.inodes))  # than the spare one had
+    assert group_of(more.info.id) in inside and more.run("true").ok
     sandbox = fresh(limits=Limits(memory=33 * 2**20, pids=9, disk=SMALL.disk, inodes=SMALL.inodes, open_files=77, output=600))
     assert group_of(sandbox.info.id) in inside
     (limit,) = Path("/").glob(group.format(group_of(sandbox.info.id))[1:])
@@ -360,7 +362,12 @@ def test_a_full_container_is_its_tenants_doing(fresh):
     assert {one.exit_code for one in outcomes} <= {0, 125} and 125 in {one.exit_code for one in outcomes}
     assert any("could not be started" in one.stderr for one in outcomes)
     session.close()
-    assert sandbox.run("echo room").stdout == "room\n"
+    deadline = time.monotonic() + 10
+    while (
+        not (room := sandbox.run("echo room")).ok and time.monotonic() < deadline
+    ):  # they end when the keeper sees the hang-up
+        assert room.exit_code == 125
+    assert room.stdout == "room\n"
 
 
 # -- the end

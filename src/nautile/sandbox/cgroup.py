@@ -223,6 +223,8 @@ def _write_limit(place: Path, version: int, controller: str, value: float) -> bo
     swap = {("memory", 1): [("memory.memsw.limit_in_bytes", number)], ("memory", 2): [("memory.swap.max", "0")]}
     # Where swap is not accounted for, its file is not there.
     files += [one for one in swap.get((controller, version), []) if (place / one[0]).exists()]
+    if (controller, version) == ("memory", 1) and len(files) > 1:  # a group that had less: the sum may never be the smaller one
+        files.insert(0, ("memory.memsw.limit_in_bytes", "-1"))
     try:
         for name, text in files:
             (place / name).write_text(text)

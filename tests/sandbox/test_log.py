@@ -355,7 +355,8 @@ def killed_at_random(place, steps, kills, seed):
     chance = random.Random(seed)
     acknowledged, hits = {}, 0
     for attempt in range(kills + 1):
-        client = subprocess.Popen([sys.executable, "-c", client_code(CLIENT), str(place), str(steps)], stdout=subprocess.PIPE, text=True)
+        argv = [sys.executable, "-c", client_code(CLIENT), str(place), str(steps)]
+        client = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
         if attempt < kills:
             client.stdout.readline()
             time.sleep(chance.uniform(0.0, 0.4))
@@ -400,7 +401,8 @@ def test_a_sandbox_that_is_not_fetched_ends_at_its_time(place):
     script = (
         f"from nautile.sandbox import Sandbox; s = Sandbox.create('container', log={str(place)!r}, keep=0.5); print(s.info.id)"
     )
-    identity = subprocess.run([sys.executable, "-c", client_code(script)], capture_output=True, text=True, check=True).stdout.strip()
+    argv = [sys.executable, "-c", client_code(script)]
+    identity = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
     gone = KeeperClient().place / identity
     deadline = time.monotonic() + 10
     while gone.exists() and time.monotonic() < deadline:

@@ -1,7 +1,7 @@
 """A policy that plays a script token by token, slowly, so that a process can be killed anywhere in it; and that process.
 
 ``python scripted_rollout.py DIRECTORY SUBSTRATE KILLS SEED``: starts to roll out what ``PLAN`` says in a child, kills it with
-SIGKILL after a random time, again and again, lets the last child finish, and prints every sample as JSON.
+SIGKILL after a random number of tokens, again and again, lets the last child finish, and prints every sample as JSON.
 """
 
 import itertools
@@ -93,6 +93,15 @@ def main(directory, substrate):
         print(json.dumps({**sample.record(), "ids": ids}), flush=True)
 
 
+def _wait(child, log, more):
+    """Until the log has grown by ``more`` bytes, whatever the machine's speed, or the child has ended by itself."""
+    size, deadline = log.stat().st_size if log.exists() else 0, time.monotonic() + 60
+    while (log.stat().st_size if log.exists() else 0) < size + more and time.monotonic() < deadline:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return
+        time.sleep(0.005)
+
+
 def killed(directory, substrate, kills, seed):
     """``kills`` children that do not finish (those that do come to an end early), then one that does."""
     rng = random.Random(seed)
@@ -102,7 +111,8 @@ def killed(directory, substrate, kills, seed):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             main(directory, substrate)
             os._exit(0)
-        time.sleep(rng.uniform(0.1, 0.9))
+        _wait(child, directory / "tokens.wal", rng.randrange(300, 6000))
+        time.sleep(rng.choice((0, 0, 0.03)))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     main(directory, substrate)

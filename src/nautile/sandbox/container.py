@@ -31,6 +31,7 @@ __all__ = ["ContainerDriver", "KeeperClient"]
 
 _MARGIN = 20.0  # seconds that the keeper may need on top of a command
 _START_LIMIT = 20.0
+_SEATS = 5  # that the kernel may kill at the memory limit before a command is given up
 
 
 class KeeperClient:
@@ -270,15 +271,19 @@ class ContainerDriver:
             filter=len(self._filter),
         )
         try:
-            with self._keeper.connect() as channel:
-                channel.settimeout(order.timeout + _MARGIN)
-                send(channel, request, self._filter + order.stdin)
-                while "stream" in (message := answer(channel))[0]:
-                    if watch is not None:
-                        watch(message[0]["stream"], message[1])
+            for _ in range(_SEATS):
+                with self._keeper.connect() as channel:
+                    channel.settimeout(order.timeout + _MARGIN)
+                    send(channel, request, self._filter + order.stdin)
+                    while "stream" in (message := answer(channel))[0]:
+                        if watch is not None:
+                            watch(message[0]["stream"], message[1])
+                if "again" not in message[0]:  # nothing was begun
+                    return result_of(*message)
         except SandboxLost as error:
             return RunResult(-1, "", "", False, False, f"container: {error}")
-        return result_of(*message)
+        text = "sandbox: the command could not be started: the container is at its memory limit\n"
+        return RunResult(125, "", text, False, False, None, memory_killed=True, stderr_bytes=text.encode())
 
     def outcome(self, operation: str, timeout: float) -> RunResult | str:
         """The result of a named operation that was begun earlier, or ``never`` or ``unknown``. Raises SandboxLost."""

@@ -29,7 +29,7 @@ from nautile.sandbox.function import ENVIRONMENT
 from nautile.sandbox.inside import frames
 from nautile.sandbox.inside.supervise import Capture, Job, Outcome, execute, supervise
 from nautile.sandbox.proxy import ENVIRONMENT as PROXIED
-from nautile.sandbox.seat import NotStarted, Started, start
+from nautile.sandbox.seat import NotStarted, SeatGone, Started, start
 from nautile.sandbox.state import State
 
 __all__ = ["become_command", "become_session", "outcome", "run", "session"]
@@ -179,6 +179,10 @@ def run(state: State, request: dict[str, Any], channel: socket.socket, body: byt
                 watch=watch if request.get("watch") else None,
             )
         out, err = (one.pieces() for one in capture)
+    except SeatGone:
+        if name is not None:
+            os.unlink(state.place / "operations" / f"{name}.begun")
+        return frames.send(channel, {"again": True})
     except NotStarted as error:
         ended, out = Outcome(), []
         ended.exit_code = 125
@@ -263,7 +267,7 @@ def session(state: State, request: dict[str, Any], channel: socket.socket, body:
 
         try:
             ended = supervise(Job(None, request["timeout"]), spawn, tracked.kill, captures, owner=channel.fileno())
-        except NotStarted as error:
+        except (NotStarted, SeatGone) as error:
             raise SandboxError(f"the session could not be started: {error}; end some of the container's processes") from None
     if not ended.abandoned:
         frames.send(channel, {"exit_code": ended.exit_code, "timed_out": ended.timed_out})

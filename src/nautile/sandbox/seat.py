@@ -32,7 +32,7 @@ from nautile.sandbox import cgroup, kernel
 from nautile.sandbox.errors import SandboxLost
 from nautile.sandbox.state import Settings
 
-__all__ = ["NotStarted", "Seat", "Started", "open_seat", "start", "warm"]
+__all__ = ["NotStarted", "Seat", "SeatGone", "Started", "open_seat", "start", "warm"]
 
 Entry = Callable[[socket.socket, list[int]], NoReturn]
 _STATUS = struct.Struct("<i")
@@ -212,6 +212,10 @@ class _Server:
         channel.close()
 
 
+class SeatGone(Exception):  # noqa: N818
+    """The kernel has killed the seat, at the container's memory limit. Nothing was begun: ask again, for another seat."""
+
+
 class NotStarted(Exception):  # noqa: N818
     """The container has no room for a process, or has died: an outcome of the command, not a failure of ours."""
 
@@ -263,10 +267,14 @@ def start(control: socket.socket, letter: str, descriptors: Sequence[int], order
     try:
         with _channel() as (mine, theirs):
             passed = array.array("i", [theirs.fileno(), *descriptors])
-            control.sendmsg([letter.encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)])
+            try:
+                control.sendmsg([letter.encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)])
+            except BrokenPipeError:
+                raise SeatGone from None
             theirs.close()
             mine.settimeout(_ANSWER_LIMIT)
-            orders(mine)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the answer says why nobody reads them
+                orders(mine)
             mark, received, _, _ = socket.recv_fds(mine, 256, 1, socket.MSG_CMSG_CLOEXEC)
             if mark[:1] == b"e":
                 raise NotStarted(mark[1:].decode("utf-8", "replace"))

@@ -2,8 +2,8 @@
 # The whole recipe of an agent, from text to an exported model: each stage is one command, and each goes on where it was when
 # it is run again. What is done is passed over.
 #   runs/nano.sh WORK [SCALE]
-# SCALE multiplies steps and tokens: 1 is what one H100 does in about an hour and a half (an estimate, not measured end to end),
-# 0.001 is a dry run of every stage on a CPU. WORK/model is the result, WORK/*/run.html the page of each stage.
+# SCALE multiplies steps and tokens: 1 is meant for one H100 and some hours (not run end to end yet), a small one for a dry run
+# of every stage. WORK/model is the result, WORK/*/run.html the page of each agent stage.
 set -euo pipefail
 work=$1 scale=${2:-1}
 nautile=${NAUTILE:-nautile} shipped=src/nautile/weights/nano

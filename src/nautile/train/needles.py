@@ -198,7 +198,8 @@ def training_haystack(pool: Pool, tokenizer: Tokenizer, longest: int) -> Haystac
     tokens = int(256 * (longest / 256) ** rng.random())
     facts = rng.choice((1, 1, 2, 3, 4, 8, 8))
     asked = min(facts, rng.choice((1, 2, 4, 6)), max(1, tokens // 160))
-    filler = rng.choices(("words", "files", "code", "facts"), (3, 2, 1.5, 1.5))[0]
+    fillers: tuple[Filler, ...] = ("words", "files", "code", "facts")
+    filler = rng.choices(fillers, (3, 2, 1.5, 1.5))[0]
     return haystack(pool, tokenizer, tokens - 60 * asked, facts=facts, asked=asked, filler=filler)
 
 

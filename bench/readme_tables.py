@@ -27,10 +27,10 @@ def rows():
         for name, figures in probe["variants"].items():
             if "tokens_per_second" in figures:
                 yield f"training, 32 x 2,048, {name}", f"{figures['tokens_per_second'] / 1000:.0f}k tokens/s", *where
-    practice = read("train_nano_practice_h100.json")
-    if practice:
-        where = (practice["device"], practice["date"], practice["commit"], "train_nano_practice_h100.json")
-        rate = practice["last_fifth"]
+    run = read("train_nano_wordings_h100.json")
+    if run:
+        where = (run["device"], run["date"], run["commit"], "train_nano_wordings_h100.json")
+        rate = run["last_fifth"]
         yield (
             "training of the shipped weights",
             f"{rate['tokens_per_second'] / 1000:.0f}k tokens/s, {rate['mfu']:.1%} MFU",
@@ -41,6 +41,7 @@ def rows():
         ("eval_tools_demo_kinds.json", "pass@1, kinds of the demo"),
         ("eval_tools.json", "pass@1, 14 kinds"),
         ("eval_tools_held_out_wording.json", "pass@1, 14 kinds, wordings never seen"),
+        ("eval_tools_renamed_tools.json", "pass@1, 14 kinds, tools renamed"),
     ):
         result = read(name)
         if result:
@@ -50,6 +51,17 @@ def rows():
             yield label, f"{100 * result['pass@1']:.1f} %, {span}", *where
             kinds = ", ".join(f"{kind} {score['passed']}" for kind, score in result["kinds"].items())
             yield f"  by kind, of {min(score['total'] for score in result['kinds'].values())}", kinds, *where
+    yield from needles()
+
+
+def needles():
+    """Single needles by length, and what the indexer keeps."""
+    result = read("needle.json")
+    if result:
+        where = (result["device"], result["date"][:10], result["commit"], "needle.json")
+        for length, cell in result["needle"]["single"].items():
+            figures = f"{cell['passed']}/{cell['total']} ({100 * cell['low']:.0f}-{100 * cell['high']:.0f} %)"
+            yield f"one needle in {int(length) // 1024}K tokens", figures, *where
 
 
 def cpu():

@@ -79,7 +79,8 @@ class ScriptedEngine:
     """Gives one script a request, in order, ``default`` when there are none left; or else what ``answer`` makes of the request.
 
     ``requests`` are those that were begun, ``cancelled`` the ids of those that were ended before they had finished, ``given``
-    the tokens that each request got.
+    the tokens that each request got. A script that its request's grammar forbids is an error, or with ``obedient`` the lowest
+    token that the grammar allows, and then the end of the length.
     """
 
     scripts: deque[Script] = field(default_factory=deque)
@@ -92,6 +93,7 @@ class ScriptedEngine:
     given: dict[str, int] = field(default_factory=dict)
     running: set[str] = field(default_factory=set)
     closed: bool = False
+    obedient: bool = False
 
     @property
     def config(self) -> ModelConfig:
@@ -152,13 +154,17 @@ class ScriptedEngine:
         total = len(request.prompt_ids)
         yield Prefilled(total, total, script.cached)
         self.given[request.id] = 0
-        for token in output[: request.sampling.max_tokens]:
+        bent = False
+        for written in output[: request.sampling.max_tokens]:
             await asyncio.sleep(script.delay)
             if request.id not in self.running:
                 yield Finished("cancelled", self._usage(request, script))
                 return
+            token = written
             if constraint is not None:
                 mask = constraint.mask()
+                if mask is not None and not mask[token] and self.obedient:
+                    token, bent = int(mask.nonzero()[0, 0]), True
                 if mask is not None and not mask[token]:
                     yield Finished("error", self._usage(request, script), error=f"the script breaks the constraint at {token}")
                     self.running.discard(request.id)
@@ -170,7 +176,7 @@ class ScriptedEngine:
         if script.fail is not None:
             yield Finished("error", self._usage(request, script), error=script.fail)
             return
-        ended = script.ends and len(output) <= request.sampling.max_tokens
+        ended = not bent and script.ends and len(output) <= request.sampling.max_tokens
         yield Finished("stop" if ended else "length", self._usage(request, script))
 
     def _usage(self, request: Request, script: Script) -> Usage:

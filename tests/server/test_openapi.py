@@ -10,10 +10,20 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from nautile.server import ServerOptions
 from server.local import Local
+from server.scripted import ScriptedEngine
 
-LOCAL = Local(ServerOptions(log_format="json"))
+LOCAL = Local(ServerOptions(log_format="json"), ScriptedEngine(obedient=True))  # any schema may come
 CONFIG = schemathesis.Config.from_dict({"headers": {"host": "localhost"}, "generation": {"mode": "all"}})
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", LOCAL.http.app, config=CONFIG, headers={"host": "localhost"})
+
+
+def test_a_schema_that_the_script_does_not_follow_is_followed() -> None:
+    """What the fuzzer found once in some hundred runs: its requests may hold schemas."""
+    LOCAL.engine.closed = False
+    shape = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object", "additionalProperties": False}}}
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "response_format": shape, "reasoning_effort": "none"}
+    answer = LOCAL.http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"].startswith("{")
 
 
 @SCHEMA.include(path_regex="^/(v1|health|metrics)").parametrize()

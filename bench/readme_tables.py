@@ -52,6 +52,25 @@ def rows():
             kinds = ", ".join(f"{kind} {score['passed']}" for kind, score in result["kinds"].items())
             yield f"  by kind, of {min(score['total'] for score in result['kinds'].values())}", kinds, *where
     yield from needles()
+    yield from flash()
+
+
+def flash():
+    """Flash at full size on one card, and how long its kernels took beside their peers."""
+    result = read("flash_decode_h100.json")
+    if result:
+        where = (result["device"], result["date"][:10], result["commit"], "flash_decode_h100.json")
+        for case in result["results"]:
+            name = f"V4-Flash, 43 layers, random weights, {case['context']:,} tokens, batch {case['batch']}"
+            void = " (void)" if case["void"] else ""
+            yield name, f"{case['tokens_per_s']:.1f} tokens/s, experts found on the card {case['hit_rate']:.1%}{void}", *where
+    result = read("flash_slice_h100.json")
+    if result:
+        where = (result["device"], result["date"][:10], result["commit"], "flash_slice_h100.json")
+        for case in result["results"]:
+            ratio = case["median_ms"] / case["floor_ms"]
+            figures = f"{case['median_ms']:.2f} ms, {ratio:.1f} times bytes over bandwidth"
+            yield f"V4-Flash, six layers on the card, batch {case['batch']}", figures, *where
 
 
 def needles():

@@ -183,6 +183,9 @@ def test_a_task_of_no_known_kind_gets_a_warning_and_runs(place, scripted, capsys
     monkeypatch.setattr(agent_verb, "shipped_model", lambda: tmp_path)
     scripted(answer("a poem"))
     assert run_agent(place, "Write a poem about the sea") == 0
+    assert "has not been measured on tasks worded like this one" in " ".join(capsys.readouterr().out.split())
+    scripted(answer("3"))
+    assert run_agent(place, "How many lines does notes have?") == 0
     assert "has not mastered tasks like this one" in " ".join(capsys.readouterr().out.split())
     scripted(answer("1"))
     assert run_agent(place, "How many lines of notes contain one?") == 0

@@ -205,7 +205,8 @@ def _warn(task: str, model: str, console: Console) -> None:
     place = Path(model) if model else shipped_model()
     kind, good = kind_of(task), mastered(place)
     if kind not in good and (not model or good):
-        text = f"{place.name} has not mastered tasks like this one (nautile agent --kinds lists them); it will try."
+        known = "has not mastered tasks like this one" if kind else "has not been measured on tasks worded like this one"
+        text = f"{place.name} {known} (nautile agent --kinds lists those it has); it will try."
         console.print(text, style="yellow", highlight=False)
 
 

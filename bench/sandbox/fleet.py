@@ -128,6 +128,7 @@ def main():
             found = (calls if arguments.part == "calls" else density)(arguments, fleet)
         finally:
             fleet.end()
+    note_owner()
     KeeperClient().stop()
     time.sleep(1.0)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()

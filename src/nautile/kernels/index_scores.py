@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nautile.kernels.fp4_pairs import FP4_PAIRS
+
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
@@ -46,56 +48,7 @@ def launch(
 
 
 if gluon is not None:
-    # Two words of eight codes and the exponent of their scale (twice in a word, with 2^126) -> eight pairs of bfloat16, the
-    # pair j code j of both words.
-    _DECODE = gl.constexpr("""
-    {
-    .reg .b32 lo, hi, t, u, z;
-    mov.b32 z, 0x80008000;
-    prmt.b32 lo, $8, $9, 0x5410;
-    prmt.b32 hi, $8, $9, 0x7632;
-    shl.b32 t, lo, 12;
-    shl.b32 u, lo, 6;
-    and.b32 u, u, 0x01C001C0;
-    lop3.b32 t, t, 0x80008000, u, 0xEA;
-    fma.rn.bf16x2 $0, t, $10, z;
-    shl.b32 t, lo, 8;
-    shl.b32 u, lo, 2;
-    and.b32 u, u, 0x01C001C0;
-    lop3.b32 t, t, 0x80008000, u, 0xEA;
-    fma.rn.bf16x2 $1, t, $10, z;
-    shl.b32 t, lo, 4;
-    shr.b32 u, lo, 2;
-    and.b32 u, u, 0x01C001C0;
-    lop3.b32 t, t, 0x80008000, u, 0xEA;
-    fma.rn.bf16x2 $2, t, $10, z;
-    mov.b32 t, lo;
-    shr.b32 u, lo, 6;
-    and.b32 u, u, 0x01C001C0;
-    lop3.b32 t, t, 0x80008000, u, 0xEA;
-    fma.rn.bf16x2 $3, t, $10, z;
-    shl.b32 t, hi, 12;
-    shl.b32 u, hi, 6;
-    and.b32 u, u, 0x01C001C0;
-    lop3.b32 t, t, 0x80008000, u, 0xEA;
-    fma.rn.bf16x2 $4, t, $10, z;
-    shl.b32 t, hi, 8;
-    shl.b32 u, hi, 2;
-    and.b32 u, u, 0x01C001C0;
-    lop3.b32 t, t, 0x80008000, u, 0xEA;
-    fma.rn.bf16x2 $5, t, $10, z;
-    shl.b32 t, hi, 4;
-    shr.b32 u, hi, 2;
-    and.b32 u, u, 0x01C001C0;
-    lop3.b32 t, t, 0x80008000, u, 0xEA;
-    fma.rn.bf16x2 $6, t, $10, z;
-    mov.b32 t, hi;
-    shr.b32 u, hi, 6;
-    and.b32 u, u, 0x01C001C0;
-    lop3.b32 t, t, 0x80008000, u, 0xEA;
-    fma.rn.bf16x2 $7, t, $10, z;
-    }
-    """)
+    _DECODE = gl.constexpr(FP4_PAIRS)
 
     @gluon.jit
     def _packed(keys, tile, seen, BLOCK: gl.constexpr, L: gl.constexpr):

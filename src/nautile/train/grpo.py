@@ -31,7 +31,7 @@ from nautile.train.qat import as_stored, on_grid
 from nautile.train.replay import Recorder
 from nautile.train.rollout import Planned, RolloutConfig, Sample, roll_out
 from nautile.train.rollout_engine import RolloutEngine, engine_options
-from nautile.train.run_state import RunError, read_state, weights_digest, write_state
+from nautile.train.run_state import RunError, clip_gradients, read_state, weights_digest, write_state
 
 __all__ = ["GRPO", "GRPOConfig", "StepReport"]
 
@@ -257,14 +257,7 @@ class GRPO:
             _compare([sample], [currents] if isinstance(currents, Tensor) else currents, [found], outcome)
 
     def _optimise(self, outcome: StepReport) -> None:
-        parameters = list(self.model.parameters())
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
-        if not torch.isfinite(norm):
-            raise RunError(f"the gradient is not a number in step {self.step + 1}; the last checkpoint is untouched")
-        outcome.grad_norm = norm.item()
+        outcome.grad_norm = clip_gradients(self.model, self.config.clip_norm, self.step + 1)
         self.optimizers.step(self.config.lr)
 
     # What is kept -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["RunError", "read_state", "weights_digest", "write_state"]
+__all__ = ["RunError", "clip_gradients", "read_state", "weights_digest", "write_state"]
 
 
 class RunError(RuntimeError):
@@ -59,3 +59,19 @@ def weights_digest(model: nn.Module) -> str:
         total.update(name.encode())
         total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()[:32]
+
+
+def clip_gradients(model: nn.Module, limit: float, step: int) -> float:
+    """Scale the gradients so that their norm over all parameters is at most ``limit`` -> the norm before.
+
+    A parameter that nothing reached gets zeros, since the optimisers want all. Raises RunError in ``step`` when the norm is no
+    number; no parameter has been changed then.
+    """
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    if not torch.isfinite(norm):
+        raise RunError(f"the gradient is not a number in step {step}; the last checkpoint is untouched")
+    return float(norm)

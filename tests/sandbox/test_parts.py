@@ -2,7 +2,10 @@
 
 import io
 import itertools
+import json
 import os
+import select
+import signal
 import socket
 import stat
 import tarfile
@@ -13,13 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nautile.sandbox import MIB, FileRefused, InvalidRequest, Limits, LimitUnavailable, NetworkPolicy, Rule
+from nautile.sandbox import MIB, FileRefused, InvalidRequest, Limits, LimitUnavailable, NetworkPolicy, Rule, SandboxLost
 from nautile.sandbox import cgroup as cgroups
 from nautile.sandbox import layers as layer_files
 from nautile.sandbox import seccomp as filters
 from nautile.sandbox.bundle import configuration, skeleton
+from nautile.sandbox.enter import step_inside
 from nautile.sandbox.inside import frames
 from nautile.sandbox.inside.supervise import Capture
+from nautile.sandbox.state import Settings, State
 
 # -- seccomp
 
@@ -336,3 +341,39 @@ def test_a_skeleton_has_no_user_data(tmp_path):
     assert (
         not (tmp_path / "etc/shadow").exists() and Path("/etc/hostname").read_text() not in (tmp_path / "etc/hosts").read_text()
     )
+
+
+# -- a container's process 1
+
+
+def test_a_process_that_ends_is_not_alive_before_it_is_collected():
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    name = cgroups.owner_name(child)
+    pidfd = os.pidfd_open(child)
+    try:
+        assert cgroups.alive(name)
+        assert not cgroups.alive(f"{child}.1") and not cgroups.alive("x") and not cgroups.alive("")
+        os.kill(child, signal.SIGKILL)
+        select.select([pidfd], [], [], 30)  # it has ended; nobody has collected it
+        assert os.path.exists(f"/proc/{child}") and not cgroups.alive(name)
+        with pytest.raises(SandboxLost, match="has died"):
+            step_inside(pidfd, 1000)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert not cgroups.alive(name)
+
+
+def test_a_container_whose_process_is_still_to_be_collected_is_lost(tmp_path):
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "state.json").write_text(json.dumps({"process": child, "started": cgroups.owner_name(child)}))
+    mine, theirs = socket.socketpair()
+    with mine, theirs, pytest.raises(SandboxLost, match="has died"):
+        State.load(tmp_path, Settings("x", None, []), "one", mine)
+    os.waitpid(child, 0)

@@ -298,14 +298,18 @@ def sweep(found: Iterable[Hierarchy] | None = None) -> int:
     return swept
 
 
+_EXITING = 0x4  # PF_EXITING: set before a process gives up its namespaces, and never taken back
+
+
 def alive(owner: str) -> bool:
-    """Whether the process of an ``owner_name`` still runs; one that waits to be collected does not."""
+    """Whether the process of an ``owner_name`` still runs; one that is ending or waits to be collected does not."""
     number = owner.partition(".")[0]
     try:
-        state = Path(f"/proc/{number}/stat").read_bytes().rpartition(b")")[2].split()[0] if number.isdigit() else b"X"
-        return state not in (b"Z", b"X") and owner_name(int(number)) == owner
-    except OSError:
+        fields = Path(f"/proc/{int(number)}/stat").read_bytes().rpartition(b")")[2].split()
+    except (OSError, ValueError):
         return False
+    ending = fields[0] in (b"Z", b"X") or int(fields[6]) & _EXITING
+    return not ending and fields[19].decode() == owner.partition(".")[2]
 
 
 def _until(file: Path, text: str, seconds: float = 5.0) -> None:

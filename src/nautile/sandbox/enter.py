@@ -103,8 +103,11 @@ def _tracked(state: State) -> Iterator[Run]:
 
 
 def step_inside(pidfd: int, tenant: int) -> None:
-    """Enter a container's namespaces and become its tenant, without a right left. Cannot be undone."""
-    kernel.set_namespaces(pidfd, _INSIDE)
+    """Enter a container's namespaces and become its tenant, without a right left. Cannot be undone. Raises SandboxLost."""
+    try:
+        kernel.set_namespaces(pidfd, _INSIDE)
+    except ProcessLookupError:
+        raise SandboxLost("the container has died") from None
     os.close(pidfd)
     kernel.become(tenant, tenant)
     kernel.forget_dump()
@@ -200,7 +203,7 @@ def _answer(state: State, ended: Outcome, before: int) -> dict[str, Any]:
     # At the memory limit the kernel may choose the seat: the tenant's doing, therefore its result.
     if ended.lost and not killed and not ended.timed_out:
         failure = "the process that starts commands in the container died"
-    if not os.path.exists(f"/proc/{state.process}"):
+    if not state.alive():
         failure = "the container died during the command"
     return {
         "exit_code": ended.exit_code if failure is None else -1,

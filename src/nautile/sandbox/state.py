@@ -66,10 +66,10 @@ class State:
         place = keeper / identity
         try:
             stored = json.loads((place / "state.json").read_text())
-            if cgroup.owner_name(stored["process"]) != stored["started"]:
-                raise FileNotFoundError
-        except (FileNotFoundError, ProcessLookupError):
+        except FileNotFoundError:
             raise SandboxLost(f"the container {identity} is gone") from None
+        if not cgroup.alive(stored["started"]):
+            raise SandboxLost(f"the container {identity} has died")
         limits = Limits(**stored["limits"])
         return cls(
             place=place,
@@ -84,6 +84,10 @@ class State:
             network=stored["network"],
             base=settings.base,
         )
+
+    def alive(self) -> bool:
+        """Whether its process 1 runs. One that is ending has no namespaces that could be entered, though it has a number."""
+        return cgroup.alive(self.started)
 
     def open(self) -> int:
         """A pidfd of its process 1. Raises SandboxLost."""

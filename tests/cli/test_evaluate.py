@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import threading
 from queue import Queue
 
 import pytest
@@ -133,6 +134,28 @@ def test_processes_measure_what_one_does():
     one = evaluate(opening(), config, lambda outcome: None)
     assert many.outcomes == one.outcomes and {outcome.seed for outcome in seen} == {seed for _, seed in config.cases()}
     assert (many.model, many.commit, many.processes, many.score()) == (one.model, one.commit, 2, one.score())
+
+
+def test_tasks_together_measure_what_one_after_the_other_does():
+    """Three tasks are under way at once (a barrier proves it); outcomes and their order are those of a run alone."""
+    config = EvalConfig(kinds=("count_lines", "edit_value"), seeds=3, confined=False)
+    cases, seen = config.cases(), []
+    meeting = threading.Barrier(3)
+
+    class Meeting(Experts):
+        def open(self, messages, tools):
+            meeting.wait(timeout=60)
+            return super().open(messages, tools)
+
+    many = evaluate(Meeting(cases, cases[2:3]), config, seen.append, together=3)
+    one = evaluate(Experts(cases, cases[2:3]), config, lambda outcome: None)
+    assert many.outcomes == one.outcomes and sorted(outcome.seed for outcome in seen) == sorted(seed for _, seed in cases)
+    assert many.to_json()["together"] == 3 and one.to_json()["together"] == 1
+
+
+def test_a_task_that_breaks_ends_the_measurement():
+    with pytest.raises(KeyError):
+        evaluate(Experts([]), EvalConfig(kinds=("count_lines",), seeds=3, confined=False), lambda outcome: None, together=2)
 
 
 def test_a_process_that_fails_ends_the_measurement():

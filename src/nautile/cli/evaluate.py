@@ -39,6 +39,7 @@ def tools(  # noqa: PLR0913  # one parameter an option
         int | None, typer.Option(help="Begin here instead of the published seeds, to try things without spending those.")
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes, each with the model and one thread.")] = 1,
+    together: Annotated[int, typer.Option(min=1, help="Tasks at a time in one process; the engine batches them.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of weights and state in the native kernels.")] = "float32",
     out: Annotated[
         Path | None, typer.Option(help="Also write the result to this file, and each task's to a .jsonl beside it.")
@@ -72,6 +73,8 @@ def tools(  # noqa: PLR0913  # one parameter an option
             config = dataclasses.replace(config, first_seed=first_seed)
         config = dataclasses.replace(config, held_out_wording=held_out_wording, confined=not in_process)
         config = dataclasses.replace(config, renamed_tools=renamed_tools)
+        if min(processes, together) > 1:
+            raise ValueError("choose --processes or --together: each keeps every core busy")
         engine = EngineConfig(precision=_precision(dtype), rows=_precision(dtype), threads=1 if processes > 1 else None)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
@@ -90,7 +93,7 @@ def tools(  # noqa: PLR0913  # one parameter an option
                 _append(out.with_suffix(".jsonl"), json.dumps(dataclasses.asdict(outcome), ensure_ascii=False))
 
         if client is not None:
-            report = evaluate(client, config, count, known)
+            report = evaluate(client, config, count, known, together)
         else:
             report = evaluate_in_processes(opening, config, processes, count, known)
     result = {**report.to_json(), "dtype": dtype}

@@ -6,6 +6,7 @@ the task's own grader looks at the answer and the directory.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -16,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty
@@ -104,6 +106,7 @@ class Report:
     seconds: float
     commit: str = "unknown"  # of the code when the run began
     processes: int = 1
+    together: int = 1  # tasks at a time in one process, batched by the engine
     known: int = 0  # outcomes that an earlier part of the run, cut short, had measured
 
     def score(self, kind: str | None = None) -> KindScore:
@@ -136,26 +139,34 @@ class Report:
             "commit": self.commit,
             "seconds": round(self.seconds, 1),
             "processes": self.processes,
+            "together": self.together,
             **({"measured_before": self.known} if self.known else {}),
             "failures": [vars(outcome) for outcome in failures[:_FAILURES_KEPT]],
         }
 
 
 def evaluate(
-    client: ChatClient, config: EvalConfig, report_progress: Callable[[Outcome], None], known: Sequence[Outcome] = ()
+    client: ChatClient,
+    config: EvalConfig,
+    report_progress: Callable[[Outcome], None],
+    known: Sequence[Outcome] = (),
+    together: int = 1,
 ) -> Report:
     """Run every task once, but those whose outcome is ``known`` from a run that was cut short.
 
-    ``report_progress`` sees each new outcome. Raises SandboxError when tools cannot be confined.
+    ``together`` tasks run at a time, each in a thread of its own; the client must bear that (an engine batches what they ask
+    and answers each as if it were alone). ``report_progress`` sees each new outcome, in this thread. Raises SandboxError when
+    tools cannot be confined.
     """
     began, version = time.monotonic(), commit()
     outcomes = {(outcome.kind, outcome.seed): outcome for outcome in known}
     cases = config.cases()
-    for outcome in _outcomes(client, config, [case for case in cases if case not in outcomes]):
+    todo = [case for case in cases if case not in outcomes]
+    for outcome in _outcomes(client, config, todo) if together == 1 else _outcomes_together(client, config, todo, together):
         outcomes[outcome.kind, outcome.seed] = outcome
         report_progress(outcome)
     ordered = tuple(outcomes[case] for case in cases)
-    return Report(ordered, config, client.name, time.monotonic() - began, version, 1, len(known))
+    return Report(ordered, config, client.name, time.monotonic() - began, version, 1, together, len(known))
 
 
 def evaluate_in_processes(
@@ -198,7 +209,7 @@ def evaluate_in_processes(
             worker.terminate()
             worker.join()
     ordered = tuple(outcomes[case] for case in cases)
-    return Report(ordered, config, names.pop(), time.monotonic() - began, version, len(workers), len(known))
+    return Report(ordered, config, names.pop(), time.monotonic() - began, version, len(workers), 1, len(known))
 
 
 def _next_item(queue: Any, workers: Sequence[Any]) -> Any:
@@ -230,20 +241,46 @@ def _work(open_client: Callable[[], ChatClient], config: EvalConfig, cases: Sequ
 
 def _outcomes(client: ChatClient, config: EvalConfig, cases: Sequence[tuple[str, int]]) -> Iterator[Outcome]:
     for kind, seed in cases:
-        task = KINDS[kind].from_seed(seed, held_out_wording=config.held_out_wording)
-        with tempfile.TemporaryDirectory(prefix="nautile-eval-") as scratch:
-            root, state = Path(scratch, "work"), Path(scratch, "state")
-            root.mkdir()
-            task.write(root)
-            sandbox: ToolSandbox = open_sandbox(root) if config.confined else InProcess(root)
-            tools: Sequence[Mapping[str, Any]] = TOOLS
-            if config.renamed_tools:
-                sandbox, tools = _RenamedSandbox(sandbox), HELD_OUT_RENAMING.specifications(TOOLS)
-            ran = Agent(client, tools, sandbox, budget=config.budget, state=state).run(task.prompt)
-            if ran.status == "interrupted":
-                raise KeyboardInterrupt
-            passed = ran.status == "answered" and task.grade(root, ran.answer)
-            yield Outcome(kind, seed, passed, ran.status, task.prompt, ran.answer, task.answer, ran.tokens)
+        yield _outcome(client, config, kind, seed)
+
+
+def _outcomes_together(
+    client: ChatClient, config: EvalConfig, cases: Sequence[tuple[str, int]], together: int
+) -> Iterator[Outcome]:
+    """Outcomes as they come; a new task begins when one ends, so that the batch stays full. An exception ends the rest."""
+    queue = iter(cases)
+    with ThreadPoolExecutor(together, thread_name_prefix="nautile-eval") as pool:
+        running: set[Future[Outcome]] = set()
+        try:
+            while True:
+                for kind, seed in itertools.islice(queue, together - len(running)):
+                    running.add(pool.submit(_outcome, client, config, kind, seed))
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        finally:
+            for future in running:
+                future.cancel()
+
+
+def _outcome(client: ChatClient, config: EvalConfig, kind: str, seed: int) -> Outcome:
+    """One task, run and graded."""
+    task = KINDS[kind].from_seed(seed, held_out_wording=config.held_out_wording)
+    with tempfile.TemporaryDirectory(prefix="nautile-eval-") as scratch:
+        root, state = Path(scratch, "work"), Path(scratch, "state")
+        root.mkdir()
+        task.write(root)
+        sandbox: ToolSandbox = open_sandbox(root) if config.confined else InProcess(root)
+        tools: Sequence[Mapping[str, Any]] = TOOLS
+        if config.renamed_tools:
+            sandbox, tools = _RenamedSandbox(sandbox), HELD_OUT_RENAMING.specifications(TOOLS)
+        ran = Agent(client, tools, sandbox, budget=config.budget, state=state).run(task.prompt)
+        if ran.status == "interrupted":
+            raise KeyboardInterrupt
+        passed = ran.status == "answered" and task.grade(root, ran.answer)
+        return Outcome(kind, seed, passed, ran.status, task.prompt, ran.answer, task.answer, ran.tokens)
 
 
 class _RenamedSandbox:

@@ -357,10 +357,13 @@ def test_a_full_container_is_its_tenants_doing(fresh):
     )
     session = sandbox.session(["python3", "-c", full], pty=False)
     session.until("full")
-    outcomes = [sandbox.run("true") for _ in range(3)]
-    assert [one.infrastructure_error for one in outcomes] == [None] * 3
-    assert {one.exit_code for one in outcomes} <= {0, 125} and 125 in {one.exit_code for one in outcomes}
-    assert any("could not be started" in one.stderr for one in outcomes)
+    outcomes: set[int] = set()
+    deadline = time.monotonic() + 20
+    while 125 not in outcomes and time.monotonic() < deadline:  # what was made ahead runs, and its place may be had again
+        refused = sandbox.run("true")
+        assert refused.infrastructure_error is None
+        outcomes.add(refused.exit_code)
+    assert outcomes <= {0, 125} and "could not be started" in refused.stderr
     session.close()
     deadline = time.monotonic() + 10
     while (

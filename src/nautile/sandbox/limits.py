@@ -37,18 +37,18 @@ class Limits:
                 raise InvalidRequest(f"limits: {field.name} is {value!r}; give a positive number")
             if field.name not in ("cpus", "seconds") and not isinstance(value, int):
                 raise InvalidRequest(f"limits: {field.name} is {value!r}; give a whole number")
-        self._within_host()
-
-    def _within_host(self) -> None:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        processors = os.cpu_count() or 1
-        if self.memory > memory:
-            raise InvalidRequest(f"limits: memory is {self.memory:,} bytes, and this machine has {memory:,}: give less")
         if self.memory < 16 * MIB:
             raise InvalidRequest(f"limits: memory is {self.memory:,} bytes; a sandbox needs at least {16 * MIB:,}")
-        if self.cpus is not None and self.cpus > processors:
-            raise InvalidRequest(f"limits: cpus is {self.cpus:g}, and this machine has {processors}: give less, or None")
         if self.output > _MOST_OUTPUT:
             raise InvalidRequest(f"limits: output is {self.output:,} bytes; at most {_MOST_OUTPUT:,} fit into one result")
         if self.pids < 8:
             raise InvalidRequest(f"limits: pids is {self.pids}; a sandbox needs at least 8")
+
+    def check_host(self) -> None:
+        """Whether this machine, on which the sandbox is to be made, has as much. Raises InvalidRequest."""
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        processors = os.cpu_count() or 1
+        if self.memory > memory:
+            raise InvalidRequest(f"limits: memory is {self.memory:,} bytes, and the machine has {memory:,}: give less")
+        if self.cpus is not None and self.cpus > processors:
+            raise InvalidRequest(f"limits: cpus is {self.cpus:g}, and the machine has {processors}: give less, or None")

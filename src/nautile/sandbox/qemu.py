@@ -11,6 +11,7 @@ import json
 import os
 import re
 import secrets
+import select
 import shutil
 import socket
 import subprocess
@@ -196,6 +197,15 @@ class Emulator:
                 return []
             group = str(device.st_gid)
         return [setpriv, "--reuid", user, "--regid", group, "--clear-groups", "--inh-caps=-all", "--"]
+
+    @property
+    def ended(self) -> bool:
+        """Whether QEMU has ended, which its warden says or shows by ending too."""
+        if self._lease.fileno() < 0:  # closed by us
+            return True
+        poll = select.poll()
+        poll.register(self._lease.fileno(), select.POLLIN)
+        return bool(poll.poll(0))
 
     def why(self) -> str:
         """What the emulator said when it ended; empty while it runs."""

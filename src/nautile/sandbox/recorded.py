@@ -372,11 +372,17 @@ def _hash(path: Path) -> str:
 
 def image_record(image: Image) -> dict[str, Any]:
     """An image as a log has it. Its layers must outlive the log's readers."""
-    return {"layers": [str(layer) for layer in image.layers], "host_usr": image.host_usr}
+    disk = getattr(image, "disk", None)  # of a ``vm.DiskImage``
+    whole = {"layers": [str(layer) for layer in image.layers], "host_usr": image.host_usr}
+    return whole if disk is None else {**whole, "disk": str(disk)}
 
 
 def recorded_image(record: dict[str, Any]) -> Image:
     """The image of a record. Raises InvalidRequest when a layer is no longer there."""
+    if record.get("disk") is not None:
+        from nautile.sandbox.vm import DiskImage  # noqa: PLC0415
+
+        return DiskImage.of_file(Path(record["disk"]))
     layers = tuple(map(Path, record["layers"]))
     for layer in layers:
         if not layer.exists():
@@ -400,7 +406,8 @@ def repeat(place: Path) -> None:
     contents = load(place)
     head, limits = contents.head, Limits(**contents.head["limits"])
     image = None if head["kind"] == "function" else recorded_image(head["image"])
-    with Sandbox.create(head["kind"], image=image, limits=limits, network=head.get("rules") or None) as sandbox:
+    options = {"network": head.get("rules") or None, "allow_emulation": head.get("emulation", False)}
+    with Sandbox.create(head["kind"], image=image, limits=limits, **options) as sandbox:
         reexecute(sandbox.driver, place, contents, contents.inherited)
 
 

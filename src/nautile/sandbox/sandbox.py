@@ -88,6 +88,7 @@ class Sandbox:
         identity = f"{kind[:1]}-{secrets.token_hex(8)}"
         order = _Order(kind, _image(kind, image), chosen, policy, runtime, place, workers, allow_emulation)
         order.check(image is not None, log is not None)
+        chosen.check_host()
         if log is None:
             return cls(order.make(identity, None), chosen)
         return cls(_recorded(order, Path(log), identity, replay, keep), chosen)
@@ -279,8 +280,6 @@ class _Order:
             raise SubstrateUnavailable(self.kind, why, f"leave runtime out, or give {expected!r}")
         if not 0 < self.workers <= 64:
             raise InvalidRequest(f"workers is {self.workers}: give 1 to 64")
-        if self.kind in ("microvm", "vm"):
-            self._check_machine(has_log)
         if self.kind == "function" and has_image:
             raise Unsupported("function", "image", "workers run the host's Python", "use kind='container'")
         if self.kind == "function" and self.policy.rules:
@@ -291,27 +290,38 @@ class _Order:
             if asked:
                 raise Unsupported("container", feature, "runtime='runsc' has none in this version", "leave runtime out")
 
-    def _check_machine(self, has_log: bool) -> None:
-        if has_log:
-            why = "a machine ends with the process that made it"
-            raise Unsupported(self.kind, "trajectory log", why, "use kind='container'")
+    def _machine(self, identity: str, keep: float | None) -> Driver:
+        """In this process; or in one of its own, which keeps it."""
+        from nautile.sandbox.guest.wish import MachineWish  # noqa: PLC0415
 
-    def _machine(self, identity: str) -> Driver:
-        from nautile.sandbox.microvm import MicroVMDriver  # noqa: PLC0415
-        from nautile.sandbox.vm import VMDriver  # noqa: PLC0415
+        wish = MachineWish(self.kind, self.image, self.limits, self.policy, self.workspace, self.allow_emulation)
+        if keep is None:
+            return wish.make(identity)
+        from nautile.sandbox.guest.hosted import HostedDriver  # noqa: PLC0415
 
-        kind = MicroVMDriver if self.kind == "microvm" else VMDriver
-        options = {"allow_emulation": self.allow_emulation, "network": bool(self.policy.rules)}
-        driver = kind.create(identity, self.image, self.limits, **options)
-        try:
-            if self.policy.rules:
-                driver.give_network(self.policy)
-            if self.workspace is not None:
-                driver.give_workspace(self.workspace)
-        except BaseException:
-            driver.close()
-            raise
-        return driver
+        return HostedDriver.create(identity, wish, keep)
+
+    def attach(self, identity: str, keep: float) -> Driver:
+        """A container or a machine that has outlived its client. Raises SandboxLost, InvalidRequest."""
+        if self.kind == "container":
+            from nautile.sandbox.container import ContainerDriver  # noqa: PLC0415
+
+            return ContainerDriver.attach(identity, self.limits, keep)
+        from nautile.sandbox.guest.hosted import HostedDriver  # noqa: PLC0415
+
+        found = HostedDriver.attach(identity, keep)
+        if found.info.accel == "tcg" and not self.allow_emulation:
+            raise InvalidRequest("the machine of this log is emulated: open it with allow_emulation=True")
+        return found
+
+    @property
+    def able(self) -> Capabilities:
+        """What a lost sandbox of this kind could do: its log still gives it."""
+        from nautile.sandbox.container import ContainerDriver  # noqa: PLC0415
+        from nautile.sandbox.function import FunctionDriver  # noqa: PLC0415
+
+        kind = FunctionDriver if self.kind == "function" else ContainerDriver  # machines can do what containers can
+        return dataclasses.replace(kind.capabilities, network=bool(self.policy.rules))
 
     def make(self, identity: str, keep: float | None) -> Driver:
         """The driver of a new sandbox."""
@@ -320,7 +330,7 @@ class _Order:
 
             return FunctionDriver(identity, self.limits, workers=self.workers, workspace=self.workspace)
         if self.kind in ("microvm", "vm"):
-            return self._machine(identity)
+            return self._machine(identity, keep)
         if self.runtime == "runsc":
             from nautile.sandbox.gvisor import GvisorDriver  # noqa: PLC0415
 
@@ -332,8 +342,6 @@ class _Order:
 
 def _recorded(order: _Order, place: Path, identity: str, replay: str, keep: float) -> Recorded:
     """Open a log, and the sandbox that belongs to it: a new one, the one that has outlived its client, or none."""
-    from nautile.sandbox.container import ContainerDriver  # noqa: PLC0415
-    from nautile.sandbox.function import FunctionDriver  # noqa: PLC0415
     from nautile.sandbox.log import TrajectoryLog  # noqa: PLC0415
     from nautile.sandbox.recorded import Recorded, Remaking, image_record, reexecute, starting_point  # noqa: PLC0415
 
@@ -341,19 +349,18 @@ def _recorded(order: _Order, place: Path, identity: str, replay: str, keep: floa
         raise InvalidRequest(f"replay {replay!r}: choose attach or reexecute")
     head = {"sandbox": identity, "kind": order.kind, "image": image_record(order.image)}
     head |= {"limits": dataclasses.asdict(order.limits), "rules": list(order.policy.texts)}
+    head |= {"emulation": order.allow_emulation} if order.kind in ("microvm", "vm") else {}
     log = TrajectoryLog.open(place, head)
     found, operations = log.contents.head, log.contents.operations
-    capabilities = (FunctionDriver if order.kind == "function" else ContainerDriver).capabilities
-    capabilities = dataclasses.replace(capabilities, network=bool(order.policy.rules))
     driver: Driver | None = None
 
     def make(image: Image, policy: NetworkPolicy, name: str) -> Driver:
         return dataclasses.replace(order, image=image, policy=policy, workspace=None).make(name, keep)
 
     def discard(name: str) -> None:
-        if order.kind == "container":
+        if order.kind != "function":
             with contextlib.suppress(SandboxLost):
-                ContainerDriver.attach(name, order.limits, keep).close()
+                order.attach(name, keep).close()
 
     def reopen(child: Path, image: Image, policy: NetworkPolicy) -> Recorded:
         other = dataclasses.replace(order, image=image, policy=policy, workspace=None)
@@ -363,9 +370,9 @@ def _recorded(order: _Order, place: Path, identity: str, replay: str, keep: floa
     try:
         if found["kind"] != order.kind:
             raise InvalidRequest(f"{place} is the log of a {found['kind']} sandbox: open it with kind={found['kind']!r}")
-        if order.kind == "container" and found["sandbox"] != identity:
+        if order.kind != "function" and found["sandbox"] != identity:
             with contextlib.suppress(SandboxLost):
-                driver = ContainerDriver.attach(found["sandbox"], order.limits, keep)
+                driver = order.attach(found["sandbox"], keep)
         if driver is None and order.kind == "function":
             driver = order.make(identity, keep)
         elif driver is None and (replay == "reexecute" or len(operations) == log.contents.inherited):
@@ -375,7 +382,7 @@ def _recorded(order: _Order, place: Path, identity: str, replay: str, keep: floa
         if driver is not None and driver.info.id != found["sandbox"]:
             log.moved(driver.info.id)
         info = driver.info if driver is not None else Info(found["sandbox"], order.kind, "lost", "native", ())
-        return Recorded(driver, log, info, capabilities if driver is None else driver.capabilities, remaking)
+        return Recorded(driver, log, info, order.able if driver is None else driver.capabilities, remaking)
     except BaseException:
         log.close()
         if driver is not None and driver.info.id == identity:  # made for nothing; one that was attached to stays

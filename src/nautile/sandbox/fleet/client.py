@@ -26,13 +26,13 @@ from nautile.sandbox.fleet import wire
 from nautile.sandbox.image import Image
 from nautile.sandbox.limits import Limits
 from nautile.sandbox.policy import NetworkPolicy
+from nautile.sandbox.records import rebuilt, run_result
 from nautile.sandbox.result import Capabilities, Entry, Info, RunResult
 
 __all__ = ["Fleet", "FleetDriver", "FleetImage", "FleetSession", "Request", "wish"]
 
 _MARGIN = 20.0  # seconds that an answer may take on top of what was asked for
 _CLOSING = 3.0  # seconds of patience with an edge that is gone: its sandboxes end by themselves
-_MOST = 60 * 2**20
 _Answer = TypeVar("_Answer")
 
 
@@ -81,7 +81,7 @@ class Fleet:
             answer = self._http.request(method, self.gateways[self._at] + path, content=content)
             said = _json(answer)
             if "error" in said:
-                raise wire.rebuilt(said)
+                raise rebuilt(said)
             return said
 
         return self._patiently(once, again, self.patience if patience is None else patience)
@@ -98,7 +98,7 @@ class Fleet:
                 if not answer.headers.get("content-type", "").startswith("application/octet-stream"):
                     answer.read()
                     said = _json(answer)
-                    raise wire.rebuilt(said) if "error" in said else EdgeGone("the gateway did not speak of sandboxes")
+                    raise rebuilt(said) if "error" in said else EdgeGone("the gateway did not speak of sandboxes")
                 return _last(answer, watch)
 
         return self._patiently(once, again, self.patience)
@@ -192,7 +192,7 @@ class FleetDriver:
             header["python"] = order.python
         try:
             request = Request("run", header, order.stdin, order.timeout)
-            return wire.run_result(*self._perform(request, order.idempotent, watch))
+            return run_result(*self._perform(request, order.idempotent, watch))
         except (SandboxLost, SandboxClosed) as error:
             return RunResult(-1, "", "", False, False, f"fleet: {error}")
 
@@ -210,9 +210,9 @@ class FleetDriver:
 
     def upload(self, source: Path, path: str) -> None:
         """See ``Sandbox.upload``; at most 60 MiB at once."""
-        tree = pack_tree(source, _MOST)
+        tree = pack_tree(source, wire.TRANSFER_MOST)
         if tree is None:
-            raise InvalidRequest(f"{source} holds more than {_MOST:,} bytes: upload parts of it")
+            raise InvalidRequest(f"{source} holds more than {wire.TRANSFER_MOST:,} bytes: upload parts of it")
         self._do("upload", {"path": path, "sha256": hashlib.sha256(tree).hexdigest()}, tree, again=True)
 
     def download(self, path: str, target: Path, limit: int) -> None:
@@ -265,7 +265,7 @@ class FleetDriver:
 
 def _opened(answer: tuple[dict[str, Any], bytes]) -> tuple[dict[str, Any], bytes]:
     if "error" in answer[0]:
-        raise wire.rebuilt(answer[0])
+        raise rebuilt(answer[0])
     return answer[0]["done"], answer[1]
 
 

@@ -35,7 +35,7 @@ from nautile.sandbox.errors import (
 )
 from nautile.sandbox.fleet.admission import Admission
 from nautile.sandbox.fleet.quota import belongs
-from nautile.sandbox.fleet.wire import is_edge_name
+from nautile.sandbox.fleet.wire import is_edge_name, limits_of
 from nautile.sandbox.image import Image
 from nautile.sandbox.limits import Limits
 from nautile.sandbox.policy import NetworkPolicy
@@ -89,10 +89,8 @@ class Wish:
         if kind not in config.kinds:
             remedy = f"this edge has {', '.join(config.kinds)}"
             raise Unsupported(kind, "sandbox of this kind in this fleet", "no edge that was asked offers it", remedy)
-        try:
-            limits = Limits(**request.get("limits", {}))
-        except TypeError as error:
-            raise InvalidRequest(f"limits: {error}") from None
+        limits = limits_of(request)
+        limits.check_host()
         if limits.allow_unenforced:
             raise InvalidRequest("limits: allow_unenforced is for a machine of one's own, not for a fleet")
         name = request.get("log")

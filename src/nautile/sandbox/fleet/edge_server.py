@@ -7,13 +7,13 @@ import contextlib
 import hmac
 import logging
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -21,17 +21,18 @@ from nautile.sandbox.archive import pack_tree, unpack_tree
 from nautile.sandbox.driver import Terminal, Watch
 from nautile.sandbox.errors import AccessDenied, InvalidRequest, SandboxError, SandboxLost
 from nautile.sandbox.fleet import wire
+from nautile.sandbox.fleet.door import guard
 from nautile.sandbox.fleet.edge import Edge, Held, Wish
 from nautile.sandbox.recorded import RecordedSession
+from nautile.sandbox.records import error_record, result_record
 from nautile.sandbox.sandbox import Sandbox
 
-__all__ = ["MOST", "application"]
+__all__ = ["application"]
 
 _log = logging.getLogger(__name__)
 _THREADS = 512  # requests that are carried out at once; the rest wait
 _STREAMED = 4 * 2**20  # bytes of output that wait for a slow reader; what is more is left out, the result has head and tail
 _LONGEST = 30.0  # seconds that one reading of a session waits
-MOST = 60 * 2**20  # bytes of one transfer
 
 
 def application(edge: Edge, secret: str | None) -> Starlette:
@@ -48,18 +49,15 @@ def application(edge: Edge, secret: str | None) -> Starlette:
         service.threads.shutdown(wait=False, cancel_futures=True)
 
     routes = [
-        Route("/v1/status", service.guard(service.status)),
-        Route("/v1/logs/{name:path}", service.guard(service.log)),
-        Route("/v1/sandboxes", service.guard(service.create), methods=["POST"]),
-        Route("/v1/sandboxes", service.guard(service.listing), methods=["GET"]),
-        Route("/v1/sandboxes/{identity}", service.guard(service.describe), methods=["GET"]),
-        Route("/v1/sandboxes/{identity}", service.guard(service.close), methods=["DELETE"]),
-        Route("/v1/sandboxes/{identity}/{op}", service.guard(service.operate), methods=["POST"]),
+        Route("/v1/status", guard(service.trusted, service.status)),
+        Route("/v1/logs/{name:path}", guard(service.project, service.log)),
+        Route("/v1/sandboxes", guard(service.project, service.create), methods=["POST"]),
+        Route("/v1/sandboxes", guard(service.project, service.listing), methods=["GET"]),
+        Route("/v1/sandboxes/{identity}", guard(service.project, service.describe), methods=["GET"]),
+        Route("/v1/sandboxes/{identity}", guard(service.project, service.close), methods=["DELETE"]),
+        Route("/v1/sandboxes/{identity}/{op}", guard(service.project, service.operate), methods=["POST"]),
     ]
     return Starlette(routes=routes, lifespan=lifespan)
-
-
-Handler = Callable[[Request], Awaitable[Response]]
 
 
 class _Service:
@@ -67,25 +65,19 @@ class _Service:
         self.edge, self.secret = edge, secret
         self.threads = ThreadPoolExecutor(_THREADS, "edge")
 
-    def guard(self, handler: Handler) -> Handler:
-        """Check the secret, and make every error an answer."""
+    def trusted(self, request: Request) -> None:
+        """Whether it comes from a gateway that knows the secret. Raises AccessDenied."""
+        given = request.headers.get(wire.SECRET, "")
+        if self.secret is not None and not hmac.compare_digest(given.encode(), self.secret.encode()):
+            raise AccessDenied("this edge serves gateways that know its secret; ask a gateway")
 
-        async def guarded(request: Request) -> Response:
-            try:
-                given = request.headers.get(wire.SECRET, "")
-                if self.secret is not None and not hmac.compare_digest(given.encode(), self.secret.encode()):
-                    raise AccessDenied("this edge serves gateways that know its secret; ask a gateway")
-                return await handler(request)
-            except SandboxError as error:
-                record = wire.error_record(error)
-            except ClientDisconnect:
-                record = wire.error_record(SandboxLost("the client hung up"))
-            except Exception as error:
-                _log.exception("%s %s", request.method, request.url.path)
-                record = wire.error_record(error)
-            return JSONResponse(record, wire.status_of(record))
-
-        return guarded
+    def project(self, request: Request) -> str:
+        """Whom the gateway has found the token to belong to. Raises AccessDenied."""
+        self.trusted(request)
+        found = request.headers.get(wire.PROJECT)
+        if not found:
+            raise AccessDenied("the request names no project; ask a gateway")
+        return found
 
     async def every(self, seconds: float, action: Callable[[], None]) -> None:
         """Until cancelled; what fails is logged and tried again."""
@@ -100,45 +92,37 @@ class _Service:
         """Carry out something that waits, beside the loop."""
         return await asyncio.get_running_loop().run_in_executor(self.threads, action, *arguments)
 
-    @staticmethod
-    def project(request: Request) -> str:
-        """Whom the gateway has found the token to belong to."""
-        found = request.headers.get(wire.PROJECT)
-        if not found:
-            raise AccessDenied("the request names no project; ask a gateway")
-        return found
-
-    async def status(self, _: Request) -> Response:
+    async def status(self, _: Request, __: None) -> Response:
         """What gateways place by."""
         return JSONResponse(await self.thread(self.edge.status))
 
-    async def log(self, request: Request) -> Response:
+    async def log(self, request: Request, project: str) -> Response:
         """Whether a trajectory of this name is here."""
-        here = await self.thread(self.edge.has_log, self.project(request), request.path_params["name"])
+        here = await self.thread(self.edge.has_log, project, request.path_params["name"])
         return JSONResponse({"here": here})
 
-    async def create(self, request: Request) -> Response:
+    async def create(self, request: Request, project: str) -> Response:
         """A new sandbox, or the one of a log's name."""
-        header, _ = wire.one_frame(await wire.body_of(request.stream()))
-        wish = Wish.of(self.project(request), header, self.edge.config)
+        header, _ = wire.one_frame(await wire.body_of(request.stream(), wire.CREATE_MOST))
+        wish = Wish.of(project, header, self.edge.config)
         return JSONResponse(await self.thread(self.edge.create, wish))
 
-    async def listing(self, request: Request) -> Response:
+    async def listing(self, _: Request, project: str) -> Response:
         """The project's sandboxes."""
-        return JSONResponse({"sandboxes": await self.thread(self.edge.listing, self.project(request))})
+        return JSONResponse({"sandboxes": await self.thread(self.edge.listing, project)})
 
-    async def describe(self, request: Request) -> Response:
+    async def describe(self, request: Request, project: str) -> Response:
         """One sandbox."""
-        held = self.edge.find(request.path_params["identity"], self.project(request))
+        held = self.edge.find(request.path_params["identity"], project)
         return JSONResponse(self.edge.describe(held))
 
-    async def close(self, request: Request) -> Response:
+    async def close(self, request: Request, project: str) -> Response:
         """End one."""
-        return JSONResponse(await self.thread(self.edge.close, request.path_params["identity"], self.project(request)))
+        return JSONResponse(await self.thread(self.edge.close, request.path_params["identity"], project))
 
-    async def operate(self, request: Request) -> Response:
+    async def operate(self, request: Request, project: str) -> Response:
         """One operation; its answer is the last frame, before it there may be pieces of output."""
-        held, sandbox = self.edge.living(request.path_params["identity"], self.project(request))
+        held, sandbox = self.edge.living(request.path_params["identity"], project)
         header, body = wire.one_frame(await wire.body_of(request.stream()))
         operation = _Operation(self.edge, held, sandbox, request.path_params["op"], header, body)
         if not header.get("watch"):
@@ -181,15 +165,15 @@ class _Operation:
         """The last frame. An error of the operation is one too: the log's next position comes with it."""
         action = getattr(self, f"do_{self.op}", None)
         if action is None:
-            return wire.pack(wire.error_record(InvalidRequest(f"{self.op[:40]!r} is no operation of a sandbox")))
+            return wire.pack(error_record(InvalidRequest(f"{self.op[:40]!r} is no operation of a sandbox")))
         with self.edge.working(self.held):
             try:
                 return self._carried_out(lambda: action(watch) if self.op == "run" else action())
             except SandboxError as error:
-                return wire.pack({**wire.error_record(error), **self._position()})
+                return wire.pack({**error_record(error), **self._position()})
             except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
                 _log.exception("operation %s", self.op)
-                return wire.pack({**wire.error_record(error), **self._position()})
+                return wire.pack({**error_record(error), **self._position()})
 
     def _carried_out(self, action: Callable[[], tuple[dict[str, Any], bytes]]) -> bytes:
         recorded = self.held.recorded
@@ -228,11 +212,11 @@ class _Operation:
                 on_output=watch,
                 idempotent=bool(given.get("idempotent")),
             )
-        return wire.result_record(result)
+        return result_record(result)
 
     def do_read(self) -> tuple[dict[str, Any], bytes]:
         """A file."""
-        return {}, self.sandbox.read(self._path(), limit=min(int(self.header["limit"]), MOST))
+        return {}, self.sandbox.read(self._path(), limit=min(int(self.header["limit"]), wire.TRANSFER_MOST))
 
     def do_write(self) -> tuple[dict[str, Any], bytes]:
         """A file."""
@@ -254,10 +238,12 @@ class _Operation:
         """Files, as such a tar."""
         with tempfile.TemporaryDirectory(prefix="nautile-edge-") as scratch:
             target = Path(scratch, "tree")
-            self.sandbox.download(self._path(), target, limit=min(int(self.header["limit"]), MOST))
-            tree = pack_tree(target, MOST)
+            self.sandbox.download(self._path(), target, limit=min(int(self.header["limit"]), wire.TRANSFER_MOST))
+            tree = pack_tree(target, wire.TRANSFER_MOST)
         if tree is None:
-            raise InvalidRequest(f"more than {MOST:,} bytes do not fit into one download of a fleet: fetch parts of it")
+            raise InvalidRequest(
+                f"more than {wire.TRANSFER_MOST:,} bytes do not fit into one download of a fleet: fetch parts of it"
+            )
         return {}, tree
 
     def do_pack_diff(self) -> tuple[dict[str, Any], bytes]:
@@ -265,8 +251,10 @@ class _Operation:
         with tempfile.TemporaryDirectory(prefix="nautile-edge-") as scratch:
             target = Path(scratch, "diff.tar")
             digest = self.sandbox.pack_diff(target)
-            if target.stat().st_size > MOST:
-                raise InvalidRequest(f"a difference of more than {MOST:,} bytes does not fit into one answer of a fleet")
+            if target.stat().st_size > wire.TRANSFER_MOST:
+                raise InvalidRequest(
+                    f"a difference of more than {wire.TRANSFER_MOST:,} bytes does not fit into one answer of a fleet"
+                )
             return {"digest": digest}, target.read_bytes()
 
     def do_pause(self) -> tuple[dict[str, Any], bytes]:

@@ -10,28 +10,27 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from nautile.sandbox.errors import EdgeGone, FleetFull, InvalidRequest, SandboxError, SandboxLost
+from nautile.sandbox.errors import EdgeGone, FleetFull, InvalidRequest
 from nautile.sandbox.fleet import wire
+from nautile.sandbox.fleet.door import guard
 from nautile.sandbox.fleet.placement import EdgeView, by_name, order
 from nautile.sandbox.fleet.quota import Book
 from nautile.sandbox.fleet.watcher import Watcher
-from nautile.sandbox.limits import Limits
 
 __all__ = ["GatewayConfig", "application"]
 
 _log = logging.getLogger(__name__)
-_CREATE_MOST = 2**20  # bytes of a request for a sandbox
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,13 @@ def application(config: GatewayConfig, watcher: Watcher) -> Starlette:
         await watcher.close()
 
     routes = [
-        Route("/v1/fleet", service.guard(service.fleet)),
-        Route("/v1/sandboxes", service.guard(service.create), methods=["POST"]),
-        Route("/v1/sandboxes", service.guard(service.listing), methods=["GET"]),
-        Route("/v1/sandboxes/{identity}", service.guard(service.close), methods=["DELETE"]),
-        Route("/v1/sandboxes/{identity}", service.guard(service.passed_on), methods=["GET"]),
-        Route("/v1/sandboxes/{identity}/fork", service.guard(service.fork), methods=["POST"]),
-        Route("/v1/sandboxes/{identity}/{op}", service.guard(service.passed_on), methods=["POST"]),
+        Route("/v1/fleet", guard(service.project, service.fleet)),
+        Route("/v1/sandboxes", guard(service.project, service.create), methods=["POST"]),
+        Route("/v1/sandboxes", guard(service.project, service.listing), methods=["GET"]),
+        Route("/v1/sandboxes/{identity}", guard(service.project, service.close), methods=["DELETE"]),
+        Route("/v1/sandboxes/{identity}", guard(service.project, service.passed_on), methods=["GET"]),
+        Route("/v1/sandboxes/{identity}/fork", guard(service.project, service.fork), methods=["POST"]),
+        Route("/v1/sandboxes/{identity}/{op}", guard(service.project, service.passed_on), methods=["POST"]),
     ]
     return Starlette(routes=routes, lifespan=lifespan)
 
@@ -85,22 +84,9 @@ class _Service:
                     _log.error("%s", error)
         return self._book
 
-    def guard(self, handler: Callable[[Request, str], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        """Find the token's project, and make every error an answer."""
-
-        async def guarded(request: Request) -> Response:
-            try:
-                return await handler(request, self.book.project_of(request.headers.get("authorization")))
-            except SandboxError as error:
-                record = wire.error_record(error)
-            except ClientDisconnect:
-                record = wire.error_record(SandboxLost("the client hung up"))
-            except Exception as error:
-                _log.exception("%s %s", request.method, request.url.path)
-                record = wire.error_record(error)
-            return JSONResponse(record, wire.status_of(record))
-
-        return guarded
+    def project(self, request: Request) -> str:
+        """Whose token the request has. Raises AccessDenied."""
+        return self.book.project_of(request.headers.get("authorization"))
 
     async def fleet(self, _: Request, __: str) -> Response:
         """The edges, as this gateway sees them."""
@@ -124,12 +110,9 @@ class _Service:
 
     async def create(self, request: Request, project: str) -> Response:
         """Place a new sandbox, or find the one of a log's name."""
-        body = await wire.body_of(request.stream(), _CREATE_MOST)
+        body = await wire.body_of(request.stream(), wire.CREATE_MOST)
         header, _ = wire.one_frame(body)
-        try:
-            memory = Limits(**header.get("limits", {})).memory
-        except TypeError as error:
-            raise InvalidRequest(f"limits: {error}") from None
+        memory = wire.limits_of(header).memory
         edges = await self._candidates(header, project)
         if isinstance(edges, str):  # its log is there: nothing new is made, so no quota is asked
             answer = await self._ask(edges, "POST", "/v1/sandboxes", project, body)
@@ -214,7 +197,7 @@ class _Service:
         number, made, change = self.watcher.ledger.reserve(owner, memory), None, 0
         try:
             answer = await self._ask(
-                edge, "POST", request.url.path, project, await wire.body_of(request.stream(), _CREATE_MOST)
+                edge, "POST", request.url.path, project, await wire.body_of(request.stream(), wire.CREATE_MOST)
             )
             if answer.is_success and "done" in (header := wire.one_frame(answer.content)[0]):
                 made, change = edge, header["done"]["change"]

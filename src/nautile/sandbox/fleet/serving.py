@@ -103,9 +103,11 @@ def _take(state: Path, evict: bool) -> int:
             break
         except BlockingIOError:
             holder = os.pread(lock, 100, 0).decode("ascii", "replace")
-            if evict and cgroup.alive(holder):
+            runs = cgroup.alive(holder)
+            if evict and runs:
                 os.kill(int(holder.partition(".")[0]), signal.SIGKILL)
-            if time.monotonic() > deadline or not evict:
+            # One that was killed while it started another program: its child holds the lock until that program has begun.
+            if time.monotonic() > deadline or (runs and not evict):
                 os.close(lock)
                 raise InvalidRequest(f"{state} belongs to an edge that runs (process {holder.partition('.')[0]})") from None
             time.sleep(0.05)

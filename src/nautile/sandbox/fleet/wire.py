@@ -1,8 +1,7 @@
-"""What clients, gateways and edges send each other over HTTP: frames of a JSON header and bytes, and errors by their names."""
+"""What clients, gateways and edges send each other over HTTP: frames of a JSON header and bytes."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import socket
@@ -10,27 +9,25 @@ import struct
 from collections.abc import AsyncIterable, Iterator
 from typing import Any
 
-from nautile.sandbox import errors
-from nautile.sandbox.errors import InvalidRequest, SandboxError
+from nautile.sandbox.errors import InvalidRequest
 from nautile.sandbox.inside.frames import BODY_LIMIT, HEADER_LIMIT
-from nautile.sandbox.result import RunResult
+from nautile.sandbox.limits import Limits
 
 __all__ = [
     "BODY_LIMIT",
+    "CREATE_MOST",
     "PROJECT",
     "SECRET",
     "SOCKET_OPTIONS",
     "TIMEOUT",
+    "TRANSFER_MOST",
     "Frames",
     "body_of",
     "edge_of",
-    "error_record",
     "is_edge_name",
+    "limits_of",
     "one_frame",
     "pack",
-    "rebuilt",
-    "result_record",
-    "run_result",
     "status_of",
 ]
 
@@ -44,6 +41,8 @@ SOCKET_OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 10_000),
 )
 TIMEOUT = "x-nautile-timeout"  # seconds that the client waits for this answer
+CREATE_MOST = 2**20  # bytes of a request for a sandbox
+TRANSFER_MOST = 60 * 2**20  # bytes of one transfer of files
 _LENGTHS = struct.Struct("<II")
 _EDGE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}\Z")
 _STATUS = {
@@ -137,45 +136,14 @@ async def body_of(stream: AsyncIterable[bytes], most: int = BODY_LIMIT + HEADER_
     return b"".join(pieces)
 
 
-def error_record(error: BaseException) -> dict[str, Any]:
-    """An error for the wire. One that is not the sandboxes' own becomes a SandboxError with its text."""
-    if not isinstance(error, SandboxError):
-        return {"error": "SandboxError", "text": f"{type(error).__name__}: {error}", "fields": {}}
-    return {"error": type(error).__name__, "text": str(error), "fields": vars(error)}
+def limits_of(request: dict[str, Any]) -> Limits:
+    """The limits that a request for a sandbox names; whether there is as much is for an edge to say. Raises InvalidRequest."""
+    try:
+        return Limits(**request.get("limits", {}))
+    except TypeError as error:
+        raise InvalidRequest(f"limits: {error}") from None
 
 
 def status_of(record: dict[str, Any]) -> int:
     """The HTTP status of an error's record."""
     return _STATUS.get(record["error"], 400 if record["error"] != "SandboxError" else 500)
-
-
-def rebuilt(record: dict[str, Any]) -> SandboxError:
-    """The error of a record, as the same class. What is no sandbox error by name becomes a plain SandboxError."""
-    kind = getattr(errors, str(record.get("error")), None)
-    if not isinstance(kind, type) or not issubclass(kind, SandboxError):
-        kind = SandboxError
-    error: SandboxError = kind.__new__(kind)
-    RuntimeError.__init__(error, str(record.get("text")))
-    fields = record.get("fields")
-    vars(error).update(fields if isinstance(fields, dict) else {})
-    return error
-
-
-def result_record(result: RunResult) -> tuple[dict[str, Any], bytes]:
-    """A result as a header and a body."""
-    names = [field.name for field in dataclasses.fields(result) if not field.name.startswith("std")]
-    header = {name: getattr(result, name) for name in names}
-    return {**header, "stdout": len(result.stdout_bytes)}, result.stdout_bytes + result.stderr_bytes
-
-
-def run_result(header: dict[str, Any], body: bytes) -> RunResult:
-    """The result of a header and a body."""
-    out, err = body[: header["stdout"]], body[header["stdout"] :]
-    names = [field.name for field in dataclasses.fields(RunResult) if not field.name.startswith("std")]
-    return RunResult(
-        stdout=out.decode("utf-8", "replace"),
-        stderr=err.decode("utf-8", "replace"),
-        stdout_bytes=out,
-        stderr_bytes=err,
-        **{name: header[name] for name in names},
-    )

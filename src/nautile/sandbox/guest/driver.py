@@ -11,10 +11,11 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from nautile.sandbox import layers
 from nautile.sandbox.container import _walk as walk_host
-from nautile.sandbox.driver import Order, Watch
+from nautile.sandbox.driver import Environment, Order, Watch
 from nautile.sandbox.errors import InvalidRequest, SandboxLost
 from nautile.sandbox.function import ENVIRONMENT, MASKED, MASKED_DIRECTORIES
 from nautile.sandbox.guest import link as wire
@@ -30,7 +31,7 @@ from nautile.sandbox.proxy import ENVIRONMENT as PROXIED
 from nautile.sandbox.qemu import Emulator
 from nautile.sandbox.result import Capabilities, Entry, Info, RunResult
 
-__all__ = ["GuestDriver", "settings_of"]
+__all__ = ["GuestDriver", "Machine", "identity_of", "settings_of"]
 
 _GRACE = 15.0  # seconds that a guest may take to kill a command
 _LARGEST = 2**34  # bytes of a packed layer
@@ -56,6 +57,21 @@ def settings_of(limits: Limits, layer_count: int, *, own: int, proxy: bool) -> d
         "boot_id": str(uuid.uuid4()),
         "mask": [f"/proc/{name}" for name in (*MASKED, *MASKED_DIRECTORIES)],
     }
+
+
+class Machine(Environment, Protocol):
+    """A driver of a virtual machine."""
+
+    @property
+    def image(self) -> Image:
+        """What it was started from."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the machine has died."""
+
+    def layer(self, place: Path) -> Image:
+        """The files as they are now, as an image whose top layer is in ``place``, which the caller keeps while it is used."""
 
 
 class GuestDriver:
@@ -92,6 +108,16 @@ class GuestDriver:
     @property
     def _environment(self) -> dict[str, str]:
         return ENVIRONMENT | (PROXIED if self._network is not None else {})
+
+    @property
+    def image(self) -> Image:
+        """See ``Machine.image``."""
+        return self._image
+
+    @property
+    def ended(self) -> bool:
+        """See ``Machine.ended``."""
+        return self._emulator.ended or self._emulator.link.lost is not None
 
     def reason(self, feature: str) -> tuple[str, str]:
         """See ``Driver.reason``."""
@@ -240,12 +266,17 @@ class GuestDriver:
     def snapshot(self) -> Image:
         """See ``Sandbox.snapshot``: a layer that containers and machines can start from."""
         layer = TemporaryLayer(places.temporary("layer"))
-        layer.place.chmod(0o755)
+        self.layer(layer.place)
+        return self._image.with_layer(layer)
+
+    def layer(self, place: Path) -> Image:
+        """See ``Machine.layer``."""
+        place.chmod(0o755)
         with tempfile.TemporaryFile() as file:
             transfer.pack(self._link, file, _LARGEST)
             file.seek(0)
-            layers.unpack(file, layer.place, "trusted" if os.geteuid() == 0 else "user")
-        return self._image.with_layer(layer)
+            layers.unpack(file, place, "trusted" if os.geteuid() == 0 else "user")
+        return Image((*self._image.layers, place), self._image.host_usr, held=self._image.held)
 
     def set_policy(self, policy: NetworkPolicy) -> None:
         """See ``Sandbox.set_policy``."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import select
+import socket
+import threading
 import time
 
 from nautile.sandbox.errors import SandboxError, SandboxLost
 from nautile.sandbox.guest import link as wire
 from nautile.sandbox.guest.link import Stream
 
-__all__ = ["GuestSession"]
+__all__ = ["GuestSession", "bridge"]
 
 _MOST = 16 * 2**20  # bytes that ``until`` reads at most
 _GRACE = 10.0
+_PATIENCE = 10.0**7  # seconds; what is typed waits for as long as the program does not read
 
 
 class GuestSession:
@@ -90,3 +95,27 @@ class GuestSession:
                 raise
         self._closed = True
         return self._code
+
+
+def bridge(session: GuestSession, channel: socket.socket, owner: socket.socket) -> int:
+    """Connect a program's terminal with ``channel`` until it ends or ``owner`` hangs up; what ``close`` gives."""
+
+    def typed() -> None:
+        with contextlib.suppress(SandboxLost, OSError):
+            while data := channel.recv(2**16):
+                session._stream.feed_all(data, _PATIENCE)
+            if session._stream.ended is None:
+                session._stream.end_input()
+
+    threading.Thread(target=typed, name="guest-terminal", daemon=True).start()
+    hung_up = select.poll()
+    hung_up.register(owner.fileno(), select.POLLIN)
+    with contextlib.suppress(SandboxLost, OSError):
+        while not session._ended and not hung_up.poll(0):
+            if data := session.read(0.1):
+                channel.sendall(data)
+    with contextlib.suppress(OSError):
+        channel.shutdown(socket.SHUT_RDWR)
+    with contextlib.suppress(SandboxLost):
+        return session.close()
+    return -1

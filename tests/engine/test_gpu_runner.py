@@ -15,7 +15,7 @@ from nautile.checkpoint.layout import entries, scale_name, stored_tensors
 from nautile.checkpoint.shards import ShardWriter
 from nautile.engine import Engine, EngineConfig, EngineError, SamplingParams
 from nautile.engine.decode_step import DecodeStep
-from nautile.engine.expert_dispatch import Dispatch, Speeds, divide
+from nautile.engine.expert_dispatch import Dispatch, Speeds, divide, fitted
 from nautile.engine.fill import fill_from_checkpoint
 from nautile.engine.gpu_runner import GPURunner
 from nautile.engine.packed import load_packed
@@ -46,10 +46,11 @@ def ids(config):
     return torch.randint(config.vocab_size, (len(STARTS), 420), generator=torch.Generator().manual_seed(5)).tolist()
 
 
-def feed(runner, pool, ids, steps):
+def feed(runner, pool, ids, steps, starts=STARTS):
     """Logits [steps, sequences, V] of tokens that are given, not sampled."""
     sequences = []
-    for row, count in zip(ids, STARTS, strict=True):
+    ids = ids[: len(starts)]
+    for row, count in zip(ids, starts, strict=True):
         sequence = pool.open(row)
         pool.ensure(sequence, count)
         runner.step(Plan((Piece(sequence, tuple(row[:count])),)))
@@ -90,8 +91,7 @@ def agree(found, expected, device, exact, limit=0.01):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("on_card", [64, 26, 0], ids=["all on the card", "some", "none"])
-@pytest.mark.parametrize("host", [False, True], ids=["streamed", "with the host"])
+@pytest.mark.parametrize(("on_card", "host"), [(64, False), (26, False), (26, True), (0, False), (0, True)])
 def test_the_pieces_are_the_modules(config, weights, ids, expected, device, on_card, host):
     own = copied(weights, config, on_card, device)
     team = HostTeam(2, config.hidden_size, config.moe_intermediate_size, config.swiglu_limit, tokens=4) if host else None
@@ -104,6 +104,54 @@ def test_the_pieces_are_the_modules(config, weights, ids, expected, device, on_c
     if on_card < 64:
         assert abs(counts.hit_rate - own.store.placement.fraction) < 0.1
         assert dispatch.used.sum() == 9 * 4 * 4 * config.num_experts_per_tok
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("guess", ["the router's", "wrong"])
+def test_copies_ahead_change_no_number(config, ids, device, guess, monkeypatch):
+    """Experts that are copied before they are chosen are used where the guess was right, and else do no harm."""
+    logits, dispatches = [], []
+    own = packed(config, 26, staging=12, device=device)
+    if guess == "wrong":
+        random = torch.Generator().manual_seed(3)
+
+        def foresee(self, index):
+            self.mail.ahead.copy_(torch.randint(config.n_routed_experts, self.mail.ahead.shape, generator=random))
+
+        monkeypatch.setattr(DecodeStep, "foresee", foresee)
+    for ahead in (0, 2):
+        dispatches.append(Dispatch(own.store, None, Speeds(1.0, 1.0), ahead))
+        pool = StatePool(config, OPTIONS, device)
+        logits.append(feed(GPURunner(own, pool, dispatches[-1]), pool, ids, 3, (2, 30)))
+    # a card adds a token's experts in the order of its choices; the reference on the CPU in the order of their slots
+    agree(*logits, device, exact=True) if device == "cpu" else torch.testing.assert_close(*logits, rtol=0, atol=0)
+    plain, counts = (dispatch.counts for dispatch in dispatches)
+    assert (plain.foreseen, plain.in_vain) == (0, 0) and counts.streamed == plain.streamed
+    ahead = counts.foreseen + counts.in_vain
+    assert ahead > 3 * 4 and counts.in_vain > 0  # steps x layers
+    if guess != "wrong":
+        assert counts.foreseen > 0.6 * ahead
+
+
+def test_hash_layers_are_foreseen_exactly(ids):
+    """Their experts depend on the token alone."""
+    hashed = flash_config(num_hash_layers=4)
+    own, pool = packed(hashed, 26), StatePool(hashed, OPTIONS)
+    dispatch = Dispatch(own.store, None, Speeds(1.0, 1.0), 2)
+    feed(GPURunner(own, pool, dispatch), pool, ids, 2, (2, 3))
+    assert dispatch.counts.foreseen > 0 and dispatch.counts.in_vain == 0
+
+
+def test_more_copies_ahead_than_room_are_refused(config):
+    with pytest.raises(ValueError, match="give fewer"):
+        Dispatch(packed(config, 26).store, None, Speeds(1.0, 1.0), ahead=3)
+
+
+def test_speeds_are_a_line_through_what_was_measured():
+    assert fitted({1: 3.0, 2: 4.0, 3: 5.0}) == pytest.approx((1.0, 2.0))
+    assert fitted({1: 1.0, 2: 3.0}) == pytest.approx((4 / 3, 0.0))  # never a negative start
+    assert fitted({2: 3.0}) == pytest.approx((1.5, 0.0))
+    assert fitted({1: 3.0, 2: 2.0}) == pytest.approx((0.0, 2.5))
 
 
 def test_the_indexer_selects(ids):
@@ -123,6 +171,7 @@ def test_each_expert_goes_where_it_ends_first():
     assert divide([(1, 1)], with_start) == ([1], [])
     assert divide([(e, 1) for e in range(5)], with_start) == ([0, 3], [1, 2, 4])
     assert divide([], Speeds(1.0, 1.0)) == ([], [])
+    assert divide([(1, 1), (2, 1), (3, 1)], Speeds(1.0, 1.0), busy=1.5) == ([3], [1, 2])
 
 
 @given(st.lists(st.integers(1, 8), max_size=20), st.floats(0.1, 10), st.floats(0.1, 10), st.floats(0, 3), st.integers(0, 20))

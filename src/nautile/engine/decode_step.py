@@ -1,7 +1,7 @@
 """One token of each of B sequences, from packed weights, as a chain of pieces that CUDA graphs can hold.
 
 Piece l ends where layer l's router has chosen: what is then needed of experts that are not on the card is only known there.
-Piece l + 1 begins with those experts' products. When all experts are on the card the pieces run one after another without
+``enter`` of layer l + 1 begins with those experts' products. When all experts are on the card everything runs in order without
 the host. Shapes depend on B and on a capacity of tokens alone; lengths, blocks and slots are read from the card.
 
 On the CPU the same code runs with the ops' plain meanings.
@@ -53,7 +53,8 @@ class Inputs:
 class Mail:
     """What host and card exchange between two pieces, in host memory.
 
-    Out: x bfloat16 [B, d], experts int32 and weights float32 [B, k]. In, one run of words so that one copy brings all: staging
+    Out: x bfloat16 [B, d], experts int32 and weights float32 [B, k], and ``ahead`` int32 [B, k]: what the next router will
+    probably choose. In, one run of words so that one copy brings all: staging
     slots int32 and shares float32 [B, k], 0 for pairs that are not streamed, and the host's sums float32 [B, d].
     """
 
@@ -61,6 +62,7 @@ class Mail:
     experts: Tensor
     weights: Tensor
     back: Tensor
+    ahead: Tensor
 
     @classmethod
     def allocate(cls, batch: int, chosen: int, hidden: int, pinned: bool) -> Mail:
@@ -70,7 +72,8 @@ class Mail:
             return torch.zeros(batch, width, dtype=dtype, pin_memory=pinned)
 
         back = torch.zeros(batch * (2 * chosen + hidden), dtype=torch.float32, pin_memory=pinned)
-        return cls(new(hidden, torch.bfloat16), new(chosen, torch.int32), new(chosen, torch.float32), back)
+        numbers = (new(chosen, torch.int32), new(chosen, torch.float32))
+        return cls(new(hidden, torch.bfloat16), *numbers, back, new(chosen, torch.int32))
 
     def cut(self, words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Slots, shares and sums of ``back`` or of a copy of it."""
@@ -120,6 +123,7 @@ class DecodeStep:
         self.frequencies = tuple(inverse_frequencies(self.config, compressed=c).to(device) for c in (False, True))
         self.logits: Tensor | None = None
         self._streams = self._x = torch.empty(0, device=device)
+        self._entered: dict[int, Tensor] = {}
         self._parts = (self._x, self._x)
         self._mixing = (self._x, self._x)
         self._chosen = (self._x, self._x)
@@ -130,14 +134,28 @@ class DecodeStep:
         """Number of pieces: one a layer, and the head."""
         return len(self.weights.layers) + 1
 
-    def piece(self, index: int) -> None:
-        """Run piece ``index``; they follow each other from 0, each ``meanwhile`` after its piece."""
+    def enter(self, index: int) -> None:
+        """The streams as piece ``index`` finds them: embedded ids, or those of the last layer with its experts' parts."""
         if index == 0:
             self._geometry = self._place()
             embedded = F.embedding(self.inputs.ids, self.weights.embed).float()
             self._streams = embedded.unsqueeze(1).expand(-1, self.config.hc_mult, -1).contiguous()
         else:
             self._finish_layer()
+        if self.mail is not None:
+            self._entered[index] = self._streams
+
+    def foresee(self, index: int) -> None:
+        """What layer ``index``'s router would choose if its attention changed nothing, into the mail. It may run beside the
+        piece: it reads the streams as they were entered, which stay where they are, and writes nothing else."""
+        assert self.mail is not None
+        layer = self.weights.layers[index]
+        x = mix(self._entered[index], layer.feed_forward, self.dtype)[0]
+        experts, _ = route(linear(x, layer.gate), self.inputs.ids, self._router(layer))
+        self.mail.ahead.copy_(experts, non_blocking=True)
+
+    def piece(self, index: int) -> None:
+        """Run piece ``index``; they follow each other from 0, each after its ``enter`` and before its ``meanwhile``."""
         if index == len(self.weights.layers):
             self._head()
             return
@@ -156,15 +174,16 @@ class DecodeStep:
         self._parts = (shared, self.weights.store.resident_product(index, self._x, *self._chosen))
 
     def _route(self, index: int, layer: LayerWeights) -> None:
-        config = self.config
-        router = Router(layer.bias, layer.table, config.num_experts_per_tok, config.routed_scaling_factor)
-        experts, weights = route(linear(self._x, layer.gate), self.inputs.ids, router)
+        experts, weights = route(linear(self._x, layer.gate), self.inputs.ids, self._router(layer))
         self._chosen = (experts, weights)
         if self.mail is None:
             return
         self.mail.x.copy_(self._x, non_blocking=True)
         self.mail.experts.copy_(experts, non_blocking=True)
         self.mail.weights.copy_(weights, non_blocking=True)
+
+    def _router(self, layer: LayerWeights) -> Router:
+        return Router(layer.bias, layer.table, self.config.num_experts_per_tok, self.config.routed_scaling_factor)
 
     def _finish_layer(self) -> None:
         """All experts' parts, streamed ones and the host's sums among them, back into the streams."""

@@ -47,6 +47,8 @@ class ExpertStore:
         slots = placement.on_card + placement.staging
         self.arenas = tuple(torch.empty(slots, *shape, dtype=torch.uint8, device=device) for shape in self.shapes)
         self.staged = self._view(placement.on_card, slots)
+        for scales in (self.staged.s1, self.staged.s3, self.staged.s2):
+            scales.zero_()  # pairs that are not streamed multiply slot 0 by nothing: it must hold numbers
         self.slot = torch.full((config.num_hidden_layers, config.n_routed_experts), -1, dtype=torch.int64)
         self.row = torch.full_like(self.slot, -1)
         self.local = torch.full_like(self.slot, -1)  # place among the layer's experts on the card
@@ -108,15 +110,15 @@ class ExpertStore:
 
     # Products -----------------------------------------------------------------------------------------------------
 
-    def stream(self, layer: int, experts: Sequence[int]) -> None:
-        """Start copying experts into the staging slots 0, 1, ..., on the current stream.
+    def stream(self, layer: int, experts: Sequence[int], first: int = 0) -> None:
+        """Start copying experts into the staging slots ``first``, first + 1, ..., on the current stream.
 
         Raises ValueError for more than there are slots, RuntimeError when the driver refuses.
         """
-        if len(experts) > self.placement.staging:
-            raise ValueError(f"{len(experts)} experts for {self.placement.staging} staging slots")
+        if first + len(experts) > self.placement.staging:
+            raise ValueError(f"{len(experts)} experts from {first} on for {self.placement.staging} staging slots")
         stream = torch.cuda.current_stream().cuda_stream if self.device.type == "cuda" else 0
-        self._stream.copy([self.address(layer, expert) for expert in experts], self.placement.on_card, stream)
+        self._stream.copy([self.address(layer, expert) for expert in experts], self.placement.on_card + first, stream)
 
     def address(self, layer: int, expert: int) -> int:
         """Where an expert lies in host memory."""

@@ -33,18 +33,21 @@ _LEAST = 1024  # tokens of the smallest capacity
 class HostTimes:
     """Seconds that the host spent between pieces, summed over layers and steps. Written by the runner.
 
-    wait_card: until the router's choice is there; decide: dividing experts, starting copies and threads; launch: of the shared
-    expert and the resident ones; wait_host: until the host's own experts are done.
+    foresee: until the guess is there, and starting its copies; wait_card: until the router's choice is there; decide: dividing
+    experts, starting copies and threads; launch: of the shared expert and the resident ones; wait_host: until the host's own
+    experts are done.
     """
 
+    foresee: float = 0.0
     wait_card: float = 0.0
     decide: float = 0.0
     launch: float = 0.0
     wait_host: float = 0.0
     layers: int = 0
 
-    def add(self, wait_card: float, decide: float, launch: float, wait_host: float) -> None:
+    def add(self, foresee: float, wait_card: float, decide: float, launch: float, wait_host: float) -> None:
         """One layer more."""
+        self.foresee += foresee
         self.wait_card += wait_card
         self.decide += decide
         self.launch += launch
@@ -53,7 +56,7 @@ class HostTimes:
 
     def microseconds_a_layer(self) -> dict[str, float]:
         """Means by part."""
-        parts = ("wait_card", "decide", "launch", "wait_host")
+        parts = ("foresee", "wait_card", "decide", "launch", "wait_host")
         return {name: round(getattr(self, name) / max(1, self.layers) * 1e6, 1) for name in parts}
 
 
@@ -146,8 +149,12 @@ class _Graphs:
         self._packed = torch.zeros(width, dtype=torch.int64, pin_memory=on_card)
         self.times = HostTimes()
         self._arrived = torch.cuda.Event() if on_card else None
+        self._ahead = torch.cuda.Stream(self.device) if on_card and dispatch is not None and dispatch.ahead else None
+        self._guessed = torch.cuda.Event() if on_card else None
+        self._enter: list[torch.cuda.CUDAGraph] = []
         self._pieces: list[torch.cuda.CUDAGraph] = []
         self._meanwhile: list[torch.cuda.CUDAGraph] = []
+        self._guesses: list[torch.cuda.CUDAGraph] = []
 
     def run(self, pieces: list[Piece]) -> Tensor:
         """The logits [B, V] of these pieces of one token each."""
@@ -156,6 +163,9 @@ class _Graphs:
             self._capture()
         layers = len(self.step.weights.layers)
         for index in range(layers + 1):
+            self._run_enter(index)
+            if index < layers:
+                self._guess(index)
             self._piece(index)
             if index == layers:
                 break
@@ -168,6 +178,11 @@ class _Graphs:
 
     def _serve(self, index: int, mail: Mail, dispatch: Dispatch) -> None:
         """What the host does between two pieces, and how long each part takes."""
+        began = time.perf_counter()
+        if dispatch.ahead:
+            if self._ahead is not None and self._guessed is not None:
+                self._guessed.synchronize()
+            dispatch.foresee(index, mail)
         start = time.perf_counter()
         self._arrive()
         arrived = time.perf_counter()
@@ -176,7 +191,7 @@ class _Graphs:
         self._side(index)
         launched = time.perf_counter()
         dispatch.end()
-        self.times.add(arrived - start, decided - arrived, launched - decided, time.perf_counter() - launched)
+        self.times.add(start - began, arrived - start, decided - arrived, launched - decided, time.perf_counter() - launched)
 
     def _write(self, pieces: list[Piece]) -> None:
         inputs = self.step.inputs
@@ -197,14 +212,33 @@ class _Graphs:
     def _arrive(self) -> None:
         """Wait until the router's choice is in the mail."""
         if self._arrived is not None:
-            self._arrived.record()
             self._arrived.synchronize()
+
+    def _run_enter(self, index: int) -> None:
+        if not self._pieces:
+            self.step.enter(index)
+        elif self._enter:
+            self._enter[index].replay()
+
+    def _guess(self, index: int) -> None:
+        """Beside the piece, on a stream of its own, what its router will probably choose."""
+        if self.dispatch is None or not self.dispatch.ahead:
+            return
+        if self._ahead is None or self._guessed is None:
+            self.step.foresee(index)
+            return
+        self._ahead.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._ahead):
+            self._guesses[index].replay()
+            self._guessed.record()
 
     def _piece(self, index: int) -> None:
         if not self._pieces:
             self.step.piece(index)
         elif index < len(self._pieces):
             self._pieces[index].replay()
+            if self._arrived is not None:
+                self._arrived.record()
 
     def _side(self, index: int) -> None:
         if not self._pieces:
@@ -221,22 +255,31 @@ class _Graphs:
             self._all()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
-        pool = torch.cuda.graph_pool_handle()
-        layers = len(self.step.weights.layers)
         with torch.cuda.stream(stream):
             if self.mail is None:
-                self._pieces = [_captured(self._all, pool)]
-                return
-            pieces, meanwhile = [], []
-            for index in range(layers + 1):
-                pieces.append(_captured(partial(self.step.piece, index), pool))
-                if index < layers:
-                    meanwhile.append(_captured(partial(self.step.meanwhile, index), pool))
-            self._pieces, self._meanwhile = pieces, meanwhile
+                self._pieces = [_captured(self._all, torch.cuda.graph_pool_handle())]
+            else:
+                self._capture_parts()
+
+    def _capture_parts(self) -> None:
+        """Graphs between which the host acts. Guesses run beside pieces, so they share no memory with them."""
+        pool, beside = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
+        layers, enter, pieces, meanwhile, guesses = len(self.step.weights.layers), [], [], [], []
+        for index in range(layers + 1):
+            enter.append(_captured(partial(self.step.enter, index), pool))
+            if index < layers and self._ahead is not None:
+                guesses.append(_captured(partial(self.step.foresee, index), beside))
+            pieces.append(_captured(partial(self.step.piece, index), pool))
+            if index < layers:
+                meanwhile.append(_captured(partial(self.step.meanwhile, index), pool))
+        self._enter, self._pieces, self._meanwhile, self._guesses = enter, pieces, meanwhile, guesses
 
     def _all(self) -> None:
         layers = len(self.step.weights.layers)
         for index in range(layers + 1):
+            self.step.enter(index)
+            if index < layers and self._ahead is not None:
+                self.step.foresee(index)
             self.step.piece(index)
             if index < layers:
                 self.step.meanwhile(index)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
-
-if TYPE_CHECKING:
-    from nautile.evals.tools import Outcome
 
 __all__ = ["app"]
 
@@ -61,7 +59,7 @@ def tools(  # noqa: PLR0913  # one parameter an option
 
     from nautile.cli.agent import open_client  # noqa: PLC0415
     from nautile.engine import EngineConfig  # noqa: PLC0415
-    from nautile.evals.tools import EvalConfig, evaluate, evaluate_in_processes  # noqa: PLC0415
+    from nautile.evals.tools import EvalConfig, Outcome, evaluate, evaluate_in_processes  # noqa: PLC0415
     from nautile.train.tasks import KINDS  # noqa: PLC0415
 
     chosen = tuple(name for part in kinds or [] for name in part.split(",") if name) or tuple(KINDS)
@@ -80,7 +78,8 @@ def tools(  # noqa: PLR0913  # one parameter an option
         raise typer.BadParameter(str(error)) from None
     opening = functools.partial(open_client, model, dialect=dialect, config=engine)
     client = opening() if processes == 1 else None  # opened before anything is measured: a model that is missing says so
-    known = _begun(out, {"model": _identity(model), "config": repr(config), "dtype": dtype}, resume)
+    run = {"model": _identity(model), "config": repr(config), "dtype": dtype}
+    known = [Outcome(**row) for row in _begun(out, run, resume)]
     passed, done = sum(outcome.passed for outcome in known), len(known)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("tasks", total=len(config.cases()), completed=done)
@@ -116,11 +115,18 @@ def needle(  # noqa: PLR0913  # one parameter an option
     lengths: Annotated[str, typer.Option(help="Tokens of the prompts, separated by commas.")] = "4096,8192,16384,32768,65536",
     variants: Annotated[str, typer.Option(help="single, eight, natural; separated by commas.")] = "single,eight,natural",
     trials: Annotated[int, typer.Option(help="Texts a variant and length. The bar wants 100.")] = 10,
+    texts: Annotated[
+        int | None, typer.Option(help="Texts a cell that trials share, each with its own fact. Default: a text a trial.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0, help="Begin no trial after this long. Default: no limit.")] = math.inf,
     first_seed: Annotated[int | None, typer.Option(help="Begin here instead of the published seeds.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of the native kernels.")] = "float32",
     out: Annotated[
         Path | None, typer.Option(help="Also write the result to this file, and each trial's to a .jsonl beside it.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a run with the same --out, model and options was cut short.")
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Find a sentence in long texts, by length and depth; exit status 1 when single needles are below the bar.
@@ -138,22 +144,22 @@ def needle(  # noqa: PLR0913  # one parameter an option
     try:
         sizes = tuple(int(part) for part in lengths.split(","))
         kinds: tuple[Any, ...] = tuple(variants.split(","))
-        config = NeedleConfig(sizes, kinds, trials, precision=_precision(dtype))
+        config = NeedleConfig(sizes, kinds, trials, precision=_precision(dtype), texts=texts)
         if first_seed is not None:
             config = dataclasses.replace(config, first_seed=first_seed)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    if out is not None:
-        out.with_suffix(".jsonl").unlink(missing_ok=True)
+    run = {"model": _identity(str(directory)), "config": repr(config)}
+    known = [NeedleOutcome(**row) for row in _begun(out, run, resume)]
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("trials", total=len(config.cases()))
+        bar = progress.add_task("trials", total=len(config.cases()), completed=len(known))
 
         def count(outcome: NeedleOutcome) -> None:
             progress.update(bar, advance=1, description=f"{outcome.length} tokens, {outcome.variant}")
             if out is not None:
                 _append(out.with_suffix(".jsonl"), json.dumps(dataclasses.asdict(outcome), ensure_ascii=False))
 
-        report = run_needles(directory, config, count)
+        report = run_needles(directory, config, count, known, 60 * minutes)
     result = report.to_json()
     if out is not None:
         _write(out, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
@@ -218,8 +224,11 @@ def _identity(model: str) -> str:
     return f"{directory.resolve()} {files}"
 
 
-def _begun(out: Path | None, run: dict[str, str], resume: bool) -> list[Outcome]:
-    """Begin the log beside ``out``, or with ``resume`` read what it holds. Raises BadParameter when it is another run's."""
+def _begun(out: Path | None, run: dict[str, str], resume: bool) -> list[dict[str, Any]]:
+    """Begin the log beside ``out``, or with ``resume`` read the outcomes that it holds.
+
+    Raises BadParameter when it is another run's.
+    """
     if out is None:
         if resume:
             raise typer.BadParameter("--resume goes on with a run that had --out; give the same --out")
@@ -236,10 +245,8 @@ def _begun(out: Path | None, run: dict[str, str], resume: bool) -> list[Outcome]
         raise typer.BadParameter(f"{log} is not the log of a run; run without --resume") from None
     if first != run:
         raise typer.BadParameter(f"{log} is of another model or other options; run without --resume, or choose another --out")
-    from nautile.evals.tools import Outcome  # noqa: PLC0415
-
     _write(log, "".join(line + "\n" for line in whole))
-    return [Outcome(**row) for row in rows]
+    return rows
 
 
 def _append(path: Path, line: str) -> None:

@@ -192,21 +192,32 @@ def recall(
 
     Example: nautile eval recall --lengths 16384 --texts 2
     """
+    from rich.console import Console  # noqa: PLC0415
+
     from nautile.evals.recall import recall_report  # noqa: PLC0415
+
+    console = Console(stderr=True)
+
+    def keep(result: dict[str, Any]) -> None:
+        if out is not None:  # after each text: a run that is cut short leaves what it measured
+            _write(out, json.dumps(result, indent=1) + "\n")
 
     directory = model or Path(__file__).parents[1] / "weights" / "nano"
     try:
-        result = recall_report(directory, tuple(int(part) for part in lengths.split(",")), texts, queries)
+        sizes = tuple(int(part) for part in lengths.split(","))
+        with console.status("reading"):
+            result = recall_report(directory, sizes, texts, queries, keep)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    if out is not None:
-        _write(out, json.dumps(result, indent=1) + "\n")
     if json_:
         typer.echo(json.dumps(result))
         return
     for length, layers in result["lengths"].items():
         for layer in layers:
-            typer.echo(f"{length:>6} tokens, layer {layer['layer']}: recall {layer['recall']:.1%}, mass {layer['mass']:.1%}")
+            typer.echo(
+                f"{length:>6} tokens, layer {layer['layer']}: recall {layer['recall']:.1%}, of the 64 most attended "
+                f"{layer['recall_top']:.1%}, mass {layer['mass']:.1%} (chance {layer['chance']:.1%})"
+            )
 
 
 def _precision(name: str) -> Literal["float32", "bfloat16"]:

@@ -18,12 +18,25 @@ import pytest
 
 from agent.processes import gone
 from nautile.agent.toolbox import __file__ as toolbox
-from nautile.sandbox import MIB, FileRefused, InvalidRequest, Limits, Sandbox, SandboxLost, SubstrateUnavailable, Unsupported
+from nautile.sandbox import (
+    MIB,
+    FileRefused,
+    InvalidRequest,
+    Limits,
+    OutcomeUnknown,
+    Sandbox,
+    SandboxLost,
+    SubstrateUnavailable,
+    Unsupported,
+)
 from nautile.sandbox.guest import accel
+from nautile.sandbox.guest.hosted import hosts_directory
 from nautile.sandbox.image import Image
+from nautile.sandbox.log import load, verify
 from nautile.sandbox.microvm import MicroVMDriver
 from nautile.sandbox.qemu import guest_memory
 from nautile.sandbox.tools import open_tools
+from sandbox.conftest import client_code
 from sandbox.machines import SMALL, create
 from sandbox.test_container import (  # noqa: F401  # collected here with this module's fixtures
     test_a_pause_stops_everything_and_a_request_goes_on,
@@ -135,7 +148,6 @@ def test_emulation_is_only_given_when_it_is_allowed():
 
 def test_what_a_machine_cannot_do_says_so(machine, tmp_path):
     for options, error in (
-        ({"log": tmp_path / "log"}, Unsupported),
         ({"runtime": "crun"}, SubstrateUnavailable),
         ({"image": tmp_path / "none"}, InvalidRequest),
     ):
@@ -267,6 +279,110 @@ def test_snapshots_are_not_needed():
     driver = MicroVMDriver.create("m-cold", Image(), SMALL, allow_emulation=True, snapshots=False)
     driver.close()
     assert time.monotonic() - began < 60
+
+
+# -- with a log
+
+CLIENT = """
+import sys
+from nautile.sandbox import MIB, Limits, Sandbox
+limits = Limits(memory=96 * MIB, pids=48, disk=16 * MIB, inodes=2000, output=64 * 1024, seconds=60.0)
+sandbox = Sandbox.create(sys.argv[1], limits=limits, allow_emulation=True, log=sys.argv[2], keep=300.0)
+for _ in range(2):
+    sandbox.run("echo x >> done; wc -l < done")
+sandbox.run("echo x >> done; sleep 1; wc -l < done")
+"""
+
+
+def recorded(kind, place):
+    return create(kind, log=place, keep=300.0)
+
+
+def kill_emulator(identity):
+    for place in Path("/sys/fs/cgroup").glob(f"*/nautile/*/{identity}"):
+        for number in (place / "cgroup.procs").read_text().split():
+            with contextlib.suppress(OSError):
+                os.kill(int(number), signal.SIGKILL)
+
+
+def wait_for_no_host():
+    """A host looks twice a second whether its machine has died."""
+    deadline = time.monotonic() + 60
+    while list(hosts_directory().iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.usefixtures("machine")  # which skips where machines cannot be had
+@pytest.mark.parametrize("kind", ["microvm", pytest.param("vm", marks=pytest.mark.slow)])
+def test_a_machine_with_a_log_outlives_its_client_and_nothing_runs_twice(kind, tmp_path):
+    place = tmp_path / "log"
+    client = subprocess.Popen([sys.executable, "-c", client_code(CLIENT), kind, str(place)])
+    deadline = time.monotonic() + 120
+    while not (place / "log").exists() or len(load(place).operations) < 3:  # the third is under way
+        assert time.monotonic() < deadline and client.poll() is None
+        time.sleep(0.01)
+    client.kill()
+    client.wait()
+    sandbox = recorded(kind, place)
+    assert sandbox.info.id == load(place).head["sandbox"] and traces(sandbox.info.id)
+    for step in (1, 2):
+        assert sandbox.run("echo x >> done; wc -l < done").stdout == f"{step}\n"
+    assert sandbox.run("echo x >> done; sleep 1; wc -l < done").stdout == "3\n"  # waited for, not run again
+    assert sandbox.run("cat done").stdout == "x\n" * 3
+
+    class GaveUpError(Exception):
+        pass
+
+    def give_up(*_):
+        raise GaveUpError
+
+    with pytest.raises(GaveUpError):
+        sandbox.run("echo begun; sleep 60", timeout=60, on_output=give_up)
+    kill_emulator(sandbox.info.id)
+    again = recorded(kind, place)
+    for command in ("echo x >> done; wc -l < done",) * 2 + ("echo x >> done; sleep 1; wc -l < done", "cat done"):
+        assert again.run(command).ok
+    with pytest.raises(OutcomeUnknown, match="operation 4"):
+        again.run("echo begun; sleep 60", timeout=60)
+    with pytest.raises(SandboxLost, match="replay='reexecute'"):
+        again.run("true")
+    again.close()
+    assert verify(place) == (5, 1)
+    wait_for_no_host()
+    assert traces(sandbox.info.id) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["microvm", "vm"])
+def test_a_recorded_machine_forks_and_is_built_anew(kind, tmp_path):
+    place = tmp_path / "log"
+    with recorded(kind, place) as first:
+        first.run("echo before > f; mkdir d")
+        session = first.session()
+        session.send("echo $((40+2)); exit 3\n")
+        assert "42" in session.until("42", 20.0)
+        assert session.close() in (3, -1)
+        child = first.fork()
+        assert child.run("cat f").stdout == "before\n"
+        first.run("echo after > f")
+        other = recorded(kind, place)  # another client: the same child, found again
+        other.run("echo before > f; mkdir d")
+        session = other.session()
+        session.send("echo $((40+2)); exit 3\n")
+        session.until("42", 20.0)
+        session.close()
+        same = other.fork()
+        assert same.info.id == child.info.id and same.run("cat f").stdout == "before\n"
+        assert same.run("echo child >> f; cat f").stdout == "before\nchild\n"
+        same.close()
+        other.run("echo after > f")
+        assert other.run("cat f").stdout == "after\n"
+        kill_emulator(other.info.id)
+    with create(kind, log=place, keep=300.0, replay="reexecute") as anew:  # from the fork's snapshot on
+        anew.run("echo before > f; mkdir d")
+        assert anew.info.id != first.info.id
+    wait_for_no_host()
 
 
 # -- network

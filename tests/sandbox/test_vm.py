@@ -1,4 +1,5 @@
-"""A VM: the same behaviour on another machine with a disk of its own, copies by backing files, and images that are disks."""
+"""A VM: the same behaviour and the same attacks on another machine with a disk of its own, copies by backing files, and images
+that are disks."""
 
 import shutil
 import struct
@@ -17,6 +18,10 @@ from sandbox.test_container import (  # noqa: F401  # collected here with this m
     test_what_changed_is_an_oci_layer,
     test_writing_never_goes_through_a_link,
 )
+from sandbox.test_microvm import (  # noqa: F401
+    test_a_tenant_does_not_see_the_agent_its_port_or_its_disks,
+    test_the_emulator_owns_nothing_and_is_limited,
+)
 from sandbox.test_sdk import (  # noqa: F401
     test_a_flood_is_cut_where_it_is_produced,
     test_exit_codes_are_those_of_a_shell,
@@ -26,6 +31,19 @@ from sandbox.test_sdk import (  # noqa: F401
     test_stdin_environment_and_directory,
     test_the_disk_is_limited,
     test_the_time_limit_kills_the_whole_tree,
+)
+from sandbox.test_security import (  # noqa: F401
+    test_clone3_is_absent_and_threads_work,
+    test_dangerous_calls_are_refused,
+    test_device_nodes_and_setuid_files_do_not_work,
+    test_environment_and_arguments_of_ours_are_not_there,
+    test_exhaustion_stays_inside,
+    test_nothing_of_the_host_can_be_read,
+    test_nothing_that_matters_can_be_written,
+    test_the_filter_lets_ordinary_programs_work,
+    test_the_runtime_cannot_be_reached,
+    test_there_is_no_right_to_anything,
+    test_there_is_no_way_out_of_its_network,
 )
 
 pytestmark = pytest.mark.slow

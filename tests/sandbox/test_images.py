@@ -7,9 +7,11 @@ import io
 import json
 import os
 import platform
+import shutil
 import stat
 import struct
 import tarfile
+import time
 import zlib
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nautile.cli import main
-from nautile.sandbox import Sandbox, SandboxError
+from nautile.sandbox import Image, Sandbox, SandboxError
 from nautile.sandbox.errors import ImageRefused
 from nautile.sandbox.images import Credentials, ImageStore
 from nautile.sandbox.images.blobs import DirectoryBlobs, HttpBlobs
@@ -178,6 +180,21 @@ def test_layers_hide_what_is_below_them(store, tmp_path, fresh):
         assert sandbox.run("cd /; find d o k | sort; cat k/old o/new").stdout == "d\nk\nk/old\no\no/new\n34", mode
     with pytest.raises(ImageRefused, match="it is not in"):
         store.describe("nobody")
+
+
+def test_a_layer_that_is_made_again_at_its_path_is_another_one(own_keeper, fresh, tmp_path):
+    """A container that was made ahead has what was there before: by now an empty directory that nobody can name."""
+    place, seen = tmp_path / "layer", []
+    for text in ("first", "second"):
+        (place / "etc").mkdir(parents=True)
+        (place / "etc/text").write_text(text)
+        seen.append(fresh(image=Image((place,), host_usr=True)).run("cat /etc/text").stdout)  # it stays: spares need company
+        deadline = time.monotonic() + 60
+        while len(list(own_keeper.glob("c-*/state.json"))) < 2:  # until one more like it has been made ahead
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        shutil.rmtree(place)
+    assert seen == ["first", "second"]
 
 
 # -- hostile sources

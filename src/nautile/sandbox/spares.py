@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -89,8 +90,18 @@ def kind_of(request: dict[str, Any]) -> str | None:
     """What a spare must have in common with a creation; None: this one is too special."""
     if request["rules"] is not None or request["workspace"] is not None:
         return None
+    try:
+        layers = [_identity(layer) for layer in request["layers"]]
+    except OSError:  # the creation itself will say what is wrong
+        return None
     limits = request["limits"]
-    return json.dumps([request["layers"], request["host_usr"], limits["disk"], limits["inodes"], limits["allow_unenforced"]])
+    return json.dumps([layers, request["host_usr"], limits["disk"], limits["inodes"], limits["allow_unenforced"]])
+
+
+def _identity(layer: str) -> list[str | int]:
+    """A layer as it is now: a directory that was made again at the same path is another one, and a spare has the old one."""
+    found = os.stat(layer)
+    return [layer, found.st_dev, found.st_ino, found.st_mtime_ns]
 
 
 def send_task(clerk: Clerk, task: Task) -> bool:

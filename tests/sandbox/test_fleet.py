@@ -31,8 +31,11 @@ from nautile.sandbox.container import KeeperClient
 from nautile.sandbox.fleet.client import Fleet
 from nautile.sandbox.fleet.quota import Quota, issue
 from nautile.sandbox.fleet.supervisor import Supervisor, node_name
+from nautile.sandbox.guest.hosted import hosts_directory
 from nautile.sandbox.log import verify
 from sandbox.conftest import SMALL, client_code, need
+from sandbox.machines import SMALL as MACHINE
+from sandbox.machines import create as create_machine
 
 COMMAND = "import sys\nfrom nautile.cli import main\nsys.exit(main(sys.argv[1:]))"
 
@@ -329,6 +332,33 @@ def test_an_edge_that_was_killed_finds_its_sandboxes_and_one_that_ends_leaves_no
     keeper = KeeperClient()
     inner = plain.info.id.partition(".")[2]
     assert not (keeper.place / inner).exists() and not list((fleet.place / edge.arguments[1] / "sandboxes").iterdir())
+
+
+@pytest.mark.slow
+def test_machines_outlive_their_edge(tmp_path):
+    create_machine().close()  # skips where there is no QEMU
+    token = issue(tmp_path / "tokens.json", "lab", Quota())
+    offers = ["--kind", "microvm", "--emulate", "--orphan", "300"]
+    edge = Process("edge", "m0", "--state", str(tmp_path / "m0"), "--listen", f"unix:{tmp_path}/m0.sock", *offers)
+    gateway = Process("gateway", str(tmp_path / "tokens.json"), "--edge", edge.url, "--listen", "127.0.0.1:0")
+    try:
+        fleet = Fleet(gateway.url, token)
+        plain = Sandbox.create("microvm", limits=MACHINE, fleet=fleet)
+        named = Sandbox.create("microvm", limits=MACHINE, fleet=fleet, log="named")
+        assert plain.run("echo kept > f; echo $$ > /tmp/g").ok and count(named) == "1"
+        copy = plain.fork()
+        edge.kill()
+        edge.start()
+        assert plain.read("f") == b"kept\n" and copy.run("cat f /tmp/g").ok and count(named) == "2"
+        plain.close()
+        assert copy.read("f") == b"kept\n"
+    finally:
+        gateway.end()
+        edge.end()
+    deadline = time.monotonic() + 60
+    while list(hosts_directory().iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.slow

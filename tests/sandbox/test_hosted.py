@@ -80,6 +80,7 @@ def hosts(tmp_path, monkeypatch):
         thread = threading.Thread(target=host.serve)
         thread.start()
         running.append((host, thread))
+        start.first = running[0][0]
         monkeypatch.setattr(hosted, "_start", lambda kind, place: None)
         return HostedDriver.create(identity, WISH, keep), made[0], thread
 
@@ -233,6 +234,16 @@ def test_what_is_no_request_harms_nobody(hosts):
             channel.sendall(junk)
     sent("m-1", op="run")  # without what a run needs
     assert driver.run(order("x"), None).exit_code == 7
+
+
+def test_all_hosts_can_be_ended(hosts, monkeypatch):
+    _, machine, thread = hosts()
+    told = []
+    (hosts_directory() / "m-1/owner").write_text(hosted.cgroup.owner_name())
+    monkeypatch.setattr(os, "kill", lambda process, number: told.append((process, number)) or hosts.first.stop())
+    assert hosted.stop_hosts() == 1 and told == [(os.getpid(), signal.SIGTERM)]
+    thread.join(20)
+    assert machine.closed
 
 
 def test_what_killed_hosts_left_is_swept_and_what_others_own_is_refused(tmp_path, monkeypatch):

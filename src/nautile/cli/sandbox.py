@@ -113,15 +113,17 @@ def kernel() -> None:
 
 @app.command()
 def stop() -> None:
-    """End every container of this user, and the process that keeps them.
+    """End every container of this user, and every machine that outlives its client, with the processes that keep them.
 
     Example: nautile sandbox stop
     """
     from nautile.sandbox.container import KeeperClient  # noqa: PLC0415
+    from nautile.sandbox.guest.hosted import stop_hosts  # noqa: PLC0415
 
     keeper = KeeperClient()
     was = keeper.running
     keeper.stop()
+    was = bool(stop_hosts()) or was
     typer.echo("stopped" if was else "nothing was running")
 
 
@@ -155,7 +157,7 @@ def edge(  # noqa: PLR0913  # one parameter an option
     images: Annotated[
         Path | None, typer.Option(help="Whose directories may be named as images. Default: the image store.")
     ] = None,
-    orphan: Annotated[float, typer.Option(help="Seconds that containers live on when the edge is killed.")] = 600.0,
+    orphan: Annotated[float, typer.Option(help="Seconds that sandboxes live on when the edge is killed.")] = 600.0,
     leave: Annotated[bool, typer.Option("--leave", help="Leave sandboxes to the next run instead of closing them.")] = False,
     evict: Annotated[bool, typer.Option("--evict", help="Kill an earlier run that still holds the state.")] = False,
 ) -> None:

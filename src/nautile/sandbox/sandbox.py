@@ -347,7 +347,7 @@ def _recorded(order: _Order, place: Path, identity: str, replay: str, keep: floa
 
     if replay not in ("attach", "reexecute"):
         raise InvalidRequest(f"replay {replay!r}: choose attach or reexecute")
-    head = {"sandbox": identity, "kind": order.kind, "image": image_record(order.image)}
+    head: dict[str, Any] = {"sandbox": identity, "kind": order.kind, "image": image_record(order.image)}
     head |= {"limits": dataclasses.asdict(order.limits), "rules": list(order.policy.texts)}
     head |= {"emulation": order.allow_emulation} if order.kind in ("microvm", "vm") else {}
     log = TrajectoryLog.open(place, head)

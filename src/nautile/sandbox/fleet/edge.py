@@ -1,8 +1,9 @@
 """The owner of a machine's sandboxes: makes, finds again and ends them, within its limits; HTTP is ``edge_server``'s.
 
 What it knows of each is a small file below ``state/sandboxes``, so that an edge that was killed takes over again what still
-lives: containers run on for ``orphan`` seconds without an edge, then end by themselves. With a name for its log, a sandbox's
-operations are recorded in ``state/logs``: they carry their sequence number, and are carried out once however often they come.
+lives: containers and machines run on for ``orphan`` seconds without an edge, then end by themselves. With a name for its log,
+a sandbox's operations are recorded in ``state/logs``: they carry their sequence number, and are carried out once however often
+they come.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ _IMAGES = 64  # snapshots that a project may have at an edge
 
 @dataclass(frozen=True)
 class EdgeConfig:
-    """``state``: a directory of this edge alone. ``orphan``: seconds that containers live on without it."""
+    """``state``: a directory of this edge alone. ``orphan``: seconds that sandboxes live on without it."""
 
     name: str
     state: Path
@@ -189,7 +190,9 @@ class Edge:
             from nautile.sandbox.container import ContainerDriver  # noqa: PLC0415
 
             return Sandbox(ContainerDriver.attach(held.inner, wish.limits, self.config.orphan), wish.limits)
-        raise SandboxLost(f"a {wish.kind} ends with its edge")
+        from nautile.sandbox.guest.hosted import HostedDriver  # noqa: PLC0415
+
+        return Sandbox(HostedDriver.attach(held.inner, self.config.orphan), wish.limits)
 
     def _open(self, wish: Wish, place: Path) -> Sandbox:
         return Sandbox.create(
@@ -254,15 +257,10 @@ class Edge:
         return self._attached(held, 0) if log is not None else self.describe(held)
 
     def _make(self, wish: Wish) -> Sandbox:
+        if wish.kind == "function":
+            return Sandbox.create("function", image=self._image(wish), limits=wish.limits, workers=wish.workers)
         if wish.kind != "container":
-            return Sandbox.create(
-                wish.kind,
-                image=self._image(wish),
-                limits=wish.limits,
-                network=list(wish.rules) or None,
-                workers=wish.workers,
-                allow_emulation=self.config.allow_emulation,
-            )
+            return Sandbox(self._machine(wish), wish.limits)
         if wish.limits == Limits() and wish.image is None and not wish.rules:
             with self._lock:
                 ready = self._pool.pop() if self._pool else None
@@ -276,6 +274,15 @@ class Edge:
         identity, image = f"c-{secrets.token_hex(8)}", self._image(wish) or Image()
         policy = NetworkPolicy.of(list(wish.rules) or None)
         return ContainerDriver.create(identity, image, wish.limits, policy, None, keep=self.config.orphan)
+
+    def _machine(self, wish: Wish) -> Driver:
+        """In a process of its own, which outlives this one as a container does."""
+        from nautile.sandbox.guest.hosted import HostedDriver  # noqa: PLC0415
+        from nautile.sandbox.guest.wish import MachineWish  # noqa: PLC0415
+
+        policy, emulated = NetworkPolicy.of(list(wish.rules) or None), self.config.allow_emulation
+        machine = MachineWish(wish.kind, self._image(wish) or Image(), wish.limits, policy, None, emulated)
+        return HostedDriver.create(f"{wish.kind[0]}-{secrets.token_hex(8)}", machine, self.config.orphan)
 
     def _image(self, wish: Wish) -> Image | None:
         """A snapshot of this edge, a directory below ``images``, or an image of the store: no other place of this machine."""

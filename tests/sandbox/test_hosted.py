@@ -1,6 +1,7 @@
 """Hosts of machines: what outlives its client, is run once, and is found again; with a machine that is played."""
 
 import os
+import signal
 import socket
 import threading
 import time

@@ -20,14 +20,14 @@ from typing import Any
 from nautile.sandbox.errors import SubstrateUnavailable
 from nautile.sandbox.fleet.supervisor import Supervisor, node_name
 
-__all__ = ["EdgeActor", "Nodes", "launch"]
+__all__ = ["EdgeActor", "Nodes", "edge_names", "launch"]
 
 
 class EdgeActor:
     """What runs on a node: a supervisor and its edge."""
 
-    def __init__(self, state: str, secret_file: str | None, options: list[str], address: str | None = None) -> None:
-        name, host = node_name(socket.gethostname()), address or _own_address()
+    def __init__(self, name: str, state: str, secret_file: str | None, options: list[str], address: str | None = None) -> None:
+        host = address or _own_address()
         place = Path(state) / name
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         given = ["--state", str(place), "--evict", *options]  # an edge may outlive its actor's process
@@ -96,6 +96,18 @@ class Nodes:
             ray.kill(actor)
 
 
+def edge_names(nodes: list[dict[str, Any]]) -> dict[str, str]:
+    """By Ray's node id: the edge's name, which is its machine's. Of several nodes on a machine the others get a number."""
+    names: dict[str, str] = {}
+    for node in sorted(nodes, key=lambda one: str(one["NodeID"])):
+        name = node_name(str(node["NodeManagerHostname"]))
+        numbered = (f"{name[:36].strip('-')}-{number}" for number in range(2, len(nodes) + 2))
+        names[node["NodeID"]] = (
+            name if name not in names.values() else next(one for one in numbered if one not in names.values())
+        )
+    return names
+
+
 def launch(state: str, *, secret_file: str | None = None, options: list[str] | None = None) -> Nodes:
     """An edge on every node that is alive now; ``state`` and ``secret_file`` are paths on each of them.
 
@@ -107,10 +119,9 @@ def launch(state: str, *, secret_file: str | None = None, options: list[str] | N
     except ImportError as error:
         raise SubstrateUnavailable("fleet", f"Ray is not installed ({error})", "pip install 'nautile[ray]'") from None
     made = {}
-    for node in ray.nodes():
-        if node["Alive"]:
-            where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            actor = ray.remote(EdgeActor).options(num_cpus=0, max_restarts=-1, scheduling_strategy=where)
-            made[node["NodeID"]] = actor.remote(state, secret_file, options or [])
+    for node, name in edge_names([node for node in ray.nodes() if node["Alive"]]).items():
+        where = NodeAffinitySchedulingStrategy(node, soft=False)
+        actor = ray.remote(EdgeActor).options(num_cpus=0, max_restarts=-1, scheduling_strategy=where)
+        made[node] = actor.remote(name, state, secret_file, options or [])
     ray.get([actor.url.remote() for actor in made.values()])
     return Nodes(made)

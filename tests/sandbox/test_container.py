@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import select
 import signal
 import socket
 import struct
@@ -28,6 +29,15 @@ from nautile.sandbox import (
 )
 from nautile.sandbox.container import KeeperClient
 from sandbox.conftest import SMALL, client_code
+
+
+def kill_and_wait(process):
+    pidfd = os.pidfd_open(process)
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        assert select.select([pidfd], [], [], 30)[0]
+    finally:
+        os.close(pidfd)
 
 
 def keeper_pid():
@@ -337,10 +347,9 @@ def test_the_kernel_may_kill_the_seat_and_the_next_command_has_another(fresh):
     assert began("sleep 7326")
     freezer = Path("/sys/fs/cgroup/memory/nautile")
     (procs,) = freezer.glob(f"*/{group_of(sandbox.info.id)}/cgroup.procs")
-    for process in procs.read_text().split():
-        if b"nautile.sandbox.keeper" in Path(f"/proc/{process}/cmdline").read_bytes():
-            os.kill(int(process), signal.SIGKILL)
-    time.sleep(0.05)
+    killed = [int(process) for process in procs.read_text().split() if Path(f"/proc/{process}/comm").read_text() == "seat\n"]
+    assert len(killed) == 1
+    os.kill(killed[0], signal.SIGKILL)
     assert sandbox.run("echo again").stdout == "again\n"
     session.close()
     assert gone("sleep 7326")
@@ -430,7 +439,7 @@ def test_a_killed_client_leaves_nothing():
 def test_a_container_that_died_is_lost_not_hung(fresh):
     sandbox = fresh()
     state = (KeeperClient().place / sandbox.info.id / "state.json").read_text()
-    os.kill(json.loads(state)["process"], signal.SIGKILL)
+    kill_and_wait(json.loads(state)["process"])
     result = sandbox.run("true")
     assert result.infrastructure_error is not None and result.exit_code == -1
     with pytest.raises(SandboxLost):
@@ -444,7 +453,7 @@ def test_a_killed_keeper_is_an_error_and_the_next_one_sweeps(tmp_path):
     identity = sandbox.info.id
     session = sandbox.session(["sleep", "7325"])
     assert began("sleep 7325") and session is not None
-    os.kill(keeper_pid(), signal.SIGKILL)
+    kill_and_wait(keeper_pid())
     assert sandbox.run("true").infrastructure_error is not None
     with Sandbox.create("container") as another:
         assert another.run("echo up").stdout == "up\n"

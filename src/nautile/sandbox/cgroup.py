@@ -10,6 +10,7 @@ an ordinary user). Their names carry the process that owns them, so that what a 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import time
@@ -257,7 +258,12 @@ def enter(entrance: Path) -> None:
 def kill_group(place: Path) -> None:
     """Kill every process in a group directory and below it, and wait for their end."""
     if (place / "cgroup.kill").exists():
-        (place / "cgroup.kill").write_text("1")
+        try:
+            (place / "cgroup.kill").write_text("1")
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
+            return  # it has just been removed, which nothing that is inside lets happen
     deadline = time.monotonic() + 5.0
     pause = 0.0002
     while (left := _members(place)) and time.monotonic() < deadline:

@@ -1,4 +1,8 @@
-"""The container substrate as its client sees it: every method is one connection to the user's keeper."""
+"""The container substrate as its client sees it: a method is one connection to the user's keeper.
+
+Only a command without a name is started at the container's seat directly, and seen to its end by this process: nobody is waked
+who does not need to be. A named one must go on when its client dies, and is seen to by the keeper.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from nautile.sandbox import cgroup, errors, seccomp
+from nautile.sandbox import cgroup, enter, errors, seccomp
 from nautile.sandbox.driver import Order, Watch
 from nautile.sandbox.errors import FileRefused, InvalidRequest, SandboxError, SandboxLost, SubstrateUnavailable
 from nautile.sandbox.image import Image, TemporaryLayer
@@ -24,6 +28,7 @@ from nautile.sandbox.inside import frames
 from nautile.sandbox.limits import Limits
 from nautile.sandbox.policy import NetworkPolicy
 from nautile.sandbox.result import Capabilities, Entry, Info, RunResult
+from nautile.sandbox.seat import SeatGone
 from nautile.sandbox.session import Session
 from nautile.sandbox.state import version
 
@@ -32,6 +37,8 @@ __all__ = ["ContainerDriver", "KeeperClient"]
 _MARGIN = 20.0  # seconds that the keeper may need on top of a command
 _START_LIMIT = 20.0
 _SEATS = 5  # that the kernel may kill at the memory limit before a command is given up
+_FULL = "sandbox: the command could not be started: the container is at its memory limit\n"
+_AT_LIMIT = RunResult(125, "", _FULL, False, False, None, memory_killed=True, stderr_bytes=_FULL.encode())
 
 
 class KeeperClient:
@@ -136,6 +143,17 @@ def answer(channel: socket.socket) -> tuple[dict[str, Any], bytes]:
     return message
 
 
+def _receive_seat(channel: socket.socket) -> socket.socket:
+    """What reaches the seat, after the answer that says that there is one. Raises SandboxLost."""
+    try:
+        _, descriptors, _, _ = socket.recv_fds(channel, 1, 1, socket.MSG_CMSG_CLOEXEC)
+    except OSError as error:
+        raise SandboxLost(f"the keeper hung up ({error})") from None
+    if not descriptors:
+        raise SandboxLost("the keeper gave no way to the container's seat: are too many descriptors open?")
+    return socket.socket(fileno=descriptors[0])
+
+
 def _rebuilt(header: dict[str, Any]) -> SandboxError:
     """The error that the keeper met, as the same class here."""
     kind = getattr(errors, header["error"], SandboxError)
@@ -161,6 +179,9 @@ class ContainerDriver:
     def __init__(self, keeper: KeeperClient, identity: str, limits: Limits, image: Image, info: Info) -> None:
         self._keeper, self._id, self._limits, self._image, self.info = keeper, identity, limits, image, info
         self._lease: socket.socket | None = None
+        self._tenant = 0
+        self._seat: socket.socket | None = None
+        self._direct = False  # whether it ends with this process, which can then see to its commands
         self._paused = False
         self._policy = NetworkPolicy()
         self._filter = seccomp.program(system_v=True)
@@ -199,13 +220,17 @@ class ContainerDriver:
             }
             send(channel, request)
             made, _ = answer(channel)
+            driver._seat = _receive_seat(channel)
         except BaseException:
             channel.close()  # the lease, if there is one
             if keep is not None:
                 with contextlib.suppress(SandboxError):
                     client.ask({"op": "close", "id": identity})
             raise
-        driver._lease = channel
+        driver._lease, driver._tenant = channel, made["tenant"]
+        driver._direct = keep is None
+        if not driver._direct:
+            driver._leave_seat()
         driver.info = dataclasses.replace(info, limits_enforced=tuple(made["enforced"]))
         driver.capabilities = dataclasses.replace(cls.capabilities, network=bool(policy.rules))
         driver._policy = policy
@@ -260,6 +285,45 @@ class ContainerDriver:
 
     def run(self, order: Order, watch: Watch | None) -> RunResult:
         """See ``Driver.run``."""
+        try:
+            if order.operation is None and self._direct:
+                return self._run_directly(order, watch)
+            return self._run(order, watch)
+        except SandboxLost as error:
+            return RunResult(-1, "", "", False, False, f"container: {error}")
+
+    def _run_directly(self, order: Order, watch: Watch | None) -> RunResult:
+        """Raises SandboxLost."""
+        if self._paused:
+            self.resume()
+
+        def rescue(group: str) -> None:
+            self._keeper.ask({"op": "end", "id": self._id, "group": group})
+
+        for _ in range(_SEATS):
+            if self._seat is None:
+                self._seat = self._ask_for_seat()
+            inside = enter.Inside(self._seat, self._tenant, self._limits, bool(self._policy.rules))
+            try:
+                return enter.run_directly(inside, order, self._filter, watch, rescue)
+            except SeatGone:
+                self._leave_seat()
+        return _AT_LIMIT
+
+    def _ask_for_seat(self) -> socket.socket:
+        with self._keeper.connect() as channel:
+            channel.settimeout(_MARGIN)
+            send(channel, {"op": "seat", "id": self._id})
+            answer(channel)
+            return _receive_seat(channel)
+
+    def _leave_seat(self) -> None:
+        if self._seat is not None:
+            self._seat.close()
+        self._seat = None
+
+    def _run(self, order: Order, watch: Watch | None) -> RunResult:
+        """Through the keeper. Raises SandboxLost."""
         request = self._request(
             "run",
             argv=order.argv,
@@ -270,20 +334,16 @@ class ContainerDriver:
             watch=watch is not None,
             filter=len(self._filter),
         )
-        try:
-            for _ in range(_SEATS):
-                with self._keeper.connect() as channel:
-                    channel.settimeout(order.timeout + _MARGIN)
-                    send(channel, request, self._filter + order.stdin)
-                    while "stream" in (message := answer(channel))[0]:
-                        if watch is not None:
-                            watch(message[0]["stream"], message[1])
-                if "again" not in message[0]:  # nothing was begun
-                    return result_of(*message)
-        except SandboxLost as error:
-            return RunResult(-1, "", "", False, False, f"container: {error}")
-        text = "sandbox: the command could not be started: the container is at its memory limit\n"
-        return RunResult(125, "", text, False, False, None, memory_killed=True, stderr_bytes=text.encode())
+        for _ in range(_SEATS):
+            with self._keeper.connect() as channel:
+                channel.settimeout(order.timeout + _MARGIN)
+                send(channel, request, self._filter + order.stdin)
+                while "stream" in (message := answer(channel))[0]:
+                    if watch is not None:
+                        watch(message[0]["stream"], message[1])
+            if "again" not in message[0]:  # nothing was begun
+                return result_of(*message)
+        return _AT_LIMIT
 
     def outcome(self, operation: str, timeout: float) -> RunResult | str:
         """The result of a named operation that was begun earlier, or ``never`` or ``unknown``. Raises SandboxLost."""
@@ -394,6 +454,7 @@ class ContainerDriver:
     def close(self) -> None:
         """See ``Driver.close``."""
         lease, self._lease = self._lease, None
+        self._leave_seat()
         if lease is None:
             return
         with contextlib.suppress(SandboxError):

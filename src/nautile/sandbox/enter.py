@@ -1,9 +1,9 @@
 """Commands in a container: its seat's fork enters its namespaces, gives up every right, and becomes the command.
 
-Two processes see to a command. One is outside: it keeps the output, the time and the outcome (``run``, ``session``). The other
-is started by the seat, inside the container's groups (``become_command``, ``become_session``). From the moment it is inside
-until it has become the command it cannot be traced or read by the tenant (it is not dumpable), and it holds no descriptor but
-the command's three and one for its own use.
+Two processes see to a command. One is outside and keeps the output, the time and the outcome: a process of the keeper (``run``,
+``session``), or the client itself (``run_directly``). The other is started by the seat, inside the container's groups; what it
+leaves is ended by the seat. From the moment it is inside until it has become the command it cannot be traced or read by the
+tenant (it is not dumpable), and it holds no descriptor but the command's three and one for its own use.
 """
 
 from __future__ import annotations
@@ -19,67 +19,102 @@ import socket
 import struct
 import termios
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from nautile.sandbox import cgroup, kernel
+from nautile.sandbox.driver import Order, Watch
 from nautile.sandbox.errors import SandboxError, SandboxLost
 from nautile.sandbox.function import ENVIRONMENT
 from nautile.sandbox.inside import frames
 from nautile.sandbox.inside.supervise import Capture, Job, Outcome, execute, supervise
+from nautile.sandbox.limits import Limits
+from nautile.sandbox.orders import Orders
 from nautile.sandbox.proxy import ENVIRONMENT as PROXIED
+from nautile.sandbox.result import RunResult
 from nautile.sandbox.seat import NotStarted, SeatGone, Started, start
 from nautile.sandbox.state import State
 
-__all__ = ["become_command", "become_session", "outcome", "run", "session"]
+__all__ = ["Inside", "become_command", "become_session", "end_group", "outcome", "run", "run_directly", "session"]
 
 _INSIDE = (
     kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS
 ) | kernel.CLONE_NEWCGROUP
 _TIOCGPTPEER, _TIOCSPTLCK = 0x5441, 0x40045431
+_NOT_STARTED = "sandbox: the command could not be started: {}\n"
+
+
+class Inside:
+    """What commands of one container have in common: ``control`` reaches its seat."""
+
+    def __init__(self, control: socket.socket, tenant: int, limits: Limits, network: bool) -> None:
+        self.control, self.tenant, self.limits, self.network = control, tenant, limits, network
+
+    @classmethod
+    def of(cls, state: State) -> Inside:
+        """As the keeper has it."""
+        return cls(state.control, state.tenant, state.limits, state.network)
+
+    def orders(
+        self, argv: tuple[str, ...], cwd: str | None, environment: Mapping[str, str], program: bytes, pty: bool = False
+    ) -> Orders:
+        """For a command in it."""
+        return Orders(
+            argv,
+            (cwd or "/workspace",),
+            {**ENVIRONMENT, **(PROXIED if self.network else {}), **environment},
+            self.tenant,
+            self.limits.open_files,
+            self.limits.disk,
+            pty,
+            filter=program,
+        )
 
 
 class Run:
-    """The group that keeps track of what one command starts."""
+    """One command, from its start to the end of everything that it has started. ``rescue`` ends the group of a lost one."""
 
-    def __init__(self, state: State) -> None:
-        self.state = state
-        self.place: Path | None = None
+    def __init__(self, control: socket.socket, rescue: Callable[[str], None]) -> None:
+        self.control, self.rescue = control, rescue
+        self.started: Started | None = None
 
-    def start(self, letter: str, descriptors: list[int], orders: dict[str, Any], program: bytes) -> Started:
-        """Let the container's seat start what ``orders`` say."""
-        state = self.state
-        orders |= {"tenant": state.tenant, "network": state.network}
-        orders["limits"] = {"open_files": state.limits.open_files, "disk": state.limits.disk}
-        pidfd = state.open()
-        try:
-            started = start(state.control, letter, [pidfd, *descriptors], lambda channel: frames.send(channel, orders, program))
-        finally:
-            os.close(pidfd)
-        if started.group and state.group.tracker is not None:
-            self.place = state.group.tracker / started.group
-        return started
+    def start(self, letter: str, orders: Orders, descriptors: list[int]) -> Started:
+        """Let the container's seat start it. Raises SeatGone, NotStarted, SandboxLost."""
+        self.started = start(self.control, letter, orders, descriptors)
+        return self.started
 
     def kill(self) -> None:
-        """End everything that the command has started."""
-        if self.place is not None:
-            cgroup.kill_group(self.place)
-            return
-        if self.state.group.tracker is not None:  # nothing was started
-            return
-        # Nobody can keep track without cgroups, which the caller allowed: whatever runs in the container ends, sessions too.
-        with contextlib.suppress(SandboxLost):
-            pidfd = self.state.open()
-            kernel.set_namespaces(pidfd, kernel.CLONE_NEWPID)
-            os.close(pidfd)
-            _kill_namespace()
+        """End everything that the command has started; the seat has done so when it told that the command has ended."""
+        started = self.started
+        if started is not None and not started.over:
+            started.kill()
+        elif started is not None and started.lost:
+            self.rescue(started.group)
 
-    def remove(self) -> None:
-        """Kill and forget."""
-        self.kill()
-        if self.place is not None:
-            cgroup.remove_group(self.place)
+    def failure(self, ended: Outcome, alive: bool = True) -> str | None:
+        """What of ours failed, if anything did."""
+        started = self.started
+        if (started is not None and started.died) or not alive:
+            return "the container died during the command"
+        # At the memory limit the kernel may choose the seat: the tenant's doing, therefore its result.
+        if started is not None and started.lost and not ended.timed_out:
+            return "the process that starts commands in the container died"
+        return "a process could not be killed within 5 s" if ended.stuck or (started is not None and started.stuck) else None
+
+
+def end_group(state: State, name: str) -> None:
+    """End what a command whose seat has been killed has left in its group."""
+    if state.group.tracker is not None:
+        place = state.group.tracker / os.path.basename(name)
+        cgroup.kill_group(place)
+        cgroup.remove_group(place)
+        return
+    # Nobody can keep track without cgroups, which the caller allowed: whatever runs in the container ends, sessions too.
+    with contextlib.suppress(SandboxLost):
+        pidfd = state.open()
+        kernel.set_namespaces(pidfd, kernel.CLONE_NEWPID)
+        os.close(pidfd)
+        _kill_namespace()
 
 
 def _kill_namespace() -> None:
@@ -93,15 +128,6 @@ def _kill_namespace() -> None:
     os.waitpid(child, 0)
 
 
-@contextlib.contextmanager
-def _tracked(state: State) -> Iterator[Run]:
-    tracked = Run(state)
-    try:
-        yield tracked
-    finally:
-        tracked.remove()
-
-
 def step_inside(pidfd: int, tenant: int) -> None:
     """Enter a container's namespaces and become its tenant, without a right left. Cannot be undone. Raises SandboxLost."""
     try:
@@ -113,18 +139,15 @@ def step_inside(pidfd: int, tenant: int) -> None:
     kernel.forget_dump()
 
 
-def become_command(channel: socket.socket, descriptors: list[int]) -> NoReturn:
-    """In a seat's fork: become the command whose orders come on ``channel``. Descriptors: process 1, stdin, stdout, stderr."""
+def become_command(orders: Orders, descriptors: list[int]) -> NoReturn:
+    """In a seat's fork: become the command. Descriptors: process 1, stdin, stdout, stderr."""
     for source, target in zip(descriptors[1:], (0, 1, 2), strict=True):
         os.dup2(source, target)
     with _said_on_stderr():
-        message = frames.receive(channel)
-        assert message is not None
-        orders, program = message
         os.setsid()
-        step_inside(descriptors[0], orders["tenant"])
+        step_inside(descriptors[0], orders.tenant)
         os.closerange(3, 2**20)
-        _exec(orders, program)
+        _exec(orders)
 
 
 @contextlib.contextmanager
@@ -133,25 +156,26 @@ def _said_on_stderr() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        os.write(2, f"sandbox: the command could not be started: {error}\n".encode("utf-8", "replace"))
+        os.write(2, _NOT_STARTED.format(error).encode("utf-8", "replace"))
     finally:
         os._exit(125)
 
 
-def _exec(orders: dict[str, Any], program: bytes) -> NoReturn:
+def _exec(orders: Orders) -> NoReturn:
     for number, value in (
-        (resource.RLIMIT_NOFILE, orders["limits"]["open_files"]),
+        (resource.RLIMIT_NOFILE, orders.open_files),
         (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, orders["limits"]["disk"]),
+        (resource.RLIMIT_FSIZE, orders.file_size),
     ):
         hard = resource.getrlimit(number)[1]
         allowed = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(number, (allowed, allowed))
     os.umask(0o022)
-    os.chdir(orders.get("cwd") or "/workspace")
-    kernel.load_seccomp(program)
-    proxied = PROXIED if orders["network"] else {}
-    execute(orders["argv"], {**ENVIRONMENT, **proxied, **orders.get("environment", {})})
+    os.chdir(orders.places[0])
+    kernel.load_seccomp(orders.filter)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which an interpreter ignores
+        signal.signal(number, signal.SIG_DFL)
+    execute(orders.argv, orders.environment)
 
 
 def run(state: State, request: dict[str, Any], channel: socket.socket, body: bytes) -> None:
@@ -160,9 +184,8 @@ def run(state: State, request: dict[str, Any], channel: socket.socket, body: byt
     name = request.get("operation")
     if name is not None and not _claim(state, name):
         return outcome(state, request, channel)
-    capture = (Capture(state.limits.output), Capture(state.limits.output))
-    before = state.group.memory_kills()
-    orders = {key: request.get(key) for key in ("argv", "cwd")} | {"environment": request.get("environment") or {}}
+    inside = Inside.of(state)
+    orders = inside.orders(tuple(request["argv"]), request.get("cwd"), request.get("environment") or {}, program)
 
     def watch(stream: str, data: memoryview) -> None:
         try:
@@ -171,40 +194,63 @@ def run(state: State, request: dict[str, Any], channel: socket.socket, body: byt
             if name is None:  # a named operation ends even if nobody listens
                 raise
 
+    owner = channel.fileno() if name is None else None
+    tracked = Run(state.control, lambda group: end_group(state, group))
+    job = Job(stdin, request["timeout"])
     try:
-        with _tracked(state) as tracked:
-            ended = supervise(
-                Job(stdin, request["timeout"]),
-                lambda *descriptors: tracked.start("r", list(descriptors), orders, program),
-                tracked.kill,
-                capture,
-                owner=channel.fileno() if name is None else None,
-                watch=watch if request.get("watch") else None,
-            )
-        out, err = (one.pieces() for one in capture)
+        ended, out, err = _see_to(tracked, orders, job, state.limits.output, watch if request.get("watch") else None, owner)
     except SeatGone:
         if name is not None:
             os.unlink(state.place / "operations" / f"{name}.begun")
         return frames.send(channel, {"again": True})
-    except NotStarted as error:
-        ended, out = Outcome(), []
-        ended.exit_code = 125
-        err = [memoryview(f"sandbox: the command could not be started: {error}\n".encode())]
-    header = _answer(state, ended, before)
+    header = _header(tracked, ended, tracked.failure(ended, state.alive()))
     header["stdout"] = sum(map(len, out))
     if name is not None:
         _record(state, name, header, [*out, *err])
     frames.send(channel, header, *out, *err)
 
 
-def _answer(state: State, ended: Outcome, before: int) -> dict[str, Any]:
-    killed = state.group.memory_kills() > before
-    failure = "a process could not be killed within 5 s" if ended.stuck else None
-    # At the memory limit the kernel may choose the seat: the tenant's doing, therefore its result.
-    if ended.lost and not killed and not ended.timed_out:
-        failure = "the process that starts commands in the container died"
-    if not state.alive():
-        failure = "the container died during the command"
+def run_directly(inside: Inside, order: Order, program: bytes, watch: Watch | None, rescue: Callable[[str], None]) -> RunResult:
+    """The same with nobody between the caller and the seat: the caller sees to the command.
+
+    Raises SeatGone, when nothing was begun, and SandboxLost.
+    """
+    orders = inside.orders(tuple(order.argv), order.cwd, order.environment, program)
+    tracked = Run(inside.control, rescue)
+    ended, out, err = _see_to(tracked, orders, Job(order.stdin, order.timeout), inside.limits.output, watch)
+    header = _header(tracked, ended, tracked.failure(ended))
+    stdout, stderr = b"".join(out), b"".join(err)
+    failure = header.pop("infrastructure_error")
+    return RunResult(
+        stdout=stdout.decode("utf-8", "replace"),
+        stderr=stderr.decode("utf-8", "replace"),
+        infrastructure_error=failure,
+        stdout_bytes=stdout,
+        stderr_bytes=stderr,
+        **header,
+    )
+
+
+def _see_to(
+    tracked: Run, orders: Orders, job: Job, output: int, watch: Callable[[str, Any], None] | None, owner: int | None = None
+) -> tuple[Outcome, list[memoryview], list[memoryview]]:
+    """Start a command and see it to its end: how it ended, what it wrote. Raises SeatGone, SandboxLost."""
+    captures = (Capture(output), Capture(output))
+
+    def spawn(*descriptors: int) -> Started:
+        return tracked.start("r", orders, list(descriptors))
+
+    try:
+        ended = supervise(job, spawn, tracked.kill, captures, owner=owner, watch=watch)
+    except NotStarted as error:
+        ended = Outcome()
+        ended.exit_code = 125
+        return ended, [], [memoryview(_NOT_STARTED.format(error).encode())]
+    return ended, captures[0].pieces(), captures[1].pieces()
+
+
+def _header(tracked: Run, ended: Outcome, failure: str | None) -> dict[str, Any]:
+    killed = tracked.started is not None and tracked.started.memory_killed
     return {
         "exit_code": ended.exit_code if failure is None else -1,
         "truncated": ended.truncated,
@@ -262,30 +308,27 @@ def session(state: State, request: dict[str, Any], channel: socket.socket, body:
     """Start a program and hand its terminal (or its pipes) to the client; kill it when the client hangs up."""
     captures = (Capture(2), Capture(2))
     environment = {"TERM": "xterm", **(request.get("environment") or {})}
-    orders = {"argv": request["argv"], "cwd": request.get("cwd"), "environment": environment, "pty": request["pty"]}
-    with _tracked(state) as tracked:
+    orders = Inside.of(state).orders(tuple(request["argv"]), request.get("cwd"), environment, body, request["pty"])
+    tracked = Run(state.control, lambda group: end_group(state, group))
 
-        def spawn(*_: int) -> Started:
-            return tracked.start("s", [channel.fileno()], orders, body)
+    def spawn(*_: int) -> Started:
+        return tracked.start("s", orders, [channel.fileno()])
 
-        try:
-            ended = supervise(Job(None, request["timeout"]), spawn, tracked.kill, captures, owner=channel.fileno())
-        except (NotStarted, SeatGone) as error:
-            raise SandboxError(f"the session could not be started: {error}; end some of the container's processes") from None
+    try:
+        ended = supervise(Job(None, request["timeout"]), spawn, tracked.kill, captures, owner=channel.fileno())
+    except (NotStarted, SeatGone) as error:
+        raise SandboxError(f"the session could not be started: {error}; end some of the container's processes") from None
     if not ended.abandoned:
         frames.send(channel, {"exit_code": ended.exit_code, "timed_out": ended.timed_out})
 
 
-def become_session(channel: socket.socket, descriptors: list[int]) -> NoReturn:
+def become_session(orders: Orders, descriptors: list[int]) -> NoReturn:
     """In a seat's fork: become a program behind a terminal or pipes, whose other side goes to the client (the last one)."""
     with _said_on_stderr():
-        message = frames.receive(channel)
-        assert message is not None
-        orders, program = message
         client = socket.socket(fileno=descriptors[1])
         os.setsid()
-        step_inside(descriptors[0], orders["tenant"])
-        if orders["pty"]:
+        step_inside(descriptors[0], orders.tenant)
+        if orders.pty:
             _terminal(client)
         else:
             mine, theirs = socket.socketpair()
@@ -293,7 +336,7 @@ def become_session(channel: socket.socket, descriptors: list[int]) -> NoReturn:
             for target in (0, 1, 2):
                 os.dup2(theirs.fileno(), target)
         os.closerange(3, 2**20)
-        _exec(orders, program)
+        _exec(orders)
 
 
 def _terminal(channel: socket.socket) -> None:

@@ -1,8 +1,8 @@
 """The process that keeps a user's containers: one per user, started by the first container and gone soon after the last.
 
-It is a fork server of its own, in a private mount namespace: every request is one connection and one fork, and what it
+It is a fork server of its own, in a private mount namespace: a request is one connection, carried out by a fork, and what it
 mounts is seen by nobody else and vanishes with it. Containers that were used lately have a seat (seat.py), and some seats wait
-for the next containers. Its only state besides leases and seats is in its directory:
+for the next containers; a client asks a seat directly. Its only state besides leases and seats is in its directory:
 
     keeper.sock  keeper.log  init  skeleton/  layers/N/          for all
     ID/  fs/ (tmpfs: upper, work)  root/ (overlay)  bundle/  state.json  operations/
@@ -29,18 +29,33 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nautile.sandbox import bundle, cgroup, enter, kernel
+from nautile.sandbox import bundle, cgroup, enter, kernel, native, seat
 from nautile.sandbox.errors import SandboxError, SandboxLost, SubstrateUnavailable
+from nautile.sandbox.guest.kernel import cache_directory
 from nautile.sandbox.inside import frames
-from nautile.sandbox.operations import MOUNTS, Task, become_crun, carry_out, end_first_process, group_name
-from nautile.sandbox.seat import Seat, open_seat
-from nautile.sandbox.spares import SPARE_IDLE, Clerk, Spare, Spares, kind_of, receive_task, rehearse, send_task
-from nautile.sandbox.state import SHARE, Settings, version
+from nautile.sandbox.operations import MOUNTS, Task, adopt, become_crun, carry_out, end_first_process, give, group_name
+from nautile.sandbox.seat import Seat, know, open_seat
+from nautile.sandbox.spares import (
+    SPARE_IDLE,
+    Clerk,
+    Crew,
+    Spare,
+    Spares,
+    kind_of,
+    receive_task,
+    rehearse,
+    send_task,
+    sockets_of,
+)
+from nautile.sandbox.state import SHARE, Settings, State, version
 
 __all__ = ["Keeper", "main"]
 
 _IDLE = 5.0  # seconds without a sandbox and without a request, after which the keeper ends
 _CALM = 0.005  # seconds without a request after which things are made ahead
+_MAKERS = 4  # creations and endings at once
+_KEPT = 200  # the descriptors of the settings have this number and up, in every process
+_PATIENT = 15  # how nice those are who make things ahead
 _ENTRIES = {"c": become_crun, "r": enter.become_command, "s": enter.become_session}
 _FIRST_BASE, _BASES = 524_288, 20_000  # each keeper's share of user ids that no account has
 
@@ -71,9 +86,11 @@ class Keeper:
         self.live: dict[str, tuple[float, float] | None] = {}  # without a lease: (seconds, the time until which it may live)
         self.children: set[int] = set()
         self.spares = Spares()
-        self.makers: dict[int, Spare] = {}
         self.seats: dict[str, Seat] = {}
-        self.poll = select.poll()
+        self.poll = select.epoll()
+        self.crew = self._crew(_MAKERS, 0)
+        self.patient = self._crew(1, _PATIENT)  # for what is made ahead
+        self.looked = 0.0  # when it was looked for what has become old
         self.version = version()
         self._sweep()
         self.root = os.geteuid() == 0
@@ -81,10 +98,16 @@ class Keeper:
         if not self.root:
             _enter_user_namespace()
         kernel.forget_dump()
-        kernel.unshare(kernel.CLONE_NEWNS)
-        kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_SLAVE)
         self.owner = cgroup.owner_name()
-        self.settings = Settings(self.owner, self.base if self.root else None, cgroup.hierarchies())
+        found = cgroup.hierarchies()
+        cgroup.Group.make("keeper", owner=self.owner, found=found)  # others' directory: nobody removes it while this is in it
+        mounts = _mount_namespaces()
+        crun, program = shutil.which("crun"), native.compiled(seat.PROGRAM, cache_directory() / "seat")
+        if program is None:
+            print("no C compiler, or it fails: commands are started by a slower way (apt-get install gcc libc6-dev)")
+        kept = [None if one is None else native.sealed(Path(one)) for one in (program, crun)] + [mounts]
+        numbers = [None if one is None else fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, _KEPT) for one in kept]
+        self.settings = Settings(self.owner, self.base if self.root else None, found, *numbers)
         self._furnish()
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with contextlib.suppress(FileNotFoundError):
@@ -132,13 +155,13 @@ class Keeper:
         signal.set_wakeup_fd(wake)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGTERM, self._end)
-        self.poll.register(woken, select.POLLIN)
-        self.poll.register(self.listener.fileno(), select.POLLIN)
+        self.poll.register(woken, select.EPOLLIN)
+        self.poll.register(self.listener.fileno(), select.EPOLLIN)
         gc.freeze()
         last = time.monotonic()
         while True:
-            missing = self.spares.missing() if self.live else None
-            ready = [descriptor for descriptor, _ in self.poll.poll(_CALM * 1000 if missing else 1000)]
+            missing = self.spares.missing() if self.live and not self.patient.busy else None
+            ready = [descriptor for descriptor, _ in self.poll.poll(_CALM if missing else 1.0)]
             if missing and not ready:
                 self._make_ahead(missing)
             for descriptor in ready:
@@ -146,15 +169,23 @@ class Keeper:
                     os.read(woken, 4096)
                 elif descriptor in self.leases:
                     self._close(self._release(descriptor))
+                elif (crew := next((one for one in (self.crew, self.patient) if descriptor in one.members), None)) is not None:
+                    self._made(crew.hear(descriptor))
                 else:
                     self._accept()
             self._collect()
-            for identity in [one for one, kept in self.live.items() if kept is not None and kept[1] < time.time()]:
-                self._close(identity)
-            self._rest()
-            last = time.monotonic() if ready or self.children or self.live else last
+            if time.monotonic() - self.looked > 1.0:
+                self._look()
+            last = time.monotonic() if ready or self.children or self.live or self.crew.busy else last
             if time.monotonic() - last > _IDLE and self._leave():
                 return
+
+    def _look(self) -> None:
+        """What has become old: containers without a lease, things made ahead."""
+        self.looked = time.monotonic()
+        for identity in [one for one, kept in self.live.items() if kept is not None and kept[1] < time.time()]:
+            self._close(identity)
+        self._rest()
 
     def _release(self, descriptor: int) -> str:
         channel, identity = self.leases.pop(descriptor)
@@ -166,7 +197,7 @@ class Keeper:
         if identity in self.live:
             del self.live[identity]
             self._leave_seat(identity)
-            self._fork(Task({"op": "close", "id": identity}))
+            self._make(Task({"op": "close", "id": identity}))
 
     # -- seats
 
@@ -175,9 +206,14 @@ class Keeper:
         return open_seat(self.settings, name or f"c-{os.urandom(8).hex()}", _ENTRIES)
 
     def _new_seat(self) -> Seat:
-        seat = self.spares.seats.pop(0) if self.spares.seats else self._seat()
-        seat.used = time.monotonic()
-        return seat
+        """The oldest of those that wait, which has its groups by now if any has."""
+        while self.spares.seats:
+            found = self.spares.seats.pop(0)
+            if not _speaks(found.control):  # which a seat never does: it has died
+                return found
+            found.control.close()
+            self.settings.group(found.name).remove()
+        return self._seat()
 
     def _seat_of(self, identity: str) -> Seat | None:
         """The seat of a container, made again if it had none lately; None if there is no such container."""
@@ -186,9 +222,15 @@ class Keeper:
             self._leave_seat(identity)
             found = None
         if found is None and (name := group_name(self.place / identity)) is not None:
-            found = self.seats[identity] = self._seat(name)
-        if found is not None:
-            found.used = time.monotonic()
+            found = self._seat(name)
+            try:
+                pidfd = State.load(self.place, self.settings, identity, found.control).open()
+            except SandboxLost:
+                found.control.close()
+                return None
+            know(found.control, pidfd)
+            os.close(pidfd)
+            self.seats[identity] = found
         return found
 
     def _leave_seat(self, identity: str) -> None:
@@ -197,12 +239,14 @@ class Keeper:
             seat.control.close()
 
     def _rest(self) -> None:
-        """End the seats that have not been used lately. One whose command still runs ends after that."""
+        """Forget the seats that have ended because nobody needed them, and end what was made ahead for nobody."""
         before = time.monotonic() - SPARE_IDLE
-        for identity in [one for one, seat in self.seats.items() if seat.used < before]:
+        for identity in [one for one, found in self.seats.items() if _speaks(found.control)]:
             self._leave_seat(identity)
         if not self.live or self.spares.created < before:
             self._drop_spares(clerks=not self.live or self.spares.used < before)
+            self.crew.end()
+            self.patient.end()
 
     # -- spares
 
@@ -214,7 +258,7 @@ class Keeper:
             request = {**self.spares.pattern, "op": "create", "id": identity, "ahead": True}
             spare = Spare(kind_of(request) or "", identity, seat)
             self.spares.containers.append(spare)
-            self.makers[self._fork(Task(request, seat=seat))] = spare
+            self.patient.give(Task(request, seat=seat), spare)
         else:
             mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             child = os.fork()
@@ -233,7 +277,7 @@ class Keeper:
         while self.spares.containers:
             spare = self.spares.containers.pop()
             spare.seat.control.close()
-            self._fork(Task({"op": "close", "id": spare.identity}))
+            self._make(Task({"op": "close", "id": spare.identity}))
         self.spares.pattern = None
 
     def _accept(self) -> None:
@@ -266,7 +310,9 @@ class Keeper:
             case "close":
                 self.live.pop(request["id"], None)
                 self._leave_seat(request["id"])
-                self._fork(Task(request, body, channel))
+                self._make(Task(request, body, channel))
+            case "seat":
+                self._give_seat(request, channel)
             case _:
                 if (kept := self.live.get(request["id"])) is not None:
                     self.live[request["id"]] = (kept[0], time.time() + kept[0] + float(request.get("timeout", 0)))
@@ -275,13 +321,39 @@ class Keeper:
     def _create(self, request: dict[str, Any], channel: socket.socket) -> None:
         self.spares.note(request)
         spare = self.spares.take(request, lambda one: not _speaks(one.seat.control))
-        if spare is not None:
-            request, seat = {**request, "op": "adopt", "spare": spare.identity}, spare.seat
-            seat.used = time.monotonic()
-        else:
-            seat = self._new_seat()
+        seat = self._new_seat() if spare is None else spare.seat
         self.seats[request["id"]] = seat
-        self._fork(Task(request, b"", channel, seat), keep=request["seconds"] is None)
+        leased = request["seconds"] is None
+        if spare is None:
+            task = Task(request, b"", channel, seat)
+            self._fork(task, keep=leased) if request["rules"] is not None else self._make(task, keep=leased)
+        else:
+            self._adopt(request, channel, spare)
+            if not leased:
+                channel.close()
+        if self.spares.seats_missing:
+            self.spares.seats.append(self._seat())
+
+    def _adopt(self, request: dict[str, Any], channel: socket.socket, spare: Spare) -> None:
+        """Give a client a container that is there. Some files are written: sooner done than handed to another process."""
+        try:
+            made = adopt(self.place, self.settings, request, spare.identity, spare.seat)
+            with contextlib.suppress(OSError, frames.BrokenFrameError):  # it has gone: its lease says so, too
+                give(channel, spare.seat, made)
+        except SandboxError as error:
+            _refuse(Task(request, b"", channel), error)
+        except OSError as error:
+            _refuse(Task(request, b"", channel), SandboxLost(f"create: {error}"))
+
+    def _give_seat(self, request: dict[str, Any], channel: socket.socket) -> None:
+        """Give the client of a container what reaches its seat, which is made again if it has ended."""
+        found = self._seat_of(request["id"])
+        with channel:
+            if found is None:
+                _refuse(Task(request, b"", channel), SandboxLost(f"the container {request['id']} is gone"))
+                return
+            with contextlib.suppress(OSError, frames.BrokenFrameError):
+                give(channel, found, {})
 
     def _hold(self, request: dict[str, Any], channel: socket.socket) -> None:
         """Keep a sandbox as long as its client holds the connection, or some seconds after the last request."""
@@ -289,7 +361,7 @@ class Keeper:
         if seconds is None:
             self.live[request["id"]] = None
             self.leases[channel.fileno()] = (channel, request["id"])
-            self.poll.register(channel.fileno(), select.POLLIN)
+            self.poll.register(channel.fileno(), select.EPOLLIN)
         else:
             self.live[request["id"]] = (seconds, time.time() + seconds)
 
@@ -309,43 +381,98 @@ class Keeper:
             task.channel.close()
         return child
 
-    def _child(self, source: Task | socket.socket) -> NoReturn:
-        """In a fork: carry out a task, or the one that comes on a channel; an error becomes the answer."""
-        task: Task | None = None
+    def _make(self, task: Task, keep: bool = False) -> None:
+        """Let one of the crew make or end a container. ``keep``: the connection is also a lease."""
+        if not self.crew.give(task):
+            self._fork(task, keep)
+        elif task.channel is not None and not keep:
+            task.channel.close()
+
+    def _crew(self, most: int, nice: int) -> Crew:
+        def fork(channel: socket.socket) -> int:
+            child = os.fork()
+            if child == 0:
+                self._member(channel, nice)
+            return child
+
+        return Crew(most, fork, lambda one: self.poll.register(one, select.EPOLLIN), self.poll.unregister)
+
+    def _member(self, source: socket.socket, nice: int) -> NoReturn:
+        """In a fork: carry out one task after the other, and tell when each is done."""
         try:
-            signal.set_wakeup_fd(-1)
-            for number in (signal.SIGCHLD, signal.SIGTERM):
-                signal.signal(number, signal.SIG_DFL)
+            _forget_signals()
+            os.nice(nice)
+            (channel,) = self._only(source)
+            rehearse()
+            while (task := receive_task(channel)) is not None:
+                self._carry_out(task)
+                for one in sockets_of(task):
+                    one.close()
+                with contextlib.suppress(ChildProcessError):  # those behind layers that were mounted
+                    while os.waitpid(-1, os.WNOHANG)[0]:
+                        pass
+                channel.send(b".")
+        finally:
+            os._exit(0)
+
+    def _child(self, source: Task | socket.socket) -> NoReturn:
+        """In a fork: carry out a task, or the one that comes on a channel."""
+        try:
+            _forget_signals()
             if isinstance(source, Task):
-                task = _alone(source)
+                task: Task | None = self._alone(source)
             else:
-                (waiting,) = _only(source)
+                (waiting,) = self._only(source)
                 rehearse()
                 task = receive_task(waiting)
+                waiting.close()
             if task is not None:
-                if task.channel is not None:
-                    task.channel.settimeout(None)
-                carry_out(self.place, self.settings, task)
+                self._carry_out(task)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+
+    def _carry_out(self, task: Task) -> None:
+        """Do it; an error becomes the answer."""
+        try:
+            if task.channel is not None:
+                task.channel.settimeout(None)
+            carry_out(self.place, self.settings, task)
         except SandboxError as error:
             _refuse(task, error)
         except (OSError, frames.BrokenFrameError) as error:
-            _refuse(task, SandboxLost(f"{task.request['op'] if task else 'keeper'}: {error}"))
+            _refuse(task, SandboxLost(f"{task.request['op']}: {error}"))
         except BaseException as error:
             traceback.print_exc()
-            what = task.request["op"] if task else "a request"
-            _refuse(task, SandboxLost(f"{what} failed inside the keeper: {type(error).__name__}: {error}"))
-        finally:
-            os._exit(0)
+            _refuse(task, SandboxLost(f"{task.request['op']} failed inside the keeper: {type(error).__name__}: {error}"))
+
+    def _only(self, *sockets: socket.socket) -> list[socket.socket]:
+        """Close every other descriptor than these, the standard ones and those of the settings; they become 3 and up."""
+        moved = [fcntl.fcntl(one.fileno(), fcntl.F_DUPFD_CLOEXEC, _KEPT // 2) for one in sockets]
+        for target, one in enumerate(moved, 3):
+            os.dup2(one, target, inheritable=False)
+        first = 3 + len(moved)
+        for kept in sorted(self.settings.descriptors):
+            os.closerange(first, kept)
+            first = kept + 1
+        os.closerange(first, 2**20)
+        return [socket.socket(fileno=target) for target in range(3, 3 + len(moved))]
+
+    def _alone(self, task: Task) -> Task:
+        """The same task with nothing else open."""
+        sockets = self._only(*sockets_of(task))
+        channel = None if task.channel is None else sockets[0]
+        return Task(task.request, task.body, channel, None if task.seat is None else Seat(task.seat.name, sockets[-1]))
 
     def _collect(self) -> None:
         """Our own children, and the first processes of containers, which come to us when crun ends."""
         with contextlib.suppress(ChildProcessError):
             while child := os.waitpid(-1, os.WNOHANG)[0]:
                 self.children.discard(child)
-                self._made(self.makers.pop(child, None))
 
-    def _made(self, spare: Spare | None) -> None:
-        if spare is not None:
+    def _made(self, spares: list[Spare]) -> None:
+        for spare in spares:
             spare.made = (self.place / spare.identity / "state.json").exists()
             if not spare.made and spare in self.spares.containers:  # it will fail for the next caller too, who is told why
                 self.spares.containers.remove(spare)
@@ -354,7 +481,7 @@ class Keeper:
 
     def _leave(self) -> bool:
         """End, unless somebody has just connected."""
-        if select.select([self.listener], [], [], 0)[0]:
+        if _speaks(self.listener):
             return False
         self._tidy()
         return True
@@ -411,20 +538,26 @@ def _in_use(entry: Path) -> bool:
     return entry.name.startswith("images-") and cgroup.alive(entry.name.removeprefix("images-"))
 
 
-def _only(*sockets: socket.socket) -> list[socket.socket]:
-    """Close every other descriptor than these and the standard ones; they become 3 and up."""
-    moved = [fcntl.fcntl(one.fileno(), fcntl.F_DUPFD_CLOEXEC, 64) for one in sockets]
-    for target, one in enumerate(moved, 3):
-        os.dup2(one, target, inheritable=False)
-    os.closerange(3 + len(moved), 2**20)
-    return [socket.socket(fileno=target) for target in range(3, 3 + len(moved))]
+def _forget_signals() -> None:
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGCHLD, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
-def _alone(task: Task) -> Task:
-    """The same task with nothing else open."""
-    sockets = _only(*([] if task.channel is None else [task.channel]), *([] if task.seat is None else [task.seat.control]))
-    channel = None if task.channel is None else sockets[0]
-    return Task(task.request, task.body, channel, None if task.seat is None else Seat(task.seat.name, sockets[-1]))
+def _mount_namespaces() -> int:
+    """Two namespaces of our own: one to work in, and one without containers, of which a descriptor is returned."""
+    kernel.unshare(kernel.CLONE_NEWNS)
+    kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_SLAVE)
+    without = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    hybrid = "/sys/fs/cgroup/unified"
+    covered = os.path.ismount(hybrid)
+    if covered:  # crun refuses a hybrid system; it needs no cgroups, they are ours
+        # Covered, not unmounted: in an ordinary user's namespace what was there before cannot be taken away.
+        kernel.mount("none", hybrid, "tmpfs", kernel.MS_RDONLY)
+    kernel.unshare(kernel.CLONE_NEWNS)
+    if covered:
+        kernel.unmount(hybrid)
+    return without
 
 
 def _refuse(task: Task | None, error: SandboxError) -> None:

@@ -16,7 +16,9 @@ __all__ = [
     "idmap",
     "load_seccomp",
     "mount",
+    "move_mount",
     "open_beneath",
+    "open_tree",
     "set_namespaces",
     "unmount",
     "unshare",
@@ -111,15 +113,25 @@ def unmount(target: str, flags: int = MNT_DETACH) -> None:
 
 def idmap(source: str, target: str, users: int, *, writable: bool = False) -> None:
     """Bind ``source`` at ``target``, its owners shifted by the map of the user namespace behind ``users``."""
-    tree = _syscall("open_tree", _OPEN_TREE, -100, os.fsencode(source), _OPEN_TREE_CLONE | os.O_CLOEXEC)
+    tree = open_tree(source)
     try:
         wanted = _MOUNT_ATTR_IDMAP | (0 if writable else _MOUNT_ATTR_RDONLY)
         attributes = struct.pack("<QQQQ", wanted, 0, 0, users)
         buffer = ctypes.create_string_buffer(attributes, len(attributes))
         _syscall("mount_setattr", _MOUNT_SETATTR, tree, b"", _AT_EMPTY_PATH, buffer, len(attributes))
-        _syscall("move_mount", _MOVE_MOUNT, tree, b"", -100, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
+        move_mount(tree, target)
     finally:
         os.close(tree)
+
+
+def open_tree(source: str) -> int:
+    """A descriptor of a copy of the mount at ``source``, which is nowhere yet."""
+    return _syscall("open_tree", _OPEN_TREE, -100, os.fsencode(source), _OPEN_TREE_CLONE | os.O_CLOEXEC)
+
+
+def move_mount(tree: int, target: str) -> None:
+    """Put what ``open_tree`` gave at a place of this process's mount namespace."""
+    _syscall("move_mount", _MOVE_MOUNT, tree, b"", -100, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
 
 
 def open_beneath(directory: int, path: str, flags: int, mode: int = 0) -> int:

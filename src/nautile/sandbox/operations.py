@@ -22,10 +22,11 @@ from nautile.sandbox.errors import ImageRefused, SandboxLost, SubstrateUnavailab
 from nautile.sandbox.images.mount import kind_of_file, mount_image, mount_lazy
 from nautile.sandbox.inside import frames
 from nautile.sandbox.limits import Limits
-from nautile.sandbox.seat import Seat, start, warm
+from nautile.sandbox.orders import Orders
+from nautile.sandbox.seat import NotStarted, Seat, SeatGone, know, start
 from nautile.sandbox.state import SHARE, Settings, State
 
-__all__ = ["MOUNTS", "Task", "become_crun", "carry_out", "end_first_process", "group_name", "locked"]
+__all__ = ["MOUNTS", "Task", "adopt", "become_crun", "carry_out", "end_first_process", "group_name", "locked"]
 
 MOUNTS = "mounts"  # the directory of mount points of callers' directories; only empty ones are removed from it
 
@@ -48,12 +49,12 @@ def carry_out(keeper: Path, settings: Settings, task: Task) -> None:
     request, channel, body = task.request, task.channel, task.body
     identity = request["id"]
     place = keeper / identity
-    if request["op"] in ("create", "adopt"):
-        make = _create if request["op"] == "create" else _adopt
+    if request["op"] == "create":
+        seat = _present(task.seat)
         with locked(place):
-            made = make(keeper, settings, request, _present(task.seat))
+            made = _create(keeper, settings, request, seat)
         if channel is not None:  # a spare has nobody to answer to
-            frames.send(channel, {"ok": True, **made})
+            give(channel, seat, made)
         return
     if request["op"] == "close":
         _close(place, settings, identity)
@@ -65,6 +66,12 @@ def carry_out(keeper: Path, settings: Settings, task: Task) -> None:
     _serve(State.load(keeper, settings, identity, task.seat.control), request, _present(channel), body)
 
 
+def give(channel: socket.socket, seat: Seat, made: dict[str, Any]) -> None:
+    """Answer that a container is there, and give its client what reaches its seat."""
+    frames.send(channel, {"ok": True, **made})
+    socket.send_fds(channel, [b"s"], [seat.control.fileno()])
+
+
 def _serve(state: State, request: dict[str, Any], answer: socket.socket, body: bytes) -> None:
     """A request to a container that runs."""
     match request["op"]:
@@ -72,6 +79,9 @@ def _serve(state: State, request: dict[str, Any], answer: socket.socket, body: b
             enter.run(state, request, answer, body)
         case "outcome":
             enter.outcome(state, request, answer)
+        case "end":
+            enter.end_group(state, request["group"])
+            frames.send(answer, {"ok": True})
         case "session":
             enter.session(state, request, answer, body)
         case "read" | "write" | "list" | "upload" | "download":
@@ -141,10 +151,9 @@ def _create(keeper: Path, settings: Settings, request: dict[str, Any], seat: Sea
         }
         if request["rules"] is not None:
             _start_proxy(place, process, request["rules"], settings.base)
+        with _opened(os.pidfd_open(process)) as pidfd:
+            know(seat.control, pidfd)
         _write_state(place, state)
-        if request.get("ahead"):
-            with _opened(os.pidfd_open(process)) as pidfd:
-                warm(seat.control, pidfd)
     except BaseException:
         group.remove()
         end_first_process(place)
@@ -162,8 +171,8 @@ def _opened(descriptor: int) -> Iterator[int]:
 
 
 def _with_seat(limits: Limits) -> Limits:
-    """The limits of the group: the seat and its stand-in are on top of what the tenant may have."""
-    return dataclasses.replace(limits, pids=limits.pids + 2)
+    """The limits of the group: the seat is on top of what the tenant may have."""
+    return dataclasses.replace(limits, pids=limits.pids + 1)
 
 
 def _write_state(place: Path, state: dict[str, Any]) -> None:
@@ -171,10 +180,10 @@ def _write_state(place: Path, state: dict[str, Any]) -> None:
     os.rename(place / "state.new", place / "state.json")
 
 
-def _adopt(keeper: Path, settings: Settings, request: dict[str, Any], seat: Seat) -> dict[str, Any]:
+def adopt(keeper: Path, settings: Settings, request: dict[str, Any], spare: str, seat: Seat) -> dict[str, Any]:
     """Give a spare container the name and the limits of the one that is asked for."""
     place, limits = keeper / request["id"], Limits(**request["limits"])
-    os.rename(keeper / request["spare"], place)
+    os.rename(keeper / spare, place)
     group = settings.group(seat.name)
     try:
         group.apply(_with_seat(limits))
@@ -338,48 +347,47 @@ def _start(keeper: Path, settings: Settings, request: dict[str, Any], seat: Seat
     shm = Limits(**request["limits"]).disk
     description = bundle.configuration(root, keeper / "init", request["host_usr"], users, shm, workspace)
     (place / "bundle/config.json").write_text(json.dumps(description))
-    crun = shutil.which("crun")
-    if crun is None:
-        raise SubstrateUnavailable("container", "crun is missing", "apt-get install crun")
-    argv = [crun, "--root", str(place / "crun"), "--cgroup-manager", "disabled", "run", "--detach"]
+    if settings.crun is None or settings.mounts is None:
+        raise SubstrateUnavailable("container", "crun is missing", "apt-get install crun, and nautile sandbox stop")
+    argv = ["crun", "--root", str(place / "crun"), "--cgroup-manager", "disabled", "run", "--detach"]
     argv += ["--bundle", str(place / "bundle"), "--pid-file", str(place / "pid"), request["id"]]
-    orders = {"argv": argv, "log": str(place / "crun.log")}
-    started = start(seat.control, "c", [], lambda channel: frames.send(channel, orders))
-    try:
-        ended = select.select([started.pidfd], [], [], _CRUN_LIMIT)[0]
-        if not ended:
-            started.kill()
-        status = os.waitstatus_to_exitcode(started.collect())
-    finally:
-        os.close(started.pidfd)
+    trees = [str(root)] if workspace is None or settings.base is None else [str(root), workspace]
+    orders = Orders(
+        tuple(argv),
+        (str(place / "crun.log"), *trees),
+        {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+        background=bool(request.get("ahead")),
+    )
+    with contextlib.ExitStack() as stack:
+        moved = [stack.enter_context(_opened(kernel.open_tree(tree))) for tree in trees]
+        try:
+            status = start(seat.control, "c", orders, [settings.crun, settings.mounts, *moved]).wait(_CRUN_LIMIT)
+        except (SeatGone, NotStarted) as error:
+            raise SandboxLost(f"the process that was to start crun did not: {error.__cause__ or error}") from None
     if status != 0:
-        said = (place / "crun.log").read_text(errors="replace")[:4000].strip()
-        why = f"crun could not start it: {said or status}" if ended else f"crun did not finish within {_CRUN_LIMIT:g} s"
+        said = (place / "crun.log").read_text(errors="replace")[:4000].strip() if status is not None else ""
+        why = f"crun could not start it: {said or status}"
+        if status is None:
+            why = f"crun did not finish within {_CRUN_LIMIT:g} s"
         raise SubstrateUnavailable("container", why, "nautile sandbox doctor")
     return int((place / "pid").read_text())
 
 
-def become_crun(channel: socket.socket, _: list[int]) -> NoReturn:
-    """In a seat's fork: become crun, whose orders come on ``channel``."""
-    try:
-        message = frames.receive(channel)
-        assert message is not None
-        argv, log = message[0]["argv"], os.open(message[0]["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        devnull = os.open("/dev/null", os.O_RDWR)
-        for source, target in ((devnull, 0), (devnull, 1), (log, 2)):
-            os.dup2(source, target)
-        os.closerange(3, 2**20)
-        hybrid = Path("/sys/fs/cgroup/unified")
-        if os.path.ismount(hybrid):  # crun refuses a hybrid system; it needs no cgroups, they are ours
-            kernel.unshare(kernel.CLONE_NEWNS)
-            kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_SLAVE)
-            # Covered, not unmounted: in an ordinary user's namespace what was there before cannot be taken away.
-            kernel.mount("none", str(hybrid), "tmpfs", kernel.MS_RDONLY)
-        os.execve(argv[0], argv, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})
-    except BaseException as error:
-        os.write(2, str(error).encode())
-    finally:
-        os._exit(125)
+def become_crun(orders: Orders, descriptors: list[int]) -> NoReturn:
+    """In the portable seat's fork: become crun. Descriptors: the program, the mount namespace without containers, trees."""
+    log, devnull = os.open(orders.places[0], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), os.open("/dev/null", os.O_RDWR)
+    for source, target in ((devnull, 0), (devnull, 1), (log, 2)):
+        os.dup2(source, target)
+    kernel.set_namespaces(descriptors[1], kernel.CLONE_NEWNS)
+    kernel.unshare(kernel.CLONE_NEWNS)
+    for tree, target_path in zip(descriptors[2:], orders.places[1:], strict=True):
+        kernel.move_mount(tree, target_path)
+    if orders.background:
+        os.nice(15)
+    program = fcntl.fcntl(descriptors[0], fcntl.F_DUPFD_CLOEXEC, 64)
+    os.closerange(3, program)
+    os.closerange(program + 1, 2**20)
+    os.execve(f"/proc/self/fd/{program}", list(orders.argv), dict(orders.environment))
 
 
 def _start_proxy(place: Path, process: int, rules: list[str], base: int | None) -> None:

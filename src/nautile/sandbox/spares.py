@@ -1,8 +1,9 @@
 """What the keeper makes ahead when nobody asks for anything: processes for the next requests, seats, whole containers.
 
-A clerk is a fork that waits for a request: the fork itself, and the first touch of every page, are then over. A spare container
-has the layers and the size of disk of the one that was made last; it gets the limits and the name of the next one like it. What
-differs is made when it is asked for. All of it ends when it has not been needed for some seconds.
+A clerk is a fork that waits for a request: the fork itself, and the first touch of every page, are then over. A crew makes and
+ends containers, each of its members one after the other. A spare container has the layers and the size of disk of the one that
+was made last; it gets the limits and the name of the next one like it. What differs is made when it is asked for. All of it
+ends when it has not been needed for some seconds.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,10 +25,10 @@ from nautile.sandbox.limits import Limits
 from nautile.sandbox.operations import Task
 from nautile.sandbox.seat import Seat
 
-__all__ = ["SPARE_IDLE", "Clerk", "Spare", "Spares", "kind_of", "receive_task", "rehearse", "send_task"]
+__all__ = ["SPARE_IDLE", "Clerk", "Crew", "Spare", "Spares", "kind_of", "receive_task", "rehearse", "send_task", "sockets_of"]
 
 _LARGEST = 2**16  # bytes of a request that a clerk takes; larger ones get a fork of their own, which has read them already
-_CLERKS, _SEATS, _CONTAINERS = 2, 2, 2
+_CLERKS, _SEATS, _CONTAINERS = 2, 4, 2
 SPARE_IDLE = 10.0  # seconds after which what nobody has needed ends
 
 
@@ -71,11 +73,16 @@ class Spares:
             return "clerk"
         if now - self.created > SPARE_IDLE:
             return None
-        if len(self.seats) < _SEATS:
+        if self.seats_missing:
             return "seat"
         if self.pattern is not None and sum(one.key == kind_of(self.pattern) for one in self.containers) < _CONTAINERS:
             return "container"
         return None
+
+    @property
+    def seats_missing(self) -> bool:
+        """Whether more are wanted. A new one waits for its groups, which costs nothing but time."""
+        return len(self.seats) < _SEATS
 
     def take(self, request: dict[str, Any], usable: Callable[[Spare], bool]) -> Spare | None:
         """A spare container for this creation."""
@@ -84,6 +91,80 @@ class Spares:
                 self.containers.remove(spare)
                 return spare
         return None
+
+
+class Crew:
+    """Up to ``most`` processes that carry out tasks one after the other; further tasks wait. ``fork`` makes one.
+
+    ``watch`` and ``forget`` are told which descriptors to look at; ``hear`` is to be called when one can be read.
+    """
+
+    def __init__(
+        self, most: int, fork: Callable[[socket.socket], int], watch: Callable[[int], None], forget: Callable[[int], None]
+    ) -> None:
+        self.most, self.fork, self.watch, self.forget = most, fork, watch, forget
+        self.members: dict[int, Clerk] = {}  # by their channels
+        self.idle: list[int] = []
+        self.tasks: dict[int, Spare | None] = {}  # under way: for whom
+        self.waiting: deque[tuple[Task, Spare | None]] = deque()
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is under way."""
+        return bool(self.tasks or self.waiting)
+
+    def give(self, task: Task, spare: Spare | None = None) -> bool:
+        """Let a task be carried out, now or when somebody is free; False if it is too large. Its sockets stay the caller's."""
+        while self.idle or len(self.members) < self.most:
+            if not self.idle:
+                self._hire()
+            member = self.idle.pop()
+            if send_task(self.members[member], task):
+                self.tasks[member] = spare
+                return True
+            if not too_large(task):  # it has died
+                self._dismiss(member)
+                continue
+            self.idle.append(member)
+            return False
+        if too_large(task):
+            return False
+        channel = None if task.channel is None else task.channel.dup()
+        seat = None if task.seat is None else Seat(task.seat.name, task.seat.control.dup())
+        self.waiting.append((Task(task.request, task.body, channel, seat), spare))
+        return True
+
+    def hear(self, member: int) -> list[Spare]:
+        """A member has finished, or has died: the spare that it made, or tried to. Gives it the next task."""
+        done = self.tasks.pop(member, None)
+        if self.members[member].channel.recv(16):
+            self.idle.append(member)
+        else:
+            self._dismiss(member)
+        if self.waiting:
+            task, spare = self.waiting.popleft()
+            self.give(task, spare)
+            for one in sockets_of(task):
+                one.close()
+        return [] if done is None else [done]
+
+    def end(self) -> None:
+        """Let the idle ones go."""
+        for member in list(self.idle):
+            self.idle.remove(member)
+            self._dismiss(member)
+
+    def _hire(self) -> None:
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            process = self.fork(theirs)
+        self.members[mine.fileno()] = Clerk(process, mine)
+        self.idle.append(mine.fileno())
+        self.watch(mine.fileno())
+
+    def _dismiss(self, member: int) -> None:
+        self.forget(member)
+        self.members.pop(member).channel.close()
 
 
 def kind_of(request: dict[str, Any]) -> str | None:
@@ -104,17 +185,30 @@ def _identity(layer: str) -> list[str | int]:
     return [layer, found.st_dev, found.st_ino, found.st_mtime_ns]
 
 
-def send_task(clerk: Clerk, task: Task) -> bool:
-    """Give a clerk its task. False if it cannot take it."""
+def sockets_of(task: Task) -> list[socket.socket]:
+    """What a task holds open: its channel, its seat."""
+    found = [] if task.channel is None else [task.channel]
+    return found if task.seat is None else [*found, task.seat.control]
+
+
+def _packed(task: Task) -> bytes:
     header = {"request": task.request, "channel": task.channel is not None, "seat": task.seat and task.seat.name}
     text = json.dumps(header).encode()
-    packet = len(text).to_bytes(4, "little") + text + task.body
+    return len(text).to_bytes(4, "little") + text + task.body
+
+
+def too_large(task: Task) -> bool:
+    """Whether only a fork of its own can take it."""
+    return len(_packed(task)) > _LARGEST
+
+
+def send_task(clerk: Clerk, task: Task) -> bool:
+    """Give a clerk its task. False if it cannot take it."""
+    packet = _packed(task)
     if len(packet) > _LARGEST:
         return False
-    descriptors = [] if task.channel is None else [task.channel.fileno()]
-    descriptors += [] if task.seat is None else [task.seat.control.fileno()]
     try:
-        socket.send_fds(clerk.channel, [packet], descriptors)
+        socket.send_fds(clerk.channel, [packet], [one.fileno() for one in sockets_of(task)])
     except OSError:
         return False
     return True
@@ -137,7 +231,6 @@ def receive_task(channel: socket.socket) -> Task | None:
     packet, descriptors, _, _ = socket.recv_fds(channel, 2 * _LARGEST, 2, socket.MSG_CMSG_CLOEXEC)
     if not packet:
         return None
-    channel.close()
     length = int.from_bytes(packet[:4], "little")
     header = json.loads(packet[4 : 4 + length])
     sockets = [socket.socket(fileno=one) for one in descriptors]

@@ -18,7 +18,10 @@ __all__ = ["SHARE", "Settings", "State", "version"]
 
 SHARE = 65_536  # user ids of a container
 _SHARED = tuple(
-    str.split("bundle cgroup container enter filing keeper kernel layers limits operations policy proxy seat spares state")
+    str.split(
+        "bundle cgroup container enter filing keeper kernel layers limits native operations orders policy portable_seat proxy "
+        "seat spares state"
+    )
 )
 
 
@@ -26,18 +29,31 @@ _SHARED = tuple(
 def version() -> str:
     """What a keeper and its clients must agree on, as this process has it: one of another version is not spoken to."""
     here = Path(__file__).parent
-    files = sorted([*(here / f"{name}.py" for name in _SHARED), *here.glob("inside/*.py"), *here.glob("images/*.py")])
+    mine = [here / "seat.c", *(here / f"{name}.py" for name in _SHARED)]
+    files = sorted([*mine, *here.glob("inside/*.py"), *here.glob("images/*.py")])
     texts = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all containers of a keeper share. ``base``: the host's user id of their root; None for an ordinary user's keeper."""
+    """What all containers of a keeper share. ``base``: the host's user id of their root; None for an ordinary user's keeper.
+
+    ``seat``, ``crun``: descriptors of programs that nobody can change, the seat's None where it cannot be compiled.
+    ``mounts``: the mount namespace without containers, of which crun gets a copy: the fewer mounts, the sooner it is made.
+    """
 
     owner: str
     base: int | None
     hierarchies: list[cgroup.Hierarchy]
+    seat: int | None = None
+    crun: int | None = None
+    mounts: int | None = None
+
+    @property
+    def descriptors(self) -> list[int]:
+        """Those that every process of the keeper has."""
+        return [one for one in (self.seat, self.crun, self.mounts) if one is not None]
 
     def group(self, name: str) -> cgroup.Group:
         """A group that has been made."""

@@ -15,7 +15,7 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Any, NoReturn
 
 __all__ = ["Capture", "Forked", "Job", "Outcome", "Prepared", "attend", "execute", "forking", "supervise"]
@@ -218,7 +218,7 @@ class _Pump:
             # The tree is killed first and the child after it: a dead child's group could be somebody else's.
             kill_tree()
             self.child.kill()
-        stuck = not select.select([self.pidfd], [], [], _GRACE)[0]
+        stuck = not _readable([self.pidfd], _GRACE)
         status = 0 if stuck else self.child.collect()
         kill_tree()
         self._drain(time.monotonic() + _GRACE)
@@ -288,5 +288,13 @@ class _Pump:
     def _drain(self, deadline: float) -> None:
         """Read to the end what dead writers left in the pipes."""
         while self.open and time.monotonic() < deadline:
-            for descriptor in select.select(list(self.open), [], [], 0.1)[0]:
+            for descriptor in _readable(self.open, 0.1):
                 self._read(descriptor)
+
+
+def _readable(descriptors: Iterable[int], seconds: float) -> list[int]:
+    """Those from which something can be read within so long; select(2) takes none above 1,023."""
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return [descriptor for descriptor, _ in poll.poll(seconds * 1000)]

@@ -31,6 +31,7 @@ from nautile.sandbox.container import KeeperClient
 from nautile.sandbox.log import TrajectoryLog, digest_of, load, verify
 from nautile.sandbox.view import lines, page
 from sandbox.conftest import client_code
+from sandbox.machines import create as create_machine
 
 HEAD = {"sandbox": "c-1", "kind": "container", "image": {"layers": [], "host_usr": True}, "limits": {}}
 
@@ -342,7 +343,7 @@ def test_a_recorded_function_fast_forwards(place):
 CLIENT = """
 import sys
 from nautile.sandbox import Sandbox
-sandbox = Sandbox.create("container", log=sys.argv[1])
+sandbox = Sandbox.create(sys.argv[3], log=sys.argv[1], allow_emulation=True)
 for step in range(int(sys.argv[2])):
     result = sandbox.run(f"echo {step} >> done; sleep 0.01; wc -l < done")
     print(step, result.stdout.strip(), flush=True)
@@ -363,7 +364,7 @@ def test_half_a_line_is_no_acknowledgement(cut):
     assert acknowledged_in(said[:cut]) == acknowledged_in(said)[: said[:cut].count("\n")]
 
 
-def killed_at_random(place, steps, kills, seed):
+def killed_at_random(place, steps, kills, seed, kind="container"):
     """Run a client that is killed again and again until it gets to its end; (kills that hit, what was acknowledged).
 
     It speaks into a file: of a pipe that is read by lines first and then to its end, what lies between would be lost.
@@ -371,7 +372,7 @@ def killed_at_random(place, steps, kills, seed):
     chance, said = random.Random(seed), place.with_suffix(".said")
     acknowledged, hits = {}, 0
     for attempt in range(kills + 1):
-        argv = [sys.executable, "-c", client_code(CLIENT), str(place), str(steps)]
+        argv = [sys.executable, "-c", client_code(CLIENT), str(place), str(steps), kind]
         with open(said, "w", encoding="ascii") as file:
             client = subprocess.Popen(argv, stdout=file)
         if attempt < kills:
@@ -410,6 +411,19 @@ def test_a_hundred_kills(place, seed):
         for step in range(200):
             sandbox.run(f"echo {step} >> done; sleep 0.01; wc -l < done")
         assert sandbox.run("cat done").stdout.split() == [str(step) for step in range(200)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["microvm", "vm"])
+def test_a_machine_whose_client_is_killed_at_any_moment(place, kind):
+    create_machine(kind).close()  # skips where there is no QEMU
+    steps = 60
+    hits, acknowledged = killed_at_random(place, steps, 8, 1, kind)
+    assert hits >= 4 and len(acknowledged) == steps
+    with Sandbox.create(kind, log=place, allow_emulation=True) as sandbox:
+        for step in range(steps):
+            assert sandbox.run(f"echo {step} >> done; sleep 0.01; wc -l < done").stdout == f"{step + 1}\n"
+        assert sandbox.run("cat done").stdout.split() == [str(step) for step in range(steps)]
 
 
 @pytest.mark.usefixtures("crun")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -380,6 +381,39 @@ def test_a_full_container_is_its_tenants_doing(fresh):
     ):  # they end when the keeper sees the hang-up
         assert room.exit_code == 125
     assert room.stdout == "room\n"
+
+
+def test_without_a_compiler_a_seat_in_python_does_the_same(fresh, own_keeper, monkeypatch, tmp_path):
+    (tmp_path / "crun").symlink_to(shutil.which("crun"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    sandbox = fresh()
+    identity, group = sandbox.info.id, group_of(sandbox.info.id)
+    (procs,) = Path("/sys/fs/cgroup/memory/nautile").glob(f"*/{group}/cgroup.procs")
+    assert "seat" not in {Path(f"/proc/{process}/comm").read_text().strip() for process in procs.read_text().split()}
+    assert "no C compiler" in (own_keeper / "keeper.log").read_text()
+    result = sandbox.run("setsid sleep 7327 & echo $$; cat; echo err >&2; exit 3", stdin=b"given")
+    assert result.stdout.endswith("given") and (result.stderr, result.exit_code) == ("err\n", 3) and gone("sleep 7327")
+    assert int(result.stdout.split()[0]) < 10  # in its own process namespace
+    assert sandbox.run("sleep 7328 & sleep 7328", timeout=0.2).timed_out and gone("sleep 7328")
+    session = sandbox.session()
+    session.send("tty\n")
+    assert "/dev/pts/" in session.until("pts/")
+    session.close()
+    assert sandbox.run(["nothing"]).exit_code == 127 and sandbox.run(["/etc/passwd"]).exit_code == 126
+    sandbox.close()
+    assert leftovers(identity, group) == []
+
+
+def test_a_seat_that_nobody_needs_ends_and_the_next_command_has_another(fresh):
+    sandbox = fresh()
+    assert sandbox.run("echo 1 > kept").ok
+    (procs,) = Path("/sys/fs/cgroup/memory/nautile").glob(f"*/{group_of(sandbox.info.id)}/cgroup.procs")
+    (seat,) = [int(one) for one in procs.read_text().split() if Path(f"/proc/{one}/comm").read_text() == "seat\n"]
+    pidfd = os.pidfd_open(seat)
+    sandbox.driver._seat.shutdown(socket.SHUT_WR)  # as if nobody could ask any more
+    assert select.select([pidfd], [], [], 30)[0]
+    os.close(pidfd)
+    assert sandbox.run("cat kept").stdout == "1\n"
 
 
 # -- the end

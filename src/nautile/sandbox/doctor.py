@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from nautile.sandbox import cgroup, seccomp
+from nautile.sandbox import cgroup, native, seat, seccomp
 from nautile.sandbox.errors import SandboxError, SubstrateUnavailable
+from nautile.sandbox.guest.kernel import cache_directory
 from nautile.sandbox.limits import MIB, Limits
 from nautile.sandbox.sandbox import Sandbox
 
@@ -76,6 +77,9 @@ def _substrate(kind: str) -> Finding:
         return Finding(kind, "degraded", "only with Limits(allow_unenforced=True)", degraded, seconds)
     user = "root" if os.geteuid() == 0 else "an ordinary user"
     program = shutil.which("bwrap" if kind == "function" else "crun")
+    if kind == "container" and native.compiled(seat.PROGRAM, cache_directory() / "seat") is None:
+        text = f"{program}, as {user}; commands are started in a slower way: the C compiler is missing, or fails"
+        return Finding(kind, "degraded", text, "apt-get install gcc libc6-dev", seconds)
     return Finding(kind, "ok", f"{program}, as {user}", "", seconds)
 
 

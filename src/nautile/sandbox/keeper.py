@@ -103,8 +103,6 @@ class Keeper:
         cgroup.Group.make("keeper", owner=self.owner, found=found)  # others' directory: nobody removes it while this is in it
         mounts = _mount_namespaces()
         crun, program = shutil.which("crun"), native.compiled(seat.PROGRAM, cache_directory() / "seat")
-        if program is None:
-            print("no C compiler, or it fails: commands are started by a slower way (apt-get install gcc libc6-dev)")
         kept = [None if one is None else native.sealed(Path(one)) for one in (program, crun)] + [mounts]
         numbers = [None if one is None else fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, _KEPT) for one in kept]
         self.settings = Settings(self.owner, self.base if self.root else None, found, *numbers)
@@ -150,6 +148,8 @@ class Keeper:
         log = os.open(self.place / "keeper.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         for source, target in ((devnull, 0), (log, 1), (log, 2)):
             os.dup2(source, target)
+        if self.settings.seat is None:
+            print("no C compiler, or it fails: commands are started in a slower way (apt-get install gcc libc6-dev)", flush=True)
         woken, wake = os.pipe()
         os.set_blocking(wake, False)
         signal.set_wakeup_fd(wake)

@@ -1,25 +1,30 @@
 #!/usr/bin/env bash
 # The whole recipe of an agent, from text to an exported model: each stage is one command, and each goes on where it was when
 # it is run again. What is done is passed over.
-#   runs/nano.sh WORK [SCALE]
-# SCALE multiplies steps and tokens: 1 is meant for one H100 and some hours (not run end to end yet), a small one for a dry run
-# of every stage. WORK/model is the result, WORK/*/run.html the page of each agent stage.
+#   runs/nano.sh WORK                # for one H100 and some hours; not run end to end yet
+#   runs/nano.sh --rehearse WORK     # every stage once at toy size, on a CPU, in minutes: do the commands fit each other?
+#   runs/nano.sh --list              # the stages, without running anything
+# WORK/model is the result, WORK/*/run.html the page of each agent stage. NAUTILE is the program (nautile).
 set -euo pipefail
-work=$1 scale=${2:-1}
-nautile=${NAUTILE:-nautile} shipped=src/nautile/weights/nano
-mkdir -p "$work"
+mode=run
+case ${1:-} in --rehearse | --list) mode=${1#--} && shift ;; esac
+work=${1:-runs/out/nano}
+nautile=${NAUTILE:-nautile} here=$(cd "$(dirname "$0")/.." && pwd)
+shipped=$here/src/nautile/weights/nano
 
-times() { # NUMBER LEAST: the number at this scale, but not below LEAST
-    awk -v n="$1" -v s="$scale" -v m="$2" 'BEGIN { v = int(n * s); print (v < m ? m : v) }'
+size() { # FULL TOY
+    if [[ $mode == rehearse ]]; then echo "$2"; else echo "$1"; fi
 }
 
 stage() { # NAME MARK COMMAND...: run a command unless its mark is there
     local name=$1 mark=$2
     shift 2
-    if [[ -e $mark ]]; then
+    if [[ $mode == list ]]; then
+        echo "$name: $*"
+    elif [[ -e $mark ]]; then
         echo "== $name: done"
     else
-        echo "== $name: $*"
+        echo "== $name [$SECONDS s]: $*"
         "$@"
     fi
 }
@@ -28,48 +33,67 @@ export_to() { # WEIGHTS DIRECTORY
     stage "export of $1" "$2/model.safetensors" "$nautile" train export "$1" --out "$2" --tokenizer "$work/tokenizer"
 }
 
-files=find_file,rename_file,count_files,largest_file,replace_text
-data=lookup_value,edit_value,sum_column,count_lines
-retrieval=find_definition,find_line,read_line,last_line,file_length
+vocabulary() {
+    mkdir -p "$work/tokenizer"
+    cp "$shipped"/tokenizer*.json "$work/tokenizer/"
+}
+
+# Kinds of specialists: requests in words that supervised training does not compose, for what it has mastered teaches nothing more.
+files=reworded_find_file,reworded_rename_file,reworded_count_files,reworded_largest_file,reworded_replace_text
+data=reworded_lookup_value,reworded_edit_value,reworded_sum_column,reworded_count_lines
+retrieval=reworded_find_definition,reworded_find_line,reworded_read_line,reworded_last_line,reworded_file_length
+device=$(size cuda cpu) workers=$(size 7 1) rows=$(size 32 1)
+agent=(--qat --reply-tokens "$(size 200 16)" --turns "$(size 6 1)" --workers "$workers" --device "$device")
 
 # 1. A vocabulary: nano's, so that scores can be compared; `nautile train tokenizer --out WORK/tokenizer` makes it anew.
-stage tokenizer "$work/tokenizer/tokenizer.json" cp -r "$shipped" "$work/tokenizer"
-rm -f "$work/tokenizer/model.safetensors"
+stage tokenizer "$work/tokenizer/tokenizer.json" vocabulary
 
-# 2. Pretraining and supervised traces; weights are quantisation-aware from the first step.
+# 2. Pretraining, copying exercises and traces; weights are quantisation-aware from the first step.
 stage pretrain "$work/pretrain/weights.safetensors" "$nautile" train pretrain --data "$work/shards/pretrain" \
-    --out "$work/pretrain" --build-tokens "$(times 400000000 300000)" --steps "$(times 6000 2)" --rows "$(times 32 2)"
+    --out "$work/pretrain" --build-tokens "$(size 400000000 4096)" --steps "$(size 6000 1)" --rows "$rows" --device "$device"
+stage practice "$work/practice/weights.safetensors" "$nautile" train practice --data "$work/shards/practice" \
+    --out "$work/practice" --init "$work/pretrain/weights.safetensors" --build-tokens "$(size 300000000 4096)" \
+    --steps "$(size 4500 1)" --rows "$rows" --device "$device"
 stage sft "$work/sft/weights.safetensors" "$nautile" train sft --data "$work/shards/sft" --out "$work/sft" \
-    --init "$work/pretrain/weights.safetensors" --build-tokens "$(times 200000000 300000)" --steps "$(times 4000 2)" \
-    --rows "$(times 32 2)"
+    --init "$work/practice/weights.safetensors" --build-tokens "$(size 100000000 4096)" --steps "$(size 1500 1)" --rows "$rows" \
+    --device "$device"
 
-# 3. Long rows: the indexer alone, then everything with sparse attention.
-stage indexer "$work/indexer/weights.safetensors" "$nautile" train long --indexer-only --data "$work/shards/long" \
-    --out "$work/indexer" --init "$work/sft/weights.safetensors" --build-tokens "$(times 8000000 40000)" \
-    --length "$(times 16384 2048)" --steps "$(times 200 1)"
-stage long "$work/long/weights.safetensors" "$nautile" train long --data "$work/shards/long" --out "$work/long" \
-    --init "$work/indexer/weights.safetensors" --length "$(times 16384 2048)" --steps "$(times 200 1)"
-export_to "$work/long/weights.safetensors" "$work/base"
+# 3. Long rows, twice: the indexer alone, then everything with sparse attention.
+before=$work/sft/weights.safetensors
+for length in $(size "16384 65536" "1024 2048"); do
+    span=$(size $((length > 16384 ? 4096 : 0)) $((length / 2)))
+    stage "indexer $length" "$work/indexer-$length/weights.safetensors" "$nautile" train long --indexer-only \
+        --data "$work/shards/long-$length" --out "$work/indexer-$length" --init "$before" --length "$length" --span "$span" \
+        --build-tokens "$(size 20000000 4096)" --steps "$(size 150 1)" --device "$device"
+    stage "long $length" "$work/long-$length/weights.safetensors" "$nautile" train long --data "$work/shards/long-$length" \
+        --out "$work/long-$length" --init "$work/indexer-$length/weights.safetensors" --length "$length" --span "$span" \
+        --steps "$(size 200 1)" --device "$device"
+    before=$work/long-$length/weights.safetensors
+done
+export_to "$before" "$work/base"
 
 # 4. Three specialists by reinforcement in real sandboxes, on the values that the file will hold.
 for name in files data retrieval; do
     stage "grpo $name" "$work/$name/weights.safetensors" "$nautile" train grpo --init "$work/base" --out "$work/$name" \
-        --kinds "${!name}" --steps "$(times 60 1)" --groups "$(times 64 1)" --samples "$(times 16 2)" --qat \
-        --reply-tokens "$(times 512 16)"
+        --kinds "${!name}" --steps "$(size 60 1)" --groups "$(size 40 1)" --samples "$(size 10 2)" --lr 4e-4 "${agent[@]}"
     export_to "$work/$name/weights.safetensors" "$work/$name/model"
-    "$nautile" train page "$work/$name"
+    stage "page of $name" "$work/$name/run.html" "$nautile" train page "$work/$name"
 done
 
 # 5. One model of them, by distillation on its own conversations.
 stage distill "$work/distill/weights.safetensors" "$nautile" train distill --init "$work/base" --out "$work/distill" \
     --teacher "files=$work/files/model:$files" --teacher "data=$work/data/model:$data" \
-    --teacher "retrieval=$work/retrieval/model:$retrieval" --steps "$(times 150 1)" --tasks "$(times 64 3)" \
-    --samples "$(times 4 1)" --qat --reply-tokens "$(times 512 16)"
+    --teacher "retrieval=$work/retrieval/model:$retrieval" --steps "$(size 150 1)" --tasks "$(size 28 3)" \
+    --samples "$(size 4 1)" --lr 4e-4 "${agent[@]}"
 export_to "$work/distill/weights.safetensors" "$work/model"
 
 # 6. What it can do, from the exported file alone.
-"$nautile" train page "$work/distill"
-if [[ $scale == 1 ]]; then
-    "$nautile" eval tools --model "$work/model" --full --json --out "$work/model/evals.json"
+stage "page of distill" "$work/distill/run.html" "$nautile" train page "$work/distill"
+measured=(eval tools --model "$work/model" --json --out "$work/model/evals.json")
+if [[ $mode == rehearse ]]; then # an untrained model fails, and the command says so with status 1
+    measured+=(--in-process --kinds last_line --seeds 1)
+    stage eval "$work/model/evals.json" "$nautile" "${measured[@]}" || [[ -e $work/model/evals.json ]]
+else
+    stage eval "$work/model/evals.json" "$nautile" "${measured[@]}" --full
 fi
-echo "the model: $work/model"
+[[ $mode == list ]] || echo "the model: $work/model [$SECONDS s]"

@@ -17,7 +17,7 @@ from nautile.train.traces import TraceMix
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is missing: apt-get install bubblewrap")
 
 
-@pytest.mark.parametrize("kind", [*HELD_OUT, "edit_value", "count_lines", "largest_file"])
+@pytest.mark.parametrize("kind", [*HELD_OUT, "edit_value", "largest_file", "reworded_count_files"])
 def test_only_the_expert_is_rewarded(kind):
     checked = list(check([ENVIRONMENTS[kind]], [11]))
     assert len(checked) >= 5

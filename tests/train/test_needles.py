@@ -54,6 +54,17 @@ def test_training_documents_ask_and_answer(tokenizer: Tokenizer) -> None:
     assert max(lengths) > 1200
 
 
+def test_long_rows_are_asked_for_much(tokenizer: Tokenizer) -> None:
+    """Half of the texts for long rows ask about every 600 tokens, at any depth; all of it fits the row."""
+    for seed in range(40):
+        found = training_haystack(random_pool(seed, False), tokenizer, 8192)
+        if len(found.asked) > 6:
+            break
+    places = [found.text.index(fact.sentence) / len(found.text) for fact in found.asked]
+    assert min(places) < 0.25 and max(places) > 0.75
+    assert len(encode(found.messages(), tokenizer=tokenizer, thinking=True, dialect="0731").ids) <= 8192
+
+
 def test_training_never_reads_the_natural_text() -> None:
     assert len(natural_sentences()) > 1000
     assert not any("pydoc_data" in path.parts for path in _standard_modules())

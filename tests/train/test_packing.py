@@ -52,9 +52,15 @@ def test_long_documents_are_cut_and_bad_lengths_refused() -> None:
     rows = pack(iter([long] * 10), 6, 1024)
     assert rows.ids[0, 0] == 3
     assert rows.ids[1, 0] == 3 + 1024
-    for length in (0, 100, 1 << 17):
+    for length in (0, 100, 1 << 21):
         with pytest.raises(ValueError, match="multiple of 128"):
             pack(iter([long]), 1, length)
+
+
+def test_rows_of_more_than_65536_tokens_know_where_documents_begin() -> None:
+    first, second = (Document([5] * length, b"\1" * length) for length in (70_000, 50_000))
+    rows = pack(iter([first, second, first]), 1, 1 << 17, window=1)
+    assert [rows.documents[0, place] for place in (0, 69_999, 70_016, 120_015)] == [0, 0, 70_016, 70_016]
 
 
 @pytest.mark.parametrize("stage", ["sft", "practice", "pretrain"])

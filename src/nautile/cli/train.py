@@ -23,6 +23,7 @@ app.command()(train_agents.page)
 
 _H100_BF16 = 766e12  # measured with a large product of random matrices
 _LENGTH = 2048  # tokens of a row
+_WHOLE, _SPAN = 16_384, 4096  # tokens of the longest row that is taken whole; of a span of longer ones
 
 
 @app.command()
@@ -143,6 +144,9 @@ def long(  # noqa: PLR0913
     indexer_only: Annotated[bool, typer.Option("--indexer-only", help="Dense attention; train the indexer alone.")] = False,
     preset: str = "nano",
     length: Annotated[int, typer.Option(help="Tokens of a row, as the shards have.")] = 16_384,
+    span: Annotated[
+        int | None, typer.Option(help="Tokens in memory at once, computed twice. Default: 4,096 in rows over 16,384, else all.")
+    ] = None,
     steps: int | None = None,
     seconds: Annotated[float | None, typer.Option(help="End the stage, schedule included, after this time.")] = None,
     rows: Annotated[int | None, typer.Option(help="Rows of a micro batch.")] = None,
@@ -160,7 +164,12 @@ def long(  # noqa: PLR0913
 
     topk = DENSE if indexer_only else None
     run = _Run(data, out, init, preset, build_tokens, processes, device, False, length, topk, first_shard)
-    _stage("indexer" if indexer_only else "long", run, steps=steps, seconds=seconds, batch_rows=rows, peak_lr=peak_lr)
+    cut = (_SPAN if length > _WHOLE else 0) if span is None else span
+    name = "indexer" if indexer_only else "long"
+    rows_a_step = 1 if length > _WHOLE else None  # micro batches: a row of these is a batch
+    _stage(
+        name, run, steps=steps, seconds=seconds, batch_rows=rows, peak_lr=peak_lr, span=cut, micro_batches=rows_a_step
+    )  # fmt: skip
 
 
 @app.command()

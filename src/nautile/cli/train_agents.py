@@ -13,6 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from nautile.train.distill import Teacher
+    from nautile.train.rollout_workers import WorkerConfig
 
 __all__ = ["app_env", "demo", "distill", "grpo", "page"]
 
@@ -132,6 +133,8 @@ def grpo(  # noqa: PLR0913
     turns: int = 8,
     deterministic: Annotated[bool, typer.Option(help="Rollouts and training through the same products.")] = False,
     qat: Annotated[bool, typer.Option(help="Roll out and train on the values of the exported file.")] = False,
+    workers: Annotated[int, typer.Option(help="Processes that roll out with native kernels; 0: here. Needs --qat.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads of a worker.", min=1)] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Reinforcement learning in real sandboxes. Killed, it goes on where it was, in the middle of its conversations.
@@ -148,7 +151,8 @@ def grpo(  # noqa: PLR0913
     try:
         config = GRPOConfig(
             kinds=tuple(kinds.split(",")), steps=steps, groups=groups, samples=samples, lr=lr, kl=kl,
-            deterministic=deterministic, qat=qat, rollout=rollout,
+            deterministic=deterministic, qat=qat, rollout=rollout, workers=_workers(init, workers, threads),
+            replay=not workers,
         )  # fmt: skip
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
@@ -173,6 +177,8 @@ def distill(  # noqa: PLR0913
     reply_tokens: Annotated[int, typer.Option(help="Tokens of one turn.")] = 256,
     turns: int = 8,
     qat: Annotated[bool, typer.Option(help="Roll out and train on the values of the exported file.")] = False,
+    workers: Annotated[int, typer.Option(help="Processes that roll out with native kernels; 0: here. Needs --qat.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads of a worker.", min=1)] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Several specialists into one model: full-vocabulary reverse KL on the student's own conversations.
@@ -188,7 +194,10 @@ def distill(  # noqa: PLR0913
     rollout = RolloutConfig(seed=seed, turns=turns, reply_tokens=reply_tokens, substrate=substrate)
     try:
         teachers = tuple(_teacher(text) for text in teacher)
-        config = DistillConfig(teachers, steps=steps, tasks=tasks, samples=samples, lr=lr, qat=qat, rollout=rollout)
+        config = DistillConfig(
+            teachers, steps=steps, tasks=tasks, samples=samples, lr=lr, qat=qat, rollout=rollout,
+            workers=_workers(init, workers, threads), replay=not workers,
+        )  # fmt: skip
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     run = Distill(load_model(init, device=device), Tokenizer.load(init), config, out)
@@ -243,6 +252,12 @@ def demo(
     )
     (out / "run.html").write_text(written(out), encoding="utf-8")
     typer.echo(f"The page of this run: {out}/run.html")
+
+
+def _workers(tokenizer: Path, count: int, threads: int) -> WorkerConfig | None:
+    from nautile.train.rollout_workers import WorkerConfig  # noqa: PLC0415
+
+    return WorkerConfig(tokenizer, count, threads) if count else None
 
 
 def _teacher(text: str) -> Teacher:

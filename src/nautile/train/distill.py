@@ -8,6 +8,7 @@ in memory.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nautile.checkpoint import load_model
+from nautile.checkpoint import load_model, save_model
 from nautile.model import Transformer
 from nautile.protocol import Tokenizer
 from nautile.train.environments import environment
@@ -35,6 +36,7 @@ from nautile.train.qat import as_stored, on_grid
 from nautile.train.replay import Recorder
 from nautile.train.rollout import Planned, RolloutConfig, Sample, roll_out
 from nautile.train.rollout_engine import RolloutEngine, engine_options
+from nautile.train.rollout_workers import RolloutWorkers, WorkerConfig
 from nautile.train.run_state import RunError, clip_gradients, read_state, weights_digest, write_state
 
 __all__ = ["Distill", "DistillConfig", "DistillReport", "Teacher", "reverse_kl"]
@@ -71,11 +73,14 @@ class DistillConfig:
     first_seed: int = 2_000_000
     replay: bool = True
     qat: bool = False
+    workers: WorkerConfig | None = None  # roll out in processes with native kernels: needs qat, and no replay
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
     def __post_init__(self) -> None:
         if not self.teachers or min(self.steps, self.tasks, self.samples, self.rows, self.chunk) < 1:
             raise RunError("distillation needs a teacher, and steps, tasks, samples, rows and chunk of at least one")
+        if self.workers is not None and (self.replay or not self.qat):
+            raise RunError("rollout workers sample from the exported file without notes: use qat, and no replay")
         if len({teacher.name for teacher in self.teachers}) < len(self.teachers):
             raise RunError("teachers need names of their own")
 
@@ -118,6 +123,7 @@ class Distill:
         self.model.requires_grad_(True)
         self.optimizers = Optimizers(model, OptimizerConfig(weight_decay=0.0))
         self.step = 0
+        self._workers: RolloutWorkers | None = None
         directory.mkdir(parents=True, exist_ok=True)
         for teacher in config.teachers:
             _check_tokenizer(teacher, tokenizer)
@@ -125,8 +131,16 @@ class Distill:
     def run(self, report: Callable[[DistillReport], None], finished: Callable[[Sample], None] = lambda sample: None) -> None:
         """Every step that is missing. Raises RunError, RolloutError, WalError, SandboxError, CheckpointError."""
         self._resume()
-        while self.step < self.config.steps:
-            report(self.take_step(finished))
+        with contextlib.ExitStack() as stack:
+            if self.config.workers is not None:
+                self._workers = stack.enter_context(RolloutWorkers(self.config.workers))
+            while self.step < self.config.steps and not self.enough():
+                report(self.take_step(finished))
+        self._workers = None
+
+    def enough(self) -> bool:
+        """Whether to stop before the next step, for a run that has less time than steps. Replace it."""
+        return False
 
     def take_step(self, finished: Callable[[Sample], None] = lambda sample: None) -> DistillReport:
         """Conversations of the student, hidden states of the teachers, one update, a checkpoint."""
@@ -158,6 +172,10 @@ class Distill:
     def _roll_out(
         self, place: Path, stored: Transformer | None, recorder: Recorder | None, finished: Callable[[Sample], None]
     ) -> list[Sample]:
+        if self._workers is not None and stored is not None:
+            save_model(stored, place / "model", tokenizer_dir=self._workers.config.tokenizer)
+            known = {"weights": weights_digest(stored), "step": self.step + 1}
+            return self._workers.roll_out(place / "model", self._plan(), place, self.config.rollout, known, finished)
         actor = stored or copy.deepcopy(self.model)
         options = engine_options(actor, self.config.rollout.at_once, deterministic=False)
         engine = RolloutEngine(actor, self.tokenizer, options, recorder, deterministic=False)
@@ -238,7 +256,7 @@ class Distill:
     def _identity(self) -> dict[str, Any]:
         options = asdict(self.config)
         rollout = {key: value for key, value in options.pop("rollout").items() if key != "at_once"}
-        kept = {key: value for key, value in options.items() if key not in ("steps", "rows", "chunk")}
+        kept = {key: value for key, value in options.items() if key not in ("steps", "rows", "chunk", "workers")}
         return json.loads(json.dumps({**kept, "rollout": rollout}, default=str))  # type: ignore[no-any-return]
 
     def _save(self) -> None:

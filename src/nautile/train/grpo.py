@@ -7,6 +7,7 @@ is on the disk before it is used, so a killed run goes on in the middle of its r
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import random
@@ -21,16 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nautile.checkpoint import save_model
 from nautile.model import Transformer
 from nautile.protocol import Tokenizer
 from nautile.train.advantage import clipped_loss, group_advantages, off_policy, unbiased_kl
-from nautile.train.environments import environment
+from nautile.train.environments import TRAINED, environment
 from nautile.train.optimizer import OptimizerConfig, Optimizers
 from nautile.train.policy import Agreement, behaviour, own_routing, row_logprobs, unrolled_logprobs
 from nautile.train.qat import as_stored, on_grid
 from nautile.train.replay import Recorder
 from nautile.train.rollout import Planned, RolloutConfig, Sample, roll_out
 from nautile.train.rollout_engine import RolloutEngine, engine_options
+from nautile.train.rollout_workers import RolloutWorkers, WorkerConfig
 from nautile.train.run_state import RunError, clip_gradients, read_state, weights_digest, write_state
 
 __all__ = ["GRPO", "GRPOConfig", "StepReport"]
@@ -41,6 +44,7 @@ class GRPOConfig:
     """A run. ``deterministic``: rollouts and training go through the same products, so their log-probabilities are equal.
 
     ``replay`` routes training as the rollout was routed. ``qat``: rollouts on the exported file's values, and training too.
+    ``workers`` rolls out in processes with native kernels: they need ``qat`` and note no decisions (no ``replay``).
     """
 
     kinds: tuple[str, ...]
@@ -59,6 +63,7 @@ class GRPOConfig:
     deterministic: bool = False
     replay: bool = True
     qat: bool = False
+    workers: WorkerConfig | None = None
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
     def __post_init__(self) -> None:
@@ -66,9 +71,13 @@ class GRPOConfig:
             raise RunError("a group needs at least two samples: its mean is the baseline")
         if not self.kinds or min(self.steps, self.groups, self.epochs, self.rows) < 1:
             raise RunError("kinds, steps, groups, epochs and rows must be at least one")
-        held_out = [kind for kind in self.kinds if environment(kind).held_out]
-        if held_out:
-            raise RunError(f"{held_out[0]} is held out: it is measured, never trained on")
+        if self.workers is not None and (self.deterministic or self.replay or not self.qat):
+            raise RunError(
+                "rollout workers sample from the exported file without notes: use qat, and neither replay nor deterministic"
+            )
+        kept = [kind for kind in self.kinds if environment(kind).held_out or kind not in TRAINED]
+        if kept:
+            raise RunError(f"{kept[0]} is held out: it is measured, never trained on")
 
 
 @dataclass
@@ -119,6 +128,7 @@ class GRPO:
         self.model.requires_grad_(True)
         self.optimizers = Optimizers(model, OptimizerConfig(weight_decay=0.0))  # MTP and indexer are not trained here
         self.step = 0
+        self._workers: RolloutWorkers | None = None
         directory.mkdir(parents=True, exist_ok=True)
 
     # The run ------------------------------------------------------------------------------------------------------
@@ -126,8 +136,16 @@ class GRPO:
     def run(self, report: Callable[[StepReport], None], finished: Callable[[Sample], None] = lambda sample: None) -> None:
         """Every step that is missing. Raises RunError, RolloutError, WalError, SandboxError."""
         self.resume()
-        while self.step < self.config.steps:
-            report(self.take_step(finished))
+        with contextlib.ExitStack() as stack:
+            if self.config.workers is not None:
+                self._workers = stack.enter_context(RolloutWorkers(self.config.workers))
+            while self.step < self.config.steps and not self.enough():
+                report(self.take_step(finished))
+        self._workers = None
+
+    def enough(self) -> bool:
+        """Whether to stop before the next step, for a run that has less time than steps. Replace it."""
+        return False
 
     def take_step(self, finished: Callable[[Sample], None] = lambda sample: None) -> StepReport:
         """One step: rollouts, update, checkpoint."""
@@ -154,6 +172,8 @@ class GRPO:
         self, place: Path, stored: Transformer | None, recorder: Recorder, finished: Callable[[Sample], None]
     ) -> list[Sample]:
         config = self.config
+        if self._workers is not None:
+            return self._roll_out_in_processes(self._workers, place, stored, finished)
         actor = stored or copy.deepcopy(self.model)
         options = engine_options(actor, config.rollout.at_once, config.deterministic)
         noted = recorder if config.replay or config.deterministic else None
@@ -166,6 +186,15 @@ class GRPO:
             return samples
         finally:
             engine.close()
+
+    def _roll_out_in_processes(
+        self, workers: RolloutWorkers, place: Path, stored: Transformer | None, finished: Callable[[Sample], None]
+    ) -> list[Sample]:
+        if stored is None:
+            raise RunError("rollout workers need the exported file's values: use qat")
+        save_model(stored, place / "model", tokenizer_dir=workers.config.tokenizer)
+        head = {"weights": weights_digest(stored), "step": self.step + 1, "deterministic": False}
+        return workers.roll_out(place / "model", self._plan(), place, self.config.rollout, head, finished)
 
     def _plan(self) -> list[Planned]:
         """The same tasks for the same step, whatever was interrupted."""
@@ -310,6 +339,7 @@ class GRPO:
     def _identity(self) -> dict[str, Any]:
         """Options that make a run what it is; the number of steps and how many run at once may change."""
         options = asdict(self.config)
+        del options["workers"]
         rollout = {key: value for key, value in options.pop("rollout").items() if key != "at_once"}
         return json.loads(json.dumps({**{k: v for k, v in options.items() if k != "steps"}, "rollout": rollout}))  # type: ignore[no-any-return]
 

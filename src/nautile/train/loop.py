@@ -51,6 +51,7 @@ class StageConfig:
     peak_flops: float | None = None  # of the device, for MFU; None leaves MFU out
     flops_per_token: float = 0.0  # forward and backward, from the cost formula
     seed: int = 0
+    span: int = 0  # tokens of a row in memory at once, computed twice; 0 keeps whole rows
     only: str = ""  # train parameters with this in their name alone ("indexer"); empty trains all
 
     @property
@@ -178,7 +179,7 @@ class Trainer:
         for _ in range(config.micro_batches):
             batch, self.progress.shard, self.progress.row = next(batches)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                losses = training_losses(self.model, batch, weights, self.compile_with)
+                losses = training_losses(self.model, batch, weights, self.compile_with, config.span)
             (losses.total / config.micro_batches).backward()
             loads = losses.loads if loads is None else loads + losses.loads
             self.progress.tokens += batch.ids.numel()
@@ -217,6 +218,8 @@ class Trainer:
             "tokens_per_second": rate,
             "seconds": self.progress.seconds,
         }
+        if self.device.type == "cuda":
+            row["gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         if self.config.peak_flops is not None:
             row["mfu"] = rate * self.config.flops_per_token / self.config.peak_flops
         self.progress.history.append(row)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from nautile.model.attention import AttentionTrace
 from nautile.model.block import Block, BlockTrace
 from nautile.model.chunk import Chunk
 from nautile.model.mtp import MTPBlock
+from nautile.train import spans
 
 __all__ = ["Batch", "LossWeights", "Losses", "training_losses"]
 
@@ -92,12 +94,17 @@ def training_losses(
     batch: Batch,
     weights: LossWeights,
     compile_with: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
+    span: int = 0,
 ) -> Losses:
-    """All losses of one batch. ``compile_with`` is the identity or a cached torch.compile.
+    """All losses of one batch. ``compile_with`` is the identity or a cached torch.compile; with a ``span`` rows go through the
+    layers that many tokens at a time and are computed again for the gradients (``spans``).
 
     A token counts as target only where it has weight and lies in the same document as the token that predicts it.
     """
     block, mtp, entropy = compile_with(run_block), compile_with(run_mtp), compile_with(weighted_cross_entropy)
+    if span:
+        block, mtp = partial(spans.block_in_spans, span=span), partial(spans.mtp_in_spans, span=span)
+        entropy = spans.cross_entropy_in_spans
     chunk = model.new_chunk(batch.ids, documents=batch.documents, indexer_loss=weights.indexer > 0)
     embedded = model.embed(batch.ids)
     if torch.is_autocast_enabled(embedded.device.type):

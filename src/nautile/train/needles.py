@@ -23,6 +23,7 @@ __all__ = ["FILLERS", "Fact", "Filler", "Haystack", "haystack", "natural_sentenc
 
 Filler = Literal["words", "files", "code", "facts", "natural"]
 FILLERS: tuple[Filler, ...] = get_args(Filler)
+_FAR = 4096  # rows of more tokens are for reading far
 _LINE = 220  # characters of a line of filler at most
 
 _SENTENCES = (
@@ -193,11 +194,21 @@ _SOURCES: dict[Filler, Callable[[Pool], Iterator[str]]] = {
 
 def training_haystack(pool: Pool, tokenizer: Tokenizer, longest: int) -> Haystack:
     """A haystack for training: any length up to ``longest`` tokens (short ones as likely as long ones, by octave), one to eight
-    facts, some of them asked one after the other. Never the natural text, which is kept for evaluation."""
+    facts, some of them asked one after the other. Never the natural text, which is kept for evaluation.
+
+    In rows of more than 4,096 tokens half of the haystacks hold a fact and are asked for one about every 600 tokens, so that
+    reading as far costs as little as it can: the answers to one question are a thousandth of such a row.
+    """
     rng = pool.rng
-    tokens = int(256 * (longest / 256) ** rng.random())
+    far = longest > _FAR
+    shortest = 1024 if far else 256
+    tokens = int(shortest * (longest / shortest) ** rng.random())
     facts = rng.choice((1, 1, 2, 3, 4, 8, 8))
+    if far and rng.random() < 0.5:
+        facts = max(8, tokens // rng.choice((300, 600, 1200)))
     asked = min(facts, rng.choice((1, 2, 4, 6)), max(1, tokens // 160))
+    if facts > 8:
+        asked = min(facts, tokens // 600)
     fillers: tuple[Filler, ...] = ("words", "files", "code", "facts")
     filler = rng.choices(fillers, (3, 2, 1.5, 1.5))[0]
     return haystack(pool, tokenizer, tokens - 60 * asked, facts=facts, asked=asked, filler=filler)

@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -23,11 +24,14 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from nautile.agent.tools import SYSTEM_PROMPT, TOOLS
 from nautile.protocol import Tokenizer
 from nautile.train import copying, corpus, needles, procedural, vocabulary
-from nautile.train.tasks import Lexicon, Pool
+from nautile.train.environments import TRAINED, environment
+from nautile.train.environments.tool import ToolEnvironment
+from nautile.train.tasks import HELD_OUT_START, Lexicon, Pool
 from nautile.train.tokenizer import PAD, SPECIALS
-from nautile.train.traces import TraceMaker, TraceMix, tokenise
+from nautile.train.traces import TraceMaker, TraceMix, run_tasks, tokenise
 
 __all__ = [
     "ALIGNMENT",
@@ -43,15 +47,17 @@ __all__ = [
     "pack",
     "practice_documents",
     "pretrain_documents",
+    "specialist_documents",
     "stage_named",
     "trace_documents",
 ]
 
 ALIGNMENT = 128  # documents start at multiples of this
 SHARD_TOKENS = 1 << 20
+NANO = Path(__file__).parents[1] / "weights" / "nano"
 _SHARD_SECONDS = 120  # a shard takes 15 to 40; one that takes longer hangs
 MANIFEST = "corpus.json"  # in a directory of pretraining shards: the files they were made of, with their licences
-Stage = Literal["pretrain", "practice", "sft", "long"]
+Stage = Literal["pretrain", "practice", "sft", "long", "specialist"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Document:
 @dataclass(frozen=True)
 class Rows:
     """Packed rows: ``ids`` uint16 [N, T]; ``documents`` uint16 [N, T], the position in the row at which the token's document
-    starts; ``loss`` uint8 [N, T], the weight of predicting this token as a target."""
+    starts, uint32 in rows over 65,536; ``loss`` uint8 [N, T], the weight of predicting this token as a target."""
 
     ids: np.ndarray
     documents: np.ndarray
@@ -93,10 +99,10 @@ def pack(documents: Iterator[Document], rows: int, length: int, window: int = 96
     A document longer than what is left of a row opens another row, up to ``window`` open ones; then the fullest is closed. A
     document longer than a row is cut into rows' worth; the last token before a cut is the target of nothing, the parts are
     documents of their own. Padding and the first token of a document carry no loss. ``length`` must be a multiple of 128,
-    at most 65,536.
+    at most 1,048,576.
     """
-    if length % ALIGNMENT or not 0 < length <= 1 << 16:
-        raise ValueError(f"the row length must be a multiple of {ALIGNMENT} up to 65536, got {length}")
+    if length % ALIGNMENT or not 0 < length <= 1 << 20:
+        raise ValueError(f"the row length must be a multiple of {ALIGNMENT} up to 1048576, got {length}")
     done: list[_Row] = []
     open_rows: list[_Row] = []
     while len(done) < rows:
@@ -130,7 +136,7 @@ def _place(document: Document, open_rows: list[_Row], length: int) -> None:
 
 def _filled(rows: list[_Row], length: int) -> Rows:
     ids = np.full((len(rows), length), PAD, np.uint16)
-    documents = np.zeros((len(rows), length), np.uint16)
+    documents = np.zeros((len(rows), length), np.uint16 if length <= 1 << 16 else np.uint32)
     loss = np.zeros((len(rows), length), np.uint8)
     for index, row in enumerate(rows):
         start = 0
@@ -211,6 +217,20 @@ def copying_documents(tokenizer: Tokenizer, lexicon: Lexicon, seed: str, longest
         yield Document([bos, *ids, eos][:longest], (b"\0" + bytes(loss) + b"\0")[:longest])
 
 
+def specialist_documents(tokenizer: Tokenizer, kinds: Sequence[str], seed: str, longest: int) -> Iterator[Document]:
+    """Endless conversations of one task each, of environments that wrap a tool task, done by their expert."""
+    rng, chosen = random.Random(f"specialist:{seed}"), [environment(kind) for kind in kinds]
+    if not all(issubclass(kind, ToolEnvironment) and kind.kind in TRAINED for kind in chosen):
+        raise ValueError(f"a specialist is made of tool tasks that are for training, not of {', '.join(kinds)}")
+    while True:
+        task = rng.choice(chosen)(rng.randrange(HELD_OUT_START)).task  # type: ignore[attr-defined]
+        with tempfile.TemporaryDirectory(prefix="nautile-") as root:
+            turns = run_tasks([task], Path(root))
+        messages = [{"role": "system", "content": SYSTEM_PROMPT}, *turns.messages]
+        ids, loss, _ = tokenise(messages, TOOLS, tokenizer)
+        yield Document(ids[:longest], bytes(loss)[:longest])
+
+
 def needle_documents(tokenizer: Tokenizer, lexicon: Lexicon, seed: str, longest: int) -> Iterator[Document]:
     """Endless texts of up to ``longest`` tokens with facts that are asked for at the end; loss on the model's own tokens."""
     rng = random.Random(f"needles:{seed}")
@@ -233,11 +253,13 @@ def practice_documents(maker: TraceMaker, seed: str, longest: int) -> Iterator[D
 
 
 def long_documents(maker: TraceMaker, seed: str, longest: int) -> Iterator[Document]:
-    """Needles and conversations of many tasks, 60 to 40 by tokens; loss on the model's own tokens."""
+    """Needles and conversations of many tasks, by tokens 60 to 40, and 80 to 20 in rows of more than 16,384, which few
+    conversations reach; loss on the model's own tokens."""
+    share = 0.60 if longest <= 16_384 else 0.80
     yield from _mixed(
         (
-            (needle_documents(maker.tokenizer, maker.lexicon, f"long:{seed}", longest), 0.60),
-            (trace_documents(maker, f"long:{seed}", 0.3, longest), 0.40),
+            (needle_documents(maker.tokenizer, maker.lexicon, f"long:{seed}", longest), share),
+            (trace_documents(maker, f"long:{seed}", 0.3, longest), 1 - share),
         )
     )
 
@@ -278,6 +300,7 @@ class BuildConfig:
     shard_tokens: int = SHARD_TOKENS
     without_system: float = 0.3  # share of SFT conversations without the system prompt
     real_python: bool = True
+    kinds: str = ""  # environments of a specialist, separated by commas
 
     @property
     def shards(self) -> int:
@@ -326,6 +349,9 @@ class _Writer:
             documents = practice_documents(self.maker, f"{config.seed}:{shard}", config.sequence_length)
         elif config.stage == "long":
             documents = long_documents(self.maker, f"{config.seed}:{shard}", config.sequence_length)
+        elif config.stage == "specialist":
+            seed = f"{config.seed}:{shard}"
+            documents = specialist_documents(self.maker.tokenizer, config.kinds.split(","), seed, config.sequence_length)
         else:
             natural = corpus.documents(self.sources, self.files, f"{config.seed}:{shard}")
             documents = pretrain_documents(self.maker, natural, config.seed, shard, config.sequence_length)
@@ -396,7 +422,7 @@ def build(
     sequence_length: int = 2048,
     processes: int = 1,
     seed: int = 0,
-    tokenizer: str | Path = Path(__file__).parents[1] / "weights" / "nano",
+    tokenizer: str | Path = NANO,
 ) -> dict[str, float]:
     """Write shards of packed rows to ``directory`` until it holds ``tokens`` positions; continues what is there.
 
@@ -478,8 +504,19 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS)
+    parser.add_argument("--kinds", default="", help="environments of the stage specialist, separated by commas")
     options = parser.parse_args()
-    totals = build(options.directory, options.stage, options.tokens, options.sequence_length, options.processes, options.seed)
+    config = BuildConfig(
+        options.stage,
+        options.tokens,
+        options.sequence_length,
+        options.seed,
+        str(NANO),
+        options.shard_tokens,
+        kinds=options.kinds,
+    )
+    totals = build_shards(config, options.directory, options.processes)
     print(json.dumps(totals))
 
 

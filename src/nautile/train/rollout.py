@@ -48,6 +48,7 @@ class RolloutConfig:
     tokens: int = 2048  # of a whole conversation
     tool_seconds: float = 20.0
     substrate: str = "function"
+    unenforced_limits: bool = False  # go on where memory and process limits cannot be set (no cgroups)
     thinking: bool = True
     at_once: int = 16
     temperature: float = 1.0
@@ -232,7 +233,8 @@ class _Episode:
             self.turns = known.end["turns"]
             return self._sample(known.end)
         root = self._workspace()
-        limits = Limits(memory=512 * MIB, output=31 * MIB, pids=128)
+        free = self.config.unenforced_limits
+        limits = Limits(memory=512 * MIB, output=31 * MIB, pids=128, allow_unenforced=free)
         sandbox = Sandbox.create(self.config.substrate, limits=limits, workspace=root, log=self.place / "calls", keep=900.0)
         try:
             status, answer = self._converse(SandboxTools(sandbox, root))

@@ -48,7 +48,7 @@ STAGES: dict[str, StageConfig] = {
         indexer_weight=1.0,
         compile=False,
         only="indexer",
-        save_every=10_000,
+        save_every=100,
         log_every=10,
     ),
     # Everything, on long rows, sparse: the indexer by KL within what it chose, the rest by the language loss.
@@ -63,7 +63,7 @@ STAGES: dict[str, StageConfig] = {
         qat=True,
         indexer_weight=1.0,
         compile=False,
-        save_every=10_000,
+        save_every=40,
         log_every=10,
     ),
     "sft": StageConfig(steps=4000, peak_lr=3e-3, end_lr_fraction=0.02, decay_fraction=0.6, warmup_steps=50, qat=True),
@@ -73,9 +73,11 @@ STAGES: dict[str, StageConfig] = {
 def build_in_background(
     directory: Path, stage: packing.Stage, tokens: int, length: int, processes: int, seed: int = 0
 ) -> multiprocessing.process.BaseProcess:
-    """Start writing a stage's shards; training can begin when the first is there."""
-    arguments = (directory, stage, tokens, length, processes, seed)
-    process = multiprocessing.get_context("spawn").Process(target=packing.build, args=arguments)
+    """Start writing a stage's shards; training can begin when the first is there. Few tokens make one small shard."""
+    shard = min(packing.SHARD_TOKENS, max(tokens, length))
+    config = packing.BuildConfig(stage, tokens, length, seed, str(packing.NANO), shard)
+    arguments = (config, directory, processes)
+    process = multiprocessing.get_context("spawn").Process(target=packing.build_shards, args=arguments)
     process.start()
     return process
 

@@ -1,4 +1,5 @@
-"""Every environment by its kind: the trained ones wrap the tool tasks, the held-out ones no training data touches."""
+"""Every environment by its kind: the trained ones wrap the tool tasks or are harder forms of them, the held-out ones no
+training data touches; ``FRESH_KINDS`` are forms of trained kinds in words that are measured only."""
 
 from __future__ import annotations
 
@@ -8,12 +9,16 @@ from nautile.train.environments.mcp import StockQuestion
 from nautile.train.environments.repository import FixBug
 from nautile.train.environments.terminal import StatusReport
 from nautile.train.environments.tool import TOOL_ENVIRONMENTS
+from nautile.train.environments.variants import FRESH_REWORDED, REWORDED
 
-__all__ = ["ENVIRONMENTS", "HELD_OUT", "TRAINED", "environment"]
+__all__ = ["ENVIRONMENTS", "FRESH_KINDS", "HELD_OUT", "TRAINED", "environment"]
 
-_ALL: tuple[type[Environment], ...] = (*TOOL_ENVIRONMENTS, StatusReport, FixBug, StockQuestion, FollowChain)
+_ALL: tuple[type[Environment], ...] = (
+    *TOOL_ENVIRONMENTS, *REWORDED, *FRESH_REWORDED, StatusReport, FixBug, StockQuestion, FollowChain,
+)  # fmt: skip
 ENVIRONMENTS: dict[str, type[Environment]] = {one.kind: one for one in _ALL}
-TRAINED = tuple(kind for kind, one in ENVIRONMENTS.items() if not one.held_out)
+FRESH_KINDS = tuple(one.kind for one in FRESH_REWORDED)
+TRAINED = tuple(kind for kind, one in ENVIRONMENTS.items() if not one.held_out and kind not in FRESH_KINDS)
 HELD_OUT = tuple(kind for kind, one in ENVIRONMENTS.items() if one.held_out)
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from nautile.train.environment import Action, Environment, Grade, Outcome, Script
 from nautile.train.tasks import KINDS, Kind
 
-__all__ = ["TOOL_ENVIRONMENTS", "ToolEnvironment"]
+__all__ = ["TOOL_ENVIRONMENTS", "ToolEnvironment", "tool_environment"]
 
 
 class ToolEnvironment(Environment):
@@ -56,9 +56,10 @@ class ToolEnvironment(Environment):
         return tuple(tricks)
 
 
-def _environment(kind: type[Kind]) -> type[ToolEnvironment]:
+def tool_environment(kind: type[Kind]) -> type[ToolEnvironment]:
+    """The environment of a kind of task, under the kind's name."""
     name = "".join(part.capitalize() for part in kind.name.split("_")) + "Environment"
     return type(name, (ToolEnvironment,), {"kind": kind.name, "source": kind, "__doc__": kind.__doc__})
 
 
-TOOL_ENVIRONMENTS: tuple[type[ToolEnvironment], ...] = tuple(_environment(kind) for kind in KINDS.values())
+TOOL_ENVIRONMENTS: tuple[type[ToolEnvironment], ...] = tuple(tool_environment(kind) for kind in KINDS.values())

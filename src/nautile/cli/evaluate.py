@@ -220,6 +220,75 @@ def recall(
             )
 
 
+@app.command()
+def bfcl(  # noqa: PLR0913  # one parameter an option
+    *,
+    model: Annotated[str, typer.Option(help="Model directory or Hub id. Default: the shipped nano.")] = "",
+    categories: Annotated[
+        str, typer.Option(help="Separated by commas; single_turn, multi_turn or all for several.")
+    ] = "single_turn",
+    tasks: Annotated[int, typer.Option(min=0, help="Tasks a category, drawn with a fixed seed; 0 for all.")] = 100,
+    constrained: Annotated[bool, typer.Option("--constrained", help="Calls follow the schemas, by grammar.")] = False,
+    together: Annotated[int, typer.Option(min=1, help="Tasks at a time; the engine batches them.")] = 16,
+    minutes: Annotated[float, typer.Option(min=0, help="Begin no task after this long. Default: no limit.")] = math.inf,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of weights and state in the native kernels.")] = "float32",
+    out: Annotated[
+        Path | None, typer.Option(help="Also write the result to this file, and each task's to a .jsonl beside it.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a run with the same --out, model and options was cut short.")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """The Berkeley function-calling leaderboard's tasks, judged by its own checkers: an outside check, without a bar.
+
+    The tasks come with a package: pip install --no-deps bfcl-eval==2026.3.23
+
+    Example: nautile eval bfcl --categories simple_python,multiple --tasks 20
+    """
+    import dataclasses  # noqa: PLC0415
+
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import Progress  # noqa: PLC0415
+
+    from nautile.cli.agent import open_engine  # noqa: PLC0415
+    from nautile.engine import EngineConfig  # noqa: PLC0415
+    from nautile.evals.bfcl import CATEGORIES, MULTI_TURN, SINGLE_TURN, Bfcl  # noqa: PLC0415
+    from nautile.evals.bfcl_run import BfclConfig, BfclOutcome, run_bfcl  # noqa: PLC0415
+
+    several = {"single_turn": SINGLE_TURN, "multi_turn": MULTI_TURN, "all": CATEGORIES}
+    chosen = tuple(name for part in categories.split(",") for name in several.get(part, (part,)))
+    try:
+        Bfcl()  # before a model is loaded: a package that is missing says so
+        config = BfclConfig(chosen, tasks or None, constrained)
+        options = EngineConfig(precision=_precision(dtype), rows=_precision(dtype), snapshot_bytes=1 << 30)  # long offers repeat
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    run = {"model": _identity(model), "config": repr(config), "dtype": dtype}
+    known = [BfclOutcome(**{**row, "replies": tuple(row["replies"])}) for row in _begun(out, run, resume)]
+    engine = open_engine(model, options)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("tasks", total=None)
+
+        def count(outcome: BfclOutcome) -> None:
+            progress.update(bar, advance=1, description=outcome.category)
+            if out is not None:
+                _append(out.with_suffix(".jsonl"), json.dumps(dataclasses.asdict(outcome), ensure_ascii=False))
+
+        limits: dict[str, Any] = {"together": together, "known": known, "seconds": 60 * minutes}
+        report = run_bfcl(engine, config, count, name=model or "nano", **limits)
+    engine.close()
+    result = {**report.to_json(), "dtype": dtype}
+    if out is not None:
+        _write(out, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+    if json_:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+        return
+    for category, cell in result["categories"].items():
+        typer.echo(f"{category:26} {cell['passed']:4}/{cell['total']:<4} {cell['low']:6.1%} to {cell['high']:6.1%}")
+    typer.echo(f"bfcl-eval {report.package}, {report.seconds:.0f} s")
+
+
 def _precision(name: str) -> Literal["float32", "bfloat16"]:
     if name not in ("float32", "bfloat16"):
         raise ValueError(f"--dtype is float32 or bfloat16, not {name!r}")

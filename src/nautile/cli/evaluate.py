@@ -261,7 +261,8 @@ def bfcl(  # noqa: PLR0913  # one parameter an option
     try:
         Bfcl()  # before a model is loaded: a package that is missing says so
         config = BfclConfig(chosen, tasks or None, constrained)
-        options = EngineConfig(precision=_precision(dtype), rows=_precision(dtype), snapshot_bytes=1 << 30)  # long offers repeat
+        precision = _precision(dtype)
+        options = EngineConfig(precision=precision, rows=precision, snapshot_bytes=1 << 30)  # the same long offers come again
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     run = {"model": _identity(model), "config": repr(config), "dtype": dtype}

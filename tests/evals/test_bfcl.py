@@ -159,7 +159,7 @@ def test_one_turn(package, monkeypatch):
     assert outcomes["multiple_0"].why == "value_error"
     made = report.to_json()["categories"]
     assert made["multiple"] | {"low": 0, "high": 0} == {
-        "passed": 1, "total": 5, "low": 0, "high": 0, "of": 5, "failures": {"value_error": 4},
+        "passed": 1, "total": 5, "low": 0, "high": 0, "of": 5, "right_but_cut_off": 0, "failures": {"value_error": 4},
     }  # fmt: skip
 
 
@@ -176,6 +176,13 @@ def test_what_is_no_answer_fails(package, monkeypatch, reply, why):
     _, outcomes = run(monkeypatch, lambda messages, tools: reply, categories=("multiple",), tasks=1)
     [outcome] = outcomes.values()
     assert not outcome.passed and outcome.why == why
+
+
+def test_an_answer_that_never_ended_is_told_from_a_refusal(package, monkeypatch):
+    reply = Reply("for ever", "", (), False)
+    report, _ = run(monkeypatch, lambda messages, tools: reply, categories=("irrelevance",), tasks=1)
+    cell = report.to_json()["categories"]["irrelevance"]
+    assert (cell["passed"], cell["right_but_cut_off"]) == (1, 1)
 
 
 def test_several_turns_with_a_function_that_comes_late(package, monkeypatch):

@@ -29,6 +29,7 @@ __all__ = ["BfclConfig", "BfclOutcome", "BfclReport", "run_bfcl"]
 _STEPS = 20  # of one turn; the leaderboard stops a model that goes on
 _LATE = "I have updated some more functions you can choose from. What about now?"  # said when functions come with a turn
 _FAILURES_KEPT = 120
+_CUT = "cut off"
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class BfclReport:
             "passed": score.passed,
             "total": score.total,
             **bounds,
+            "right_but_cut_off": sum(one.passed and one.why == _CUT for one in self.outcomes if one.category == category),
             "of": self.totals[category],
             "failures": dict(whys.most_common()),
         }
@@ -232,12 +234,12 @@ class _Run:
         tokens = chat.tokens
         reply = _reply(chat, self.config)
         replies.append(reply)
+        if not reply.ended:  # no call, so right where none is: the report says how many were right in this way
+            return Verdict(not task.wants_call, _CUT), tokens
         calls = _calls(reply)
         if calls is None:
-            return Verdict(not task.wants_call, "" if not task.wants_call else "arguments are not JSON"), tokens
-        if not reply.ended and task.wants_call:
-            return Verdict(False, "cut off"), tokens
-        return self.package.judge(task, calls if reply.ended else []), tokens
+            return Verdict(not task.wants_call, "arguments are not JSON"), tokens
+        return self.package.judge(task, calls), tokens
 
     def _turns(self, task: BfclTask, simulators: Simulators, replies: list[Reply]) -> tuple[Verdict, int]:
         messages: list[Mapping[str, Any]] = []

@@ -416,6 +416,15 @@ def test_a_seat_that_nobody_needs_ends_and_the_next_command_has_another(fresh):
     assert sandbox.run("cat kept").stdout == "1\n"
 
 
+def test_layers_are_mounted_once_for_all_containers(fresh, own_keeper):
+    sandboxes = [fresh() for _ in range(3)]
+    assert all(one.run(["true"]).ok for one in sandboxes)
+    text = Path(f"/proc/{keeper_pid()}/mountinfo").read_text()
+    places = [line.split()[4] for line in text.splitlines()]
+    layers = [place for place in places if place.startswith(f"{own_keeper}/layers/")]
+    assert len(layers) == (os.geteuid() == 0)  # an ordinary user's are stacked as they are
+
+
 # -- the end
 
 

@@ -242,7 +242,7 @@ def _lower(keeper: Path, base: int | None, layer: Path) -> Path:
     target = keeper / "layers" / key
     with open(keeper / ".layers.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if _serves(target):
+        if _serves(target, found):
             return target
         target.mkdir(exist_ok=True)
         try:
@@ -256,13 +256,16 @@ def _lower(keeper: Path, base: int | None, layer: Path) -> Path:
     return target
 
 
-def _serves(target: Path) -> bool:
+def _serves(target: Path, layer: os.stat_result) -> bool:
     """Whether a layer is mounted and somebody stands behind it."""
-    if not target.exists():
+    try:
+        found = os.stat(target)
+    except OSError:
         if os.path.lexists(target):
             kernel.unmount(str(target))  # the process behind a lazy layer has died
         return False
-    return os.path.ismount(target)
+    # A directory of the same file system is no mount point to ``ismount``, which would mount it again and again.
+    return (found.st_dev, found.st_ino) == (layer.st_dev, layer.st_ino) or os.path.ismount(target)
 
 
 def _mount_file(layer: Path, target: Path, base: int | None) -> None:

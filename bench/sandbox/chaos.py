@@ -5,8 +5,8 @@
 
 ``kills``: clients work on recorded containers of a fleet (an edge, two gateways); each step appends its number to a file,
 which must not happen twice, and prints what came back, which must be in the log. SIGKILL goes to clients, the edge, gateways,
-and agents (the process that sees a command to its end, and now and then the container's first process). Whatever was killed is
-started again; a client then issues its steps from the first one on.
+agents (the process that sees a command to its end, and now and then the container's first process), and seats (the process that
+starts a container's commands). Whatever was killed is started again; a client then issues its steps from the first one on.
 
 ``cycles``: containers are created and closed through an edge that is killed now and then; in the end nothing may be left.
 """
@@ -189,6 +189,16 @@ def supervisors():
     return [number for number in found if _is_ours(number, keeper)]
 
 
+def seats():
+    """The processes that start a container's commands, used or not yet."""
+    keeper, found = keeper_process(), []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (place / "comm").read_text() == "seat\n" and _is_ours(int(place.name), keeper):
+                found.append(int(place.name))
+    return found
+
+
 def first_processes():
     """The first processes of containers."""
     found = []
@@ -338,14 +348,15 @@ def strike(chance, fleet, clients, judge):
     """Kill something; what was killed, or None."""
     target = chance.choice(["client", "edge", "gateway", "agent"])
     if target == "agent":
-        deadline, first = time.monotonic() + 1.0, chance.random() < 0.04
-        while not (victims := first_processes() if first else supervisors()) and time.monotonic() < deadline:
+        deadline, drawn = time.monotonic() + 1.0, chance.random()
+        find = first_processes if drawn < 0.04 else seats if drawn < 0.34 else supervisors
+        while not (victims := find()) and time.monotonic() < deadline:
             time.sleep(0.002)
         if not victims:
             return None
         with contextlib.suppress(ProcessLookupError):
             os.kill(chance.choice(victims), signal.SIGKILL)
-            return "agent"
+            return "seat" if find is seats else "agent"
         return None
     if target == "client":
         if not clients:

@@ -27,7 +27,11 @@ def chaos(*arguments):
 @pytest.mark.usefixtures("crun")
 def test_whatever_is_killed_nothing_is_lost_and_nothing_runs_twice():
     found = chaos("kills", "--kills", "60", "--seed", "5")
-    assert found["kills_in_all"] == 60 and len(found["kills"]) == 4 and found["acknowledged_operations"] > 50
+    assert (
+        found["kills_in_all"] == 60
+        and set(found["kills"]) >= {"client", "edge", "gateway", "agent"}
+        and found["acknowledged_operations"] > 50
+    )
     assert (found["acknowledged_and_lost"], found["run_twice"], found["contradictions"]) == (0, 0, 0), found["faults"]
     assert found["left"] == {"processes": 0, "directories": 0, "cgroups": 0, "mounts": 0, "keeper": None}
 

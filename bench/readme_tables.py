@@ -62,6 +62,7 @@ def rows():
     for name, label in (
         ("eval_tools_demo_kinds.json", "pass@1, kinds of the demo"),
         ("eval_tools.json", "pass@1, 14 kinds"),
+        ("eval_tools_200.json", "pass@1, 14 kinds, 200 tasks each, in process"),
         ("eval_tools_held_out_wording.json", "pass@1, 14 kinds, wordings never seen"),
         ("eval_tools_renamed_tools.json", "pass@1, 14 kinds, tools renamed"),
     ):
@@ -74,6 +75,7 @@ def rows():
             kinds = ", ".join(f"{kind} {score['passed']}" for kind, score in result["kinds"].items())
             yield f"  by kind, of {min(score['total'] for score in result['kinds'].values())}", kinds, *where
     yield from needles()
+    yield from bfcl()
     yield from sandboxes()
     yield from flash()
     yield from kernels()
@@ -158,13 +160,36 @@ def flash():
 
 
 def needles():
-    """Single needles by length, and what the indexer keeps."""
-    result = read("needle.json")
-    if result:
-        where = (result["device"], result["date"][:10], result["commit"], "needle.json")
-        for length, cell in result["needle"]["single"].items():
-            figures = f"{cell['passed']}/{cell['total']} ({100 * cell['low']:.0f}-{100 * cell['high']:.0f} %)"
-            yield f"one needle in {int(length) // 1024}K tokens", figures, *where
+    """Single needles by length, ten facts asked one by one, and what the indexer keeps."""
+    for name in ("needle.json", *(f"needle_ten_{length}.json" for length in (8192, 16384, 32768, 65536))):
+        result = read(name)
+        for variant, label in (("single", "one needle"), ("ten", "one needle of ten, asked one by one,")):
+            for length, cell in ((result or {"needle": {}})["needle"].get(variant) or {}).items():
+                figures = f"{cell['passed']}/{cell['total']} ({100 * cell['low']:.0f}-{100 * cell['high']:.0f} %)"
+                where = (result["device"], result["date"][:10], result["commit"], name)
+                yield f"{label} in {int(length) // 1024}K tokens", figures, *where
+    result = read("recall.json")
+    for length, layers in result["lengths"].items() if result else ():
+        shares = ", ".join(f"{layer['recall']:.1%} (mass {layer['mass']:.1%})" for layer in layers)
+        where = (result["device"], result["date"][:10], result["commit"], "recall.json")
+        yield (
+            f"indexer's recall of full attention's top {result['index_topk']}, {int(length) // 1024}K, by layer",
+            shares,
+            *where,
+        )
+
+
+def bfcl():
+    """The leaderboard's tasks, by its own checkers."""
+    for name, label in (
+        ("bfcl.json", "BFCL"),
+        ("bfcl_constrained.json", "BFCL, constrained"),
+        ("bfcl_multi_turn.json", "BFCL"),
+    ):
+        result = read(name)
+        if result:
+            cells = [f"{category} {cell['passed']}/{cell['total']}" for category, cell in result["categories"].items()]
+            yield f"{label}, right by category", ", ".join(cells), result["device"], result["date"][:10], result["commit"], name
 
 
 def cpu():

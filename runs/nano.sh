@@ -30,12 +30,22 @@ stage() { # NAME MARK COMMAND...: run a command unless its mark is there
 }
 
 export_to() { # WEIGHTS DIRECTORY
-    stage "export of $1" "$2/model.safetensors" "$nautile" train export "$1" --out "$2" --tokenizer "$work/tokenizer"
+    stage "export of $1" "$2/model.safetensors" "$nautile" train export "$1" --out "$2" --tokenizer "$work/tokenizer" \
+        --preset "$work/config.json"
 }
 
-vocabulary() {
+vocabulary() { # and the configuration: nano's, or in a rehearsal one that a CPU trains in seconds, every mechanism on
     mkdir -p "$work/tokenizer"
     cp "$shipped"/tokenizer*.json "$work/tokenizer/"
+    "${PYTHON:-python3}" - "$shipped/config.json" "$work/config.json" "$mode" <<'PY'
+import json, sys
+config = json.load(open(sys.argv[1]))
+if sys.argv[3] == "rehearse":
+    config.update(hidden_size=128, num_hidden_layers=4, num_attention_heads=2, head_dim=64, qk_rope_head_dim=32, o_groups=2,
+                  o_lora_rank=128, compress_ratios=[0, 4, 128, 4, 0], index_n_heads=2, index_head_dim=32, index_topk=128,
+                  n_routed_experts=4, num_experts_per_tok=2, num_hash_layers=1)
+json.dump(config, open(sys.argv[2], "w"), indent=1)
+PY
 }
 
 # Kinds of specialists: requests in words that supervised training does not compose, for what it has mastered teaches nothing more.
@@ -43,6 +53,7 @@ files=reworded_find_file,reworded_rename_file,reworded_count_files,reworded_larg
 data=reworded_lookup_value,reworded_edit_value,reworded_sum_column,reworded_count_lines
 retrieval=reworded_find_definition,reworded_find_line,reworded_read_line,reworded_last_line,reworded_file_length
 device=$(size cuda cpu) workers=$(size 7 1) rows=$(size 32 1)
+model=(--preset "$work/config.json" --device "$device")
 agent=(--qat --reply-tokens "$(size 200 16)" --turns "$(size 6 1)" --workers "$workers" --device "$device")
 
 # 1. A vocabulary: nano's, so that scores can be compared; `nautile train tokenizer --out WORK/tokenizer` makes it anew.
@@ -50,13 +61,13 @@ stage tokenizer "$work/tokenizer/tokenizer.json" vocabulary
 
 # 2. Pretraining, copying exercises and traces; weights are quantisation-aware from the first step.
 stage pretrain "$work/pretrain/weights.safetensors" "$nautile" train pretrain --data "$work/shards/pretrain" \
-    --out "$work/pretrain" --build-tokens "$(size 400000000 4096)" --steps "$(size 6000 1)" --rows "$rows" --device "$device"
+    --out "$work/pretrain" --build-tokens "$(size 400000000 4096)" --steps "$(size 6000 1)" --rows "$rows" "${model[@]}"
 stage practice "$work/practice/weights.safetensors" "$nautile" train practice --data "$work/shards/practice" \
     --out "$work/practice" --init "$work/pretrain/weights.safetensors" --build-tokens "$(size 300000000 4096)" \
-    --steps "$(size 4500 1)" --rows "$rows" --device "$device"
+    --steps "$(size 4500 1)" --rows "$rows" "${model[@]}"
 stage sft "$work/sft/weights.safetensors" "$nautile" train sft --data "$work/shards/sft" --out "$work/sft" \
     --init "$work/practice/weights.safetensors" --build-tokens "$(size 100000000 4096)" --steps "$(size 1500 1)" --rows "$rows" \
-    --device "$device"
+    "${model[@]}"
 
 # 3. Long rows, twice: the indexer alone, then everything with sparse attention.
 before=$work/sft/weights.safetensors
@@ -64,10 +75,10 @@ for length in $(size "16384 65536" "1024 2048"); do
     span=$(size $((length > 16384 ? 4096 : 0)) $((length / 2)))
     stage "indexer $length" "$work/indexer-$length/weights.safetensors" "$nautile" train long --indexer-only \
         --data "$work/shards/long-$length" --out "$work/indexer-$length" --init "$before" --length "$length" --span "$span" \
-        --build-tokens "$(size 20000000 4096)" --steps "$(size 150 1)" --device "$device"
+        --build-tokens "$(size 20000000 4096)" --steps "$(size 150 1)" "${model[@]}"
     stage "long $length" "$work/long-$length/weights.safetensors" "$nautile" train long --data "$work/shards/long-$length" \
         --out "$work/long-$length" --init "$work/indexer-$length/weights.safetensors" --length "$length" --span "$span" \
-        --steps "$(size 200 1)" --device "$device"
+        --steps "$(size 200 1)" "${model[@]}"
     before=$work/long-$length/weights.safetensors
 done
 export_to "$before" "$work/base"

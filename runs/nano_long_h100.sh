@@ -39,7 +39,7 @@ long() { # NAME INIT STAGE SECONDS [OPTIONS]: one stage; with halved spans when 
         say "$name failed with spans of $cut:"; grep -v Warning "$work/$name.log" | tail -n 4
     done
     say "$name:"; grep -v Warning "$work/$name.log" | tail -n 3
-    cat "$work"/*/log.jsonl >"$out/log.jsonl" 2>/dev/null
+    cat "$work"/{indexer,all}-*/log.jsonl >"$out/log.jsonl" 2>/dev/null
 }
 
 leave() { # RUN: its weights in the official layout, in parts that may leave; they take the place of earlier ones
@@ -64,7 +64,7 @@ works() { # MODEL NAME: a sample of tool tasks on the idle cores, seeds that no 
 build >"$work/build.log" 2>&1 &
 builder=$!
 trap 'kill $builder 2>/dev/null' EXIT
-"$python" -m nautile.train.sandbox_check # says what the next call will need; nothing depends on it here
+[[ -z ${KIT:-} ]] || PYTHON=$python "$here/runs/sandbox_kit.sh" install "$KIT" # what the next run will need; nothing here does
 reads before "$nano" $((trials / 4 + 1)) 30
 long indexer-0 "$nano" 0 "${seconds[0]}" --indexer-only
 long all-0 "$work/indexer-0/checkpoint.pt" 0 "${seconds[1]}" --first-shard 3

@@ -34,11 +34,13 @@ install() {
 
 examine() { # the truth: a command in a sandbox, with limits and else without
     "$python" - <<'PY'
-import sys
+import sys, tempfile
+from pathlib import Path
 from nautile.sandbox import MIB, Limits, Sandbox, SandboxError
 for enforced in (True, False):
+    limits = Limits(memory=512 * MIB, pids=128, allow_unenforced=not enforced)
     try:
-        with Sandbox.create("function", limits=Limits(memory=512 * MIB, pids=128, allow_unenforced=not enforced)) as sandbox:
+        with tempfile.TemporaryDirectory() as work, Sandbox.create("function", limits=limits, workspace=Path(work)) as sandbox:
             ran = sandbox.run("echo works; id -u")
         if ran.stdout.split() == ["works", "1000"]:
             print("sandbox:", "ok" if enforced else "ok, but without memory and process limits (--unenforced-limits)")

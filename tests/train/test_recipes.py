@@ -11,6 +11,7 @@ from nautile.cli import app
 from nautile.train.environments import TRAINED
 
 RUNS = Path(__file__).parents[2] / "runs"
+PROGRAM = get_command(app)
 
 
 @pytest.mark.parametrize("script", sorted(RUNS.glob("*.sh")), ids=lambda path: path.name)
@@ -20,7 +21,7 @@ def test_scripts_parse(script):
 
 def parsed(words):
     """The options of a command line, checked by the command itself; nothing is run."""
-    command, context = get_command(app), None
+    command, context = PROGRAM, None
     while hasattr(command, "resolve_command"):
         context = command.make_context("nautile", list(words), parent=context, resilient_parsing=True)
         name, command, words = command.resolve_command(context, list(words))
@@ -33,13 +34,13 @@ def test_every_stage_of_the_recipe_is_a_command(tmp_path):
     )
     stages = [line.partition(": ")[::2] for line in listed.stdout.splitlines()]
     commands = [shlex.split(text) for _, text in stages if text.startswith("nautile ")]
-    names = [parsed(words[1:])[0] for words in commands]
+    found = [parsed(words[1:]) for words in commands]
+    names = [name for name, _ in found]
     assert [name for name in names if name not in ("export", "page")] == [
         "pretrain", "practice", "sft", "long", "long", "long", "long", "grpo", "grpo", "grpo", "distill", "tools",
     ]  # fmt: skip
     assert names.count("export") == 5
-    for words in commands:
-        name, options = parsed(words[1:])
+    for name, options in found:
         if name == "grpo":
             assert set(options["kinds"].split(",")) <= set(TRAINED)
 

@@ -28,7 +28,7 @@ def scripted(job, config):
 
 
 def test_a_killed_worker_goes_on_and_nothing_is_lost(tmp_path):
-    with RolloutWorkers(WorkerConfig(Path(), 2), scripted) as workers:
+    with RolloutWorkers(WorkerConfig(Path(), 2), scripted, "fork") as workers:
         samples = workers.roll_out(Path(), PLAN, tmp_path, RolloutConfig(), {})
         assert [sample.planned for sample in samples] == PLAN
         assert (tmp_path / "worker-01" / "killed").exists()

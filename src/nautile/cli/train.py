@@ -8,11 +8,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nautile.cli import train_agents
+
+if TYPE_CHECKING:
+    from nautile.config import ModelConfig
 
 app = typer.Typer(help="Train a V4 model: tokenizer, data, pretrain, sft, practice, grpo, distill.", no_args_is_help=True)
 app.add_typer(train_agents.app_env, name="env")
@@ -76,7 +79,7 @@ def pretrain(  # noqa: PLR0913
     data: Annotated[Path, typer.Option(help="Shards, or where to write them.")],
     out: Annotated[Path, typer.Option(help="Directory of the run; a checkpoint there is resumed.")],
     init: Annotated[Path | None, typer.Option(help="Start from these weights.")] = None,
-    preset: str = "nano",
+    preset: Annotated[str, typer.Option(help="nano, flash or pro, or a config.json.")] = "nano",
     steps: int | None = None,
     seconds: Annotated[float | None, typer.Option(help="End the stage, schedule included, after this time.")] = None,
     rows: Annotated[int | None, typer.Option(help="Rows of 2,048 tokens a step.")] = None,
@@ -96,7 +99,7 @@ def practice(  # noqa: PLR0913
     data: Annotated[Path, typer.Option(help="Shards, or where to write them.")],
     out: Annotated[Path, typer.Option(help="Directory of the run; a checkpoint there is resumed.")],
     init: Annotated[Path, typer.Option(help="Weights to continue from: a file of a stage, or a model directory.")],
-    preset: str = "nano",
+    preset: Annotated[str, typer.Option(help="nano, flash or pro, or a config.json.")] = "nano",
     steps: int | None = None,
     seconds: Annotated[float | None, typer.Option(help="End the stage, schedule included, after this time.")] = None,
     rows: Annotated[int | None, typer.Option(help="Rows of 2,048 tokens a step.")] = None,
@@ -120,7 +123,7 @@ def sft(  # noqa: PLR0913
     data: Annotated[Path, typer.Option(help="Shards, or where to write them.")],
     out: Annotated[Path, typer.Option(help="Directory of the run; a checkpoint there is resumed.")],
     init: Annotated[Path, typer.Option(help="Weights of the pretraining stage.")],
-    preset: str = "nano",
+    preset: Annotated[str, typer.Option(help="nano, flash or pro, or a config.json.")] = "nano",
     steps: int | None = None,
     seconds: Annotated[float | None, typer.Option(help="End the stage, schedule included, after this time.")] = None,
     rows: Annotated[int | None, typer.Option(help="Rows of 2,048 tokens a step.")] = None,
@@ -142,7 +145,7 @@ def long(  # noqa: PLR0913
     out: Annotated[Path, typer.Option(help="Directory of the run; a checkpoint there is resumed.")],
     init: Annotated[Path, typer.Option(help="Weights to continue from: a file of a stage, or a model directory.")],
     indexer_only: Annotated[bool, typer.Option("--indexer-only", help="Dense attention; train the indexer alone.")] = False,
-    preset: str = "nano",
+    preset: Annotated[str, typer.Option(help="nano, flash or pro, or a config.json.")] = "nano",
     length: Annotated[int, typer.Option(help="Tokens of a row, as the shards have.")] = 16_384,
     span: Annotated[
         int | None, typer.Option(help="Tokens in memory at once, computed twice. Default: 4,096 in rows over 16,384, else all.")
@@ -177,33 +180,41 @@ def export(
     weights: Annotated[Path, typer.Argument(help="weights.safetensors or checkpoint.pt of a stage.")],
     out: Annotated[Path, typer.Option(help="Directory for the official layout.")],
     tokenizer: Annotated[Path, typer.Option(help="Directory whose tokenizer files are copied.")],
-    preset: str = "nano",
+    preset: Annotated[str, typer.Option(help="nano, flash or pro, or a config.json.")] = "nano",
 ) -> None:
     """Write a stage's weights as an official checkpoint (FP4 experts, FP8 linears).
 
     Example: nautile train export runs/out/sft/weights.safetensors --out model --tokenizer src/nautile/weights/nano
     """
     from nautile.checkpoint import save_model  # noqa: PLC0415
-    from nautile.config import ModelConfig  # noqa: PLC0415
     from nautile.train import stages  # noqa: PLC0415
     from nautile.train.vocabulary import check_same  # noqa: PLC0415
 
     check_same(weights, tokenizer)
-    model = stages.load_weights(ModelConfig.preset(preset), weights, "cpu")
+    model = stages.load_weights(_configuration(preset), weights, "cpu")
     written = save_model(model, out, tokenizer_dir=tokenizer)
     typer.echo(f"{out}: {written.tensors} tensors, {written.nbytes / 1e6:.1f} MB, largest rounding {written.rounding}")
+
+
+def _configuration(name: str) -> ModelConfig:
+    """A preset, or what a config.json says."""
+    from nautile.config import ConfigError, ModelConfig  # noqa: PLC0415
+
+    try:
+        return ModelConfig.from_json(Path(name)) if name.endswith(".json") else ModelConfig.preset(name)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error), param_hint="--preset") from None
 
 
 def _stage(name: str, run: _Run, **changes: float | None) -> None:
     import torch  # noqa: PLC0415
 
-    from nautile.config import ModelConfig  # noqa: PLC0415
     from nautile.engine.costs import train_flops_per_token  # noqa: PLC0415
     from nautile.train import stages, vocabulary  # noqa: PLC0415
     from nautile.train.packing import stage_named  # noqa: PLC0415
 
     known = vocabulary.check_same(run.data, run.init) if run.init is not None else vocabulary.digest_beside(run.data)
-    config, builder = ModelConfig.preset(run.preset), None
+    config, builder = _configuration(run.preset), None
     if run.index_topk is not None:
         config = dataclasses.replace(config, index_topk=run.index_topk)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if run.device == "auto" else run.device

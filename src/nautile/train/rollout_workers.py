@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nautile.train.rollout import Planned, RolloutConfig, RolloutError, Sample, roll_out
 
@@ -55,9 +55,14 @@ class Job:
 class RolloutWorkers:
     """Start with ``with``; ``roll_out`` as often as wanted. ``work`` makes the samples of one job in a worker."""
 
-    def __init__(self, config: WorkerConfig, work: Callable[[Job, WorkerConfig], list[Sample]] | None = None) -> None:
+    def __init__(
+        self,
+        config: WorkerConfig,
+        work: Callable[[Job, WorkerConfig], list[Sample]] | None = None,
+        start_method: Literal["spawn", "fork"] = "spawn",  # a trainer holds threads and a device, which must not be forked
+    ) -> None:
         self.config, self._work = config, work or _rolled
-        self._context = multiprocessing.get_context("spawn")  # the trainer holds threads and a device, which must not be forked
+        self._context: Any = multiprocessing.get_context(start_method)
         self._answers: Any = self._context.Queue()
         self._processes: list[Any] = []
         self._jobs: list[Any] = []

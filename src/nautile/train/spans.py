@@ -58,7 +58,7 @@ class _Row:
 
 def _again(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call it, keep its arguments alone, call it again in the backward pass."""
-    return checkpoint(function, *arguments, use_reentrant=False)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def block_in_spans(block: Block, streams: Tensor, chunk: Chunk, span: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

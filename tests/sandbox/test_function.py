@@ -7,13 +7,26 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from agent.processes import gone, running
-from nautile.sandbox import MIB, Limits, Sandbox
+from nautile.sandbox import MIB, InvalidRequest, Limits, Sandbox
 from nautile.sandbox import function as module
+from nautile.sandbox import worker as worker_module
 
 
 def pids_of(sandbox):
-    return {worker.process.pid for worker in sandbox.driver._all}
+    return {worker.process.pid for worker in list(sandbox.driver._all)}
+
+
+def settled(sandbox, workers=1):
+    """The workers' processes, when the one that comes with the second call has come."""
+    assert sandbox.run("true").ok and sandbox.run("true").ok
+    deadline = time.monotonic() + 20
+    while len(pids_of(sandbox)) < workers + 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(pids_of(sandbox)) == workers + 1
+    return pids_of(sandbox)
 
 
 def test_files_are_gone_after_the_call(function):
@@ -61,11 +74,17 @@ def test_system_v_objects_cannot_be_left(function):
 
 
 def test_the_worker_cannot_be_harmed(function):
-    before = pids_of(function)
+    before = settled(function)
     source = """
-import os, signal
-for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, signal.SIGSEGV):
+import os, resource
+for number in range(1, 65):
     os.kill(1, number)
+try:
+    resource.prlimit(1, resource.RLIMIT_CPU, (1, 1))  # after which the kernel would kill it
+    print('limited')
+except PermissionError:
+    resource.prlimit(1, resource.RLIMIT_CPU)
+    resource.prlimit(0, resource.RLIMIT_CPU, (60, 60))
 for path in ('/proc/1/mem', '/proc/1/environ', '/proc/1/fd', '/proc/1/maps'):
     try:
         (os.listdir if path.endswith('fd') else lambda p: open(p, 'rb').read())(path)
@@ -77,7 +96,79 @@ print(sorted(os.listdir('/proc/self/fd')))
     assert function.python(source).stdout == "['0', '1', '2', '3']\n"  # 3 is the listing's own
     assert function.run("kill -9 -1; echo never").stdout in ("", "never\n")
     assert function.run("echo alive").stdout == "alive\n"
-    assert pids_of(function) == before  # it is the same worker still
+    assert pids_of(function) == before  # they are the same workers still
+
+
+def test_how_a_call_is_scheduled_is_not_what_another_one_set():
+    """The tenant has the user id of process 1, whose forks inherit its niceness, class and processors."""
+    look = "import os; print(os.getpriority(0, 0), os.sched_getscheduler(0), sorted(os.sched_getaffinity(0)))"
+    with Sandbox.create("function") as sandbox:
+        usual = sandbox.python(look).stdout
+        for harm in (
+            "os.setpriority(os.PRIO_PROCESS, 1, 19)",
+            "os.setpriority(os.PRIO_USER, os.getuid(), 5)",
+            "os.sched_setscheduler(1, os.SCHED_BATCH, os.sched_param(0))",
+            "os.sched_setaffinity(1, {min(os.sched_getaffinity(0))})",
+        ):
+            assert sandbox.python(f"import os; {harm}").ok
+            assert {sandbox.python(look).stdout for _ in range(3)} == {usual}, harm
+
+
+def test_a_program_finds_what_a_python_of_its_own_would_give_it(function):
+    source = """
+import gc, os, signal, sys
+interrupts = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+print(gc.isenabled(), sys.stdin.seekable(), sys.stdout.seekable(), interrupts)
+with open('/proc/self/fd/0', 'rb', 0) as given:
+    print(given.read())
+try:
+    os.write(os.open('/proc/self/fd/0', os.O_WRONLY), b'x')
+except PermissionError:
+    print(sys.stdin.read(), sys.argv)
+"""
+    result = function.python(source, ["a b"], stdin="given")
+    assert result.stdout == "True False False True\nb'given'\ngiven ['-c', 'a b']\n", result.stderr
+    result = function.run("yes | head -1")
+    assert (result.stdout, result.stderr, result.exit_code) == ("y\n", "", 0)  # SIGPIPE ends a command, as in a shell
+
+
+def test_calls_of_any_length_arrive_and_those_too_long_are_refused(function):
+    long = "x" * 3_000_000
+    assert function.python(f"print(len({long!r}))").stdout == "3000000\n"
+    with pytest.raises(InvalidRequest, match="give data as stdin"):
+        function.python("#" * 2**24)
+    assert function.run("wc -c", stdin=b"y" * 5_000_000).stdout == "5000000\n"
+
+
+def test_output_comes_while_the_call_runs_and_a_caller_that_fails_loses_the_worker_only(function):
+    class CallerError(Exception):
+        pass
+
+    def fail(name, data):
+        raise CallerError(name, data)
+
+    began = time.monotonic()
+    with pytest.raises(CallerError) as failure:
+        function.run("echo out; sleep 30", on_output=fail)
+    assert failure.value.args == ("stdout", b"out\n") and time.monotonic() - began < 20
+    assert function.run("echo next").stdout == "next\n"
+
+
+def test_a_time_limit_that_comes_as_the_call_ends_does_not_reach_the_next_one(function):
+    for _ in range(12):
+        first = function.run("sleep 0.01", timeout=0.012)
+        assert first.ok or first.timed_out
+        assert function.run("sleep 0.02; echo whole").stdout == "whole\n"
+
+
+def test_a_worker_that_its_tenant_starves_is_ended_from_outside(monkeypatch):
+    monkeypatch.setattr(worker_module, "_ANSWER_LIMIT", 0.1)
+    with Sandbox.create("function") as sandbox:
+        (worker,) = sandbox.driver._all
+        threading.Timer(0.1, worker.group.freeze, (True,)).start()
+        result = sandbox.run("sleep 30", timeout=0.4)
+        assert result.timed_out and result.exit_code == 137 and result.infrastructure_error is None
+        assert sandbox.run("echo next").stdout == "next\n" and worker not in sandbox.driver._all
 
 
 def test_a_killed_worker_is_an_infrastructure_error_and_is_replaced():
@@ -103,14 +194,27 @@ def test_callers_share_the_workers():
         for thread in threads:
             thread.join()
         assert results == [f"{index}\n" for index in range(12)]
-        assert len(pids_of(sandbox)) == 2
+        assert len(settled(sandbox, workers=2)) == 3
+
+
+def test_no_more_calls_run_at_once_than_were_asked_for(tmp_path):
+    with Sandbox.create("function", workspace=tmp_path) as sandbox:
+        settled(sandbox)
+        script = "mkdir running || echo together; sleep 0.05; rmdir running"
+        threads = [threading.Thread(target=lambda: results.append(sandbox.run(script).stdout)) for _ in range(4)]
+        results = []
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert results == [""] * 4
 
 
 def test_a_worker_retires(monkeypatch):
     monkeypatch.setattr(module, "_RECYCLE", 3)
     with Sandbox.create("function") as sandbox:
         (first,) = pids_of(sandbox)
-        for _ in range(3):
+        for _ in range(6):  # three for each of two
             assert sandbox.run("true").ok
         assert sandbox.run("echo next").stdout == "next\n"
         assert first not in pids_of(sandbox)

@@ -126,7 +126,7 @@ class Sandbox:
         """Run a command to its end: a string with ``sh -c``, a list as it is. ``timeout`` in seconds.
 
         What it started is killed when it ends, or at its time limit. ``on_output("stdout" | "stderr", bytes)`` gets the
-        output as it comes (function: at the end). A failing command and a failing sandbox are both in the result.
+        output as it comes. A failing command and a failing sandbox are both in the result.
         ``idempotent``: with a log, it may run again if nobody can say whether it ran.
         """
         argv = ("/bin/sh", "-c", command) if isinstance(command, str) else tuple(command)

@@ -247,18 +247,6 @@ def agreement(native, tokenizer, traces=16):
     return {"tokens": total, "same_choice": same / total}
 
 
-def active_bytes(model):
-    """Bytes of weights that one decoded token reads with bfloat16 weights (mHC and router stay float32)."""
-    config, total = model.config, 0
-    for name, weight in model.state_dict().items():
-        if name.startswith("mtp.") or name == "embed.weight":
-            continue
-        share = config.num_experts_per_tok / config.n_routed_experts if ".experts." in name and "shared" not in name else 1
-        wide = "hc_" in name or "gate.weight" in name or weight.dim() == 1
-        total += 0 if "tid2eid" in name else weight.numel() * share * (4 if wide else 2)
-    return int(total + model.embed.weight.numel() * 2)  # the head
-
-
 def bars(result, dtype):
     """Each bar of the CPU path for one type: what is wanted, what was measured. Bars whose part did not run are not there."""
     decode, long = result.get("decode_tokens_per_second"), result.get("long_context", {}).get(dtype)
@@ -350,7 +338,8 @@ def main() -> None:
         "dtype": "float32, bfloat16: native, weights and rows of that type; transformers, modules, numpy: float32",
         "context": CONTEXT,
         "load_seconds": loaded,
-        "active_bytes_bfloat16": active_bytes(model),
+        "active_weight_bytes": cpu_parts.active_bytes(model.config),
+        "packed_weight_bytes": {name: run.packed.weight_bytes for name, run in native.items()},
         "bars": {name: bars(result, name) for name in native},
         "roofline": {name: roofline(result, model.config, name) for name in native},
     }

@@ -23,7 +23,7 @@ __all__ = ["NativeRunner", "NativeUnavailable"]
 
 KINDS = {
     "float32": Kinds(index="sifted"),
-    "bfloat16": Kinds(main="split", experts="bfloat16", head="bfloat16", attention="bfloat16", index="int8"),
+    "bfloat16": Kinds(main="split", output="split", experts="bfloat16", head="bfloat16", attention="bfloat16", index="int8"),
 }
 
 

@@ -25,7 +25,8 @@ inline void Runner::route(const Share& s, const Layer& layer, int token) {
     float* p = s.t->gate.get() + (int64_t)token * layer.gate.tiles * LANES;
     int* chosen = s.t->route.get() + token * k;
     float* weight = s.t->route_weights.get() + token * k;
-    for (int e = 0; e < n; e++) p[e] = std::sqrt(std::max(p[e], 0.0f) + std::log1p(std::exp(-std::fabs(p[e]))));
+    for (int e = 0; e < n; e += LANES) store_some(p + e, softplus(load_some(p + e, n - e)), n - e);
+    for (int e = 0; e < n; e++) p[e] = std::sqrt(p[e]);
     if (layer.t.table) {
         for (int j = 0; j < k; j++) chosen[j] = (int)layer.t.table[ids_[token] * k + j];
     } else {
@@ -62,6 +63,12 @@ inline void Runner::group_by_expert(const Share& s) {
     }
 }
 
+// The first expert from `e` on that has rows of this member's; one more than the last where none has.
+inline int Runner::next_expert(const Share& s, int e) const {
+    while (e <= s_.experts && s.m->expert_first[e] == s.m->expert_first[e + 1]) e++;
+    return e;
+}
+
 // hidden = weight * silu(min(gate, L)) * clip(up, -L, L), one operand row a slot.
 inline void Runner::expert_up(const Share& s, const Layer& layer) {
     const int k = (int)s_.chosen, kind = (int)s_.expert_kind;
@@ -72,10 +79,13 @@ inline void Runner::expert_up(const Share& s, const Layer& layer) {
         const Matrix& up = layer.experts[e].up;
         const int *slots = s.m->expert_slots.data() + s.m->expert_first[e], count = s.m->expert_first[e + 1] - s.m->expert_first[e];
         if (!count) continue;
-        Range panels = s.panels(up);
+        const Range panels = s.panels(up);
+        const int next = next_expert(s, e + 1);
+        if (next <= s_.experts) fetch_panel(layer.experts[next].up, panels.begin);
+        else fetch_panel(layer.experts[next_expert(s, 0)].down, s.panels(layer.experts[0].down).begin);
         for (int p = panels.begin; p < panels.end; p++)
-            for (int i = 0; i < count; i += ROWS) {
-                int rows = std::min(ROWS, count - i);
+            for (int i = 0; i < count; i += TALL) {
+                int rows = std::min(TALL, count - i);
                 multiply_panel(
                     up, p, input.low, rows, [&](int r) { return input.row(slots[i + r] / (k + 1)); },
                     [&](int r) { return product + r * KEYS; }, false);
@@ -103,6 +113,7 @@ inline void Runner::expert_down(const Share& s, const Layer& layer) {
     for (int m = s.rows.begin; m < s.rows.end; m++) std::fill(y_.get() + m * d_ + begin, y_.get() + m * d_ + std::max(begin, end), 0.0f);
     for (int e = 0; e <= s_.experts; e++) {
         const int *slots = s.m->expert_slots.data() + s.m->expert_first[e], count = s.m->expert_first[e + 1] - s.m->expert_first[e];
+        if (const int next = next_expert(s, e + 1); count && next <= s_.experts) fetch_panel(layer.experts[next].down, panels.begin);
         for (int p = panels.begin; count && p < panels.end; p++)
             multiply_panel(
                 layer.experts[e].down, p, hidden.low, count, [&](int r) { return hidden.row(slots[r]); },

@@ -25,8 +25,8 @@ _int, _double, _pointer = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
 _SHAPE = (
     "vocabulary", "hidden", "layers", "heads", "head_dim", "rotated", "q_rank", "groups", "o_rank", "window", "index_heads",
-    "index_dim", "index_topk", "experts", "chosen", "inner", "streams", "iterations", "main_kind", "expert_kind", "head_kind",
-    "attention_kind", "index_kind", "quantise_kv", "quantise_index",
+    "index_dim", "index_topk", "experts", "chosen", "inner", "streams", "iterations", "main_kind", "output_kind", "expert_kind",
+    "head_kind", "attention_kind", "index_kind", "quantise_kv", "quantise_index", "narrow",
 )  # fmt: skip
 _POOLS = ("csa", "index", "hca", "window", "csa_kv", "csa_gate", "index_kv", "index_gate", "hca_kv", "hca_gate")
 
@@ -98,19 +98,21 @@ class Kinds:
     rows as a high and a low bfloat16 part, 16 bits together). Indexer keys may also be "int8": bytes with a scale a key; or
     "sifted": float32 scores, but only of keys that bounds on their 8-bit scores do not rule out, which changes no choice."""
 
-    main: str = "float32"
+    main: str = "float32"  # what attention's queries and keys are made with
+    output: str = "float32"  # its output projections
     experts: str = "float32"
     head: str = "float32"
     attention: str = "float32"
     index: str = "float32"
+    narrow: bool = True  # keep weights in 8 or 4 bits where these stand for exactly the same numbers (AVX-512 only)
 
     NUMBER: ClassVar[Mapping[str, int]] = {"float32": 0, "bfloat16": 1, "split": 2, "int8": 3, "sifted": 4}
 
     def numbers(self) -> dict[str, int]:
         """The fields of Shape in model.h."""
-        names = {"main_kind": self.main, "expert_kind": self.experts, "head_kind": self.head}
+        names = {"main_kind": self.main, "output_kind": self.output, "expert_kind": self.experts, "head_kind": self.head}
         names |= {"attention_kind": self.attention, "index_kind": self.index}
-        return {field: self.NUMBER[kind] for field, kind in names.items()}
+        return {"narrow": int(self.narrow), **{field: self.NUMBER[kind] for field, kind in names.items()}}
 
 
 class _Library:
@@ -123,6 +125,7 @@ class _Library:
             raise NativeUnavailable(f"the compiled kernels do not load: {error}") from error
         self.model = self._function("nautile_model", _pointer, [_pointer] * 5)
         self.free_model = self._function("nautile_free_model", None, [_pointer])
+        self.weight_bytes = self._function("nautile_weight_bytes", _int, [_pointer])
         self.runner = self._function("nautile_runner", _pointer, [_pointer, _int, _pointer])
         self.free_runner = self._function("nautile_free_runner", None, [_pointer])
         self.step = self._function("nautile_step", _int, [_pointer, _pointer, _int, *[_pointer] * 5])
@@ -166,6 +169,11 @@ class NativeModel:
         if not self.handle:
             raise MemoryError("not enough memory to pack the weights")
         weakref.finalize(self, self.library.free_model, self.handle)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the packed matrices: what lies on an FP8 or FP4 grid takes 8 or 4 bits (``Kinds.narrow``)."""
+        return int(self.library.weight_bytes(self.handle))
 
     def _point(
         self,

@@ -46,15 +46,16 @@ class Slab {
         const int64_t bytes = (count * (int64_t)sizeof(T) + 64 + 63) / 64 * 64;
         if (bytes > left_) chunks_.push_back(allocate<char>(left_ = bytes > CHUNK ? bytes : CHUNK)), next_ = chunks_.back().get();
         T* taken = (T*)next_;
-        next_ += bytes, left_ -= bytes;
+        next_ += bytes, left_ -= bytes, taken_ += bytes;
         return taken;
     }
+    int64_t taken() const { return taken_; }  // bytes
 
   private:
     static constexpr int64_t CHUNK = 8 * LARGE_PAGE - 64;
     std::vector<Buffer<char>> chunks_;
     char* next_ = nullptr;
-    int64_t left_ = 0;
+    int64_t left_ = 0, taken_ = 0;
 };
 
 }  // namespace nautile

@@ -8,8 +8,8 @@ namespace nautile {
 // Whole numbers of the configuration, in the order of `Shape` in library.py.
 struct Shape {
     int64_t vocabulary, hidden, layers, heads, head_dim, rotated, q_rank, groups, o_rank, window, index_heads, index_dim, index_topk;
-    int64_t experts, chosen, inner, streams, iterations, main_kind, expert_kind, head_kind, attention_kind, index_kind;
-    int64_t quantise_kv, quantise_index;
+    int64_t experts, chosen, inner, streams, iterations, main_kind, output_kind, expert_kind, head_kind, attention_kind, index_kind;
+    int64_t quantise_kv, quantise_index, narrow;  // narrow: weights in 8 and 4 bits where they lie on such a grid
 };
 struct Numbers {
     double eps, norm_eps, limit, routed_scale;
@@ -65,12 +65,12 @@ class Model {
   public:
     Model(const Shape& shape, const Numbers& numbers, const GlobalTensors& globals, const LayerTensors* layers, const int64_t* ratios)
         : shape(shape), numbers(numbers), t(globals) {
-        head_ = Matrix(slab_, (int)shape.head_kind, (int)shape.vocabulary, (int)shape.hidden);
-        head_.put(globals.head, 0, (int)shape.vocabulary);
+        head_ = single(shape.head_kind, globals.head, (int)shape.vocabulary, (int)shape.hidden);
         fn_.put(slab_, globals.fn, (int)shape.streams, shape.streams * shape.hidden);
         int seen[129] = {};
         for (int i = 0; i < shape.layers; i++) this->layers.push_back(pack(layers[i], (int)ratios[i], seen[ratios[i]]++));
     }
+    int64_t weight_bytes() const { return slab_.taken(); }
     const Matrix& head() const { return head_; }
     const Padded& fn() const { return fn_; }
     Mixing mixing() const { return {(int)shape.streams, (int)shape.iterations, (float)numbers.eps, (float)numbers.norm_eps}; }
@@ -89,8 +89,8 @@ class Model {
         pack_inputs(layer);
         int d = (int)shape.hidden, c = (int)shape.head_dim, groups = (int)shape.groups, slice = (int)(shape.heads * c / groups);
         for (int g = 0; g < groups; g++)
-            layer.wo_a.push_back(single(shape.main_kind, t.wo_a + g * shape.o_rank * slice, (int)shape.o_rank, slice));
-        layer.wo_b = single(shape.main_kind, t.wo_b, d, (int)(groups * shape.o_rank));
+            layer.wo_a.push_back(single(shape.output_kind, t.wo_a + g * shape.o_rank * slice, (int)shape.o_rank, slice));
+        layer.wo_b = single(shape.output_kind, t.wo_b, d, (int)(groups * shape.o_rank));
         layer.gate = single(WIDE, t.gate, (int)shape.experts, d);
         int64_t size = shape.inner * shape.hidden;
         for (int64_t e = 0; e < shape.experts; e++) layer.experts.push_back(expert(t.w1 + e * size, t.w3 + e * size, t.w2 + e * size));
@@ -99,44 +99,47 @@ class Model {
     }
 
     Matrix single(int64_t kind, const float* weight, int outputs, int inputs) {
-        Matrix matrix(slab_, (int)kind, outputs, inputs);
-        matrix.put(weight, 0, outputs);
-        return matrix;
+        return joined(kind, outputs, inputs, {{weight, 0, outputs}});
+    }
+    Matrix joined(int64_t kind, int outputs, int inputs, const std::vector<Source>& sources) {
+        return Matrix(slab_, (int)kind, shape.narrow != 0, outputs, inputs, sources);
     }
 
     void pack_inputs(Layer& layer) {
         const LayerTensors& t = layer.t;
         int width = layer.ratio == 4 ? 2 : 1, c = (int)shape.head_dim, ci = (int)shape.index_dim;
-        struct Part { const float* weight; int rows; int* at; };
+        struct Input { const float* weight; int rows; int* at; };
         InputColumns& at = layer.at;
-        const Part parts[] = {
+        const Input inputs[] = {
             {t.wq_a, (int)shape.q_rank, &at.q}, {t.wkv, c, &at.kv},
             {layer.ratio ? t.comp_wkv : nullptr, width * c, &at.entry_kv}, {layer.ratio ? t.comp_wgate : nullptr, width * c, &at.entry_gate},
             {t.index_wkv, 2 * ci, &at.index_kv}, {t.index_wgate, 2 * ci, &at.index_gate},
             {t.index_weights, (int)shape.index_heads, &at.index_weights},
         };
-        for (const Part& part : parts)
-            if (part.weight) *part.at = at.all, at.all += (int)round_up(part.rows, LANES);
-        layer.inputs = Matrix(slab_, (int)shape.main_kind, at.all, (int)shape.hidden);
-        for (const Part& part : parts)
-            if (part.weight) layer.inputs.put(part.weight, *part.at, part.rows);
+        std::vector<Source> parts;
+        for (const Input& input : inputs)
+            if (input.weight) {
+                *input.at = at.all, at.all += (int)round_up(input.rows, LANES);
+                parts.push_back({input.weight, *input.at, input.rows});
+            }
+        layer.inputs = joined(shape.main_kind, at.all, (int)shape.hidden, parts);
         int queries = (int)(shape.heads * c);
         layer.index_column = (int)round_up(queries, LANES);
         int all = t.index_wq_b ? layer.index_column + (int)(shape.index_heads * ci) : queries;
-        layer.queries = Matrix(slab_, (int)shape.main_kind, all, (int)shape.q_rank);
-        layer.queries.put(t.wq_b, 0, queries);
-        if (t.index_wq_b) layer.queries.put(t.index_wq_b, layer.index_column, (int)(shape.index_heads * ci));
+        parts = {{t.wq_b, 0, queries}};
+        if (t.index_wq_b) parts.push_back({t.index_wq_b, layer.index_column, (int)(shape.index_heads * ci)});
+        layer.queries = joined(shape.main_kind, all, (int)shape.q_rank, parts);
     }
 
     Expert expert(const float* gate, const float* up, const float* down) {
         int inner = (int)shape.inner, d = (int)shape.hidden, tiles = (inner + LANES - 1) / LANES;
-        Expert out{Matrix(slab_, (int)shape.expert_kind, 2 * tiles * LANES, d), single(shape.expert_kind, down, d, inner)};
+        std::vector<Source> parts;
         for (int t = 0; t < tiles; t++) {
             int count = std::min(LANES, inner - t * LANES);
-            out.up.put(gate + (int64_t)t * LANES * d, 2 * t * LANES, count);
-            out.up.put(up + (int64_t)t * LANES * d, (2 * t + 1) * LANES, count);
+            parts.push_back({gate + (int64_t)t * LANES * d, 2 * t * LANES, count});
+            parts.push_back({up + (int64_t)t * LANES * d, (2 * t + 1) * LANES, count});
         }
-        return out;
+        return {joined(shape.expert_kind, 2 * tiles * LANES, d, parts), single(shape.expert_kind, down, d, inner)};
     }
 
     Slab slab_;  // of all weights

@@ -15,6 +15,7 @@ Model* nautile_model(const Shape* shape, const Numbers* numbers, const GlobalTen
     }
 }
 void nautile_free_model(Model* model) { delete model; }
+int64_t nautile_weight_bytes(const Model* model) { return model->weight_bytes(); }
 
 Runner* nautile_runner(const Model* model, int64_t threads, const Pools* pools) {
     try {

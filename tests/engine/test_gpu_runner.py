@@ -1,7 +1,7 @@
 """Packed weights: the decode pieces against the modules, on the card or on the CPU, wherever experts lie."""
 
 import json
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -13,9 +13,10 @@ from nautile.checkpoint import load_model
 from nautile.checkpoint.errors import CheckpointError
 from nautile.checkpoint.layout import entries, scale_name, stored_tensors
 from nautile.checkpoint.shards import ShardWriter
-from nautile.engine import Engine, EngineConfig, EngineError, SamplingParams
+from nautile.engine import Engine, EngineConfig, EngineError, SamplingParams, gpu_runner
 from nautile.engine.decode_step import DecodeStep
 from nautile.engine.expert_dispatch import Dispatch, Speeds, divide, fitted
+from nautile.engine.expert_prefill import ExpertGroups
 from nautile.engine.fill import fill_from_checkpoint
 from nautile.engine.gpu_runner import GPURunner
 from nautile.engine.packed import load_packed
@@ -133,6 +134,45 @@ def test_copies_ahead_change_no_number(config, ids, device, guess, monkeypatch):
         assert counts.foreseen > 0.6 * ahead
 
 
+class Played:
+    """A stream, an event or a graph of a card that is not there: a graph calls what it captured."""
+
+    def __init__(self, call=None):
+        self.replay = call
+
+    def record(self):
+        pass
+
+    synchronize = record
+
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.mark.parametrize(("on_card", "ahead"), [(64, 0), (26, 0), (26, 2)])
+def test_what_is_captured_is_replayed_in_order(config, ids, on_card, ahead, monkeypatch):
+    """The graphs of a card, played by calls: the same numbers as without them."""
+    own, logits = packed(config, on_card, staging=12), []
+    for captured in (False, True):
+        if captured:
+            monkeypatch.setattr(gpu_runner, "_captured", lambda call, pool: Played(call))
+            for name in ("Stream", "current_stream", "synchronize", "graph_pool_handle"):
+                monkeypatch.setattr(torch.cuda, name, lambda *_: Played())
+            monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+            begin = gpu_runner._Graphs.__init__
+
+            def as_on_a_card(self, *arguments, begin=begin):
+                begin(self, *arguments)
+                self._arrived, self._guessed = Played(), Played()
+                self._ahead = Played() if ahead else None
+
+            monkeypatch.setattr(gpu_runner._Graphs, "__init__", as_on_a_card)
+        pool = StatePool(config, OPTIONS)
+        runner = GPURunner(own, pool, Dispatch(own.store, None, Speeds(1.0, 1.0), ahead))
+        logits.append(feed(runner, pool, ids, 3, (2, 9)))
+    assert torch.equal(*logits)
+
+
 def test_hash_layers_are_foreseen_exactly(ids):
     """Their experts depend on the token alone."""
     hashed = flash_config(num_hash_layers=4)
@@ -158,8 +198,51 @@ def test_the_indexer_selects(ids):
     """With fewer entries to choose than there are, decode pieces and modules choose the same."""
     config = flash_config(index_topk=16)
     weights, pools = packed(config, seed=1), [StatePool(config, OPTIONS) for _ in range(2)]
-    modules = feed(TorchRunner(network(weights, torch.float32), pools[0]), pools[0], ids, 6)
-    agree(feed(GPURunner(weights, pools[1]), pools[1], ids, 6), modules, "cpu", exact=True)
+    modules = feed(TorchRunner(network(weights, torch.float32), pools[0]), pools[0], ids, 4)
+    agree(feed(GPURunner(weights, pools[1]), pools[1], ids, 4), modules, "cpu", exact=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("on_card", "slice_tokens", "staging"), [(64, 512, 8), (20, 37, 8), (20, 512, 2)])
+def test_a_prompt_is_the_modules(ids, device, on_card, slice_tokens, staging):
+    """Every row of the prompt, in chunks that begin and end anywhere, slices within them, groups of experts in turn."""
+    config = flash_config(index_topk=16)
+    weights = packed(config, on_card, staging=staging, device=device)
+    dispatch = Dispatch(weights.store, HostTeam(1, 128, 128, config.swiglu_limit), Speeds(1.0, 1.0))
+    logits = []
+    for kind in ("modules", "slices"):
+        pool = StatePool(config, OPTIONS, device)
+        model = network(weights)
+        runner = (
+            TorchRunner(model, pool)
+            if kind == "modules"
+            else GPURunner(weights, pool, dispatch, model, slice_tokens=slice_tokens)
+        )
+        sequence, found = pool.open([0]), []
+        for part in (300,) if kind == "modules" else (2, 127, 171):
+            row = tuple(ids[0][sequence.length : sequence.length + part])
+            pool.ensure(sequence, part)
+            found.append(runner.step(Plan((Piece(sequence, row, "all"),))).cpu())
+            pool.append(sequence, row)
+        logits.append(torch.cat(found))
+    agree(*logits, device, exact=True)
+
+
+@given(st.integers(1, 24), st.integers(1, 4), st.sampled_from([0, 5, 12, 16]), st.integers(0, 2**31))
+@settings(max_examples=8, deadline=None)
+def test_groups_of_experts_are_the_formula(tokens, chosen, on_card, seed):
+    """Whatever is chosen and wherever it lies; what one token gets does not depend on the others."""
+    torch.manual_seed(seed)
+    config = flash_config((0,), num_experts_per_tok=chosen)
+    store = packed(config, on_card, staging=4).store
+    x, shares = torch.randn(tokens, 128), torch.rand(tokens, chosen)
+    experts = torch.stack([torch.randperm(16)[:chosen] for _ in range(tokens)])
+    groups = ExpertGroups(store)
+    groups.begin_chunk()
+    groups.begin_layer(0, tokens)
+    out = groups.run(0, x, experts, shares)
+    torch.testing.assert_close(out, store.run(0, x, experts, shares))
+    torch.testing.assert_close(groups.run(0, x[-1:], experts[-1:], shares[-1:])[0], out[-1])
 
 
 def test_each_expert_goes_where_it_ends_first():

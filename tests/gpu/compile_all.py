@@ -26,9 +26,10 @@ POINTERS = {
 }  # fmt: skip
 TYPES = {name: f"*{kind}" for kind, names in POINTERS.items() for name in names.split()}
 SCALARS = (
-    "near_count far_count heads splits tiles near_tiles far_tiles k per maxima inner hidden top pairs most experts size rows"
+    "stride tokens together near_count far_count heads splits tiles near_tiles far_tiles k per maxima inner hidden top pairs "
+    "most experts size"
 )
-TYPES |= dict.fromkeys(SCALARS.split(), "i32") | {"scale": "fp32", "limit": "fp32"}
+TYPES |= dict.fromkeys(SCALARS.split(), "i32") | {"rows": "i32", "scale": "fp32", "limit": "fp32"}
 WORDS = dict.fromkeys(["near", "far", "w1", "w3", "w2", "wa", "sa", "wb", "sb"], "*i32")  # kernels that read words
 PLAIN, NUMBER, FLOATS = {"near": "*bf16", "far": "*bf16"}, {"count": "i32"}, {"out": "*fp32"}
 BLOCK = {"C": 512, "PLAIN": 448, "BLOCK_H": 0, "BLOCK_N": 0}
@@ -48,6 +49,7 @@ KERNELS = [  # module, kernel, other argument types, constants, warps, capabilit
     (hopper_attention, "_attend_kernel", WORDS, {**HOPPER, "SINGLE": False, "N": 64, "S": 2}, 8, (90,)),
     (hopper_attention, "_attend_kernel", WORDS, {**HOPPER, "SINGLE": False, "N": 32, "S": 3}, 8, (90,)),
     (index_select, "_score_kernel", NUMBER, {**SCORE, "BLOCK": 128, "ASM": True}, 4, (80, 90)),  # on sm_100 a trap, but unused
+    (index_select, "_many_kernel", NUMBER, {"HEADS": 64, "BLOCK": 128, "GROUP": 128, "ASM": True}, 8, (80, 90)),
     (index_select, "_collect_kernel", NUMBER, {"MAXIMA": 2048, "GROUP": 128, "TILE": 4096, "PDL": 90}, 8, (80, 90, 100)),
     (index_select, "_settle_kernel", NUMBER, {"TILE": 1024, "K": 512, "PDL": 90}, 8, (80, 90, 100)),
     (index_scores, "_score_kernel", NUMBER, {**SCORE, "HOPPER": False}, 8, (80, 90, 100)),

@@ -20,11 +20,16 @@ POINTERS = {
     "signs": "*fp32", "slots": "*i64", "positions": "*i64", "weights": "*fp32", "scaled": "*fp32", "logits": "*fp32",
     "ids": "*i64", "bias": "*fp32", "table": "*i64", "chosen": "*i32", "both": "*fp32", "scales": "*u8",
 }  # fmt: skip
-LINEAR = {"INPUTS": 4096, "BLOCK_N": 16, "BLOCK_T": 16, "BLOCK_K": 128, "ASM": True}
+LINEAR = {"INPUTS": 4096, "LINES": 32, "BLOCK_N": 16, "BLOCK_T": 16, "BLOCK_K": 128, "ASM": True}
 COMPRESS = {"ROTATED": 64, "LAYERS": 21}
 KERNELS = [  # module, kernel, constants, pointers of other types
     (linear, "_linear_kernel", {**LINEAR, "FP8": True}, {"weights": "*fp8e4nv", "rows": "i32"}),
-    (linear, "_linear_kernel", {**LINEAR, "FP8": False, "ASM": False}, {"weights": "*bf16", "scales": "*bf16", "rows": "i32"}),
+    (
+        linear,
+        "_linear_kernel",
+        {**LINEAR, "FP8": False, "ASM": False, "LINES": 64},
+        {"weights": "*bf16", "scales": "*bf16", "rows": "i32"},
+    ),
     (linear, "_linear_kernel", {**LINEAR, "BLOCK_N": 32, "BLOCK_T": 64, "FP8": True}, {"weights": "*fp8e4nv", "rows": "i32"}),
     (streams, "_partial_kernel", {"CHUNK": 512}, {}),
     (streams, "_mix_kernel", {"D": 4096, "BLOCK_D": 4096, "CHUNKS": 32, "STEPS": 19}, {}),
@@ -45,6 +50,7 @@ KERNELS = [  # module, kernel, constants, pointers of other types
 
 def compiled(module, name, constants, other, capability):
     kernel = getattr(module, name)
+    constants = {**constants, "PDL": capability >= 90}  # as it is launched chained
     signature = {}
     for argument in kernel.arg_names:
         if argument in constants:
@@ -56,6 +62,13 @@ def compiled(module, name, constants, other, capability):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
 
 
+def waits_first(ptx):
+    """Whether a chained kernel waits before its first access to memory; what it brings into the L2 before that are weights."""
+    places = [ptx.find(text) for text in ("ld.global", "st.global", "cp.async.c", "red.global", "atom.global")]
+    wait = ptx.find("griddepcontrol.wait")
+    return 0 < wait < min(place for place in places if place > 0)
+
+
 def main(capabilities):
     for module, name, constants, other in KERNELS:
         for capability in capabilities:
@@ -64,6 +77,8 @@ def main(capabilities):
             code = compiled(module, name, constants, other, capability).asm
             if "trap;" in code["ptx"]:
                 sys.exit(f"{module.__name__}.{name} sm_{capability} is a trap")
+            if capability >= 90 and not waits_first(code["ptx"]):
+                sys.exit(f"{module.__name__}.{name} sm_{capability} touches memory before the kernel before it has ended")
             print(f"{module.__name__}.{name} sm_{capability}: {len(code['cubin'])} bytes", flush=True)
 
 

@@ -90,8 +90,9 @@ def site(n, d, device):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("tokens", "d"), [(1, 128), (3, 384)])
-def test_mix_and_join(device, tokens, d):
+@pytest.mark.parametrize(("tokens", "d", "few"), [(1, 128, 64), (3, 384, 64), (2, 128, 1)])
+def test_mix_and_join(device, tokens, d, few, monkeypatch):
+    monkeypatch.setattr(streams, "_FEW", few)  # with more tokens than that, one product serves all of them
     x, own = torch.randn(tokens, 4, d, device=device) * 3, site(4, d, device)
     for out, expected in zip(
         streams.launch_mix(x, own, torch.float32), streams.mix_reference(x, own, torch.float32), strict=True

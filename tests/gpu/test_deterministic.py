@@ -7,9 +7,15 @@ deterministic mode there.
 import pytest
 import torch
 
+from engine.flash_models import flash_config, packed
+from nautile.engine.decode_step import StepOptions
+from nautile.engine.expert_dispatch import Dispatch, Speeds
+from nautile.engine.gpu_runner import GPURunner
+from nautile.engine.plan import Piece, Plan
 from nautile.kernels.fp4_experts import ExpertTiles, FewTiles, ManyTiles, fp4_experts
 from nautile.kernels.index_select import index_select
 from nautile.kernels.sparse_attention import sparse_attention
+from nautile.state import PoolOptions, StatePool
 
 from .test_fp4_experts import new_experts, routed
 from .test_index_select import new_case
@@ -62,3 +68,39 @@ def test_indexer(rounds, device, dtype):
         some = some_of(tokens).to(device)
         _, few = index_select(q[some], weights[some], keys, visible[some], 100)
         assert torch.equal(few, together[some])
+
+
+FLASH = {
+    "vocab_size": 1024, "hidden_size": 4096, "num_attention_heads": 64, "head_dim": 512, "q_lora_rank": 1024, "o_groups": 8,
+    "o_lora_rank": 1024, "sliding_window": 128, "index_n_heads": 64, "index_head_dim": 128, "index_topk": 512,
+    "n_routed_experts": 32, "num_experts_per_tok": 6, "moe_intermediate_size": 2048,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("on_card", [1000, 40], ids=["all on the card", "some streamed"])
+def test_a_step_of_the_network(on_card, device):
+    """One sequence's logits, alone and among random others of any length, in any place of the batch: on a card bit for bit."""
+    config = flash_config((0, 4, 128, 4), **(FLASH if device.type == "cuda" else {}))
+    weights = packed(config, on_card, device=device)
+    pool = StatePool(config, PoolOptions(blocks=130, slots=34, rows="packed", prefix_cache=False), device)
+    dispatch = None if weights.store.all_on_card else Dispatch(weights.store, None, Speeds(1.0, 1.0))
+    runner = GPURunner(weights, pool, dispatch, options=StepOptions(deterministic=True))
+    generator = torch.Generator().manual_seed(4)
+
+    def opened(length):
+        sequence, ids = pool.open([0]), torch.randint(config.vocab_size, (length,), generator=generator).tolist()
+        pool.ensure(sequence, length + 1)
+        runner.step(Plan((Piece(sequence, tuple(ids), "none"),)))
+        pool.append(sequence, ids)
+        return sequence
+
+    lengths = torch.randint(2, 700, (31,)).tolist() if device.type == "cuda" else [2, 9]
+    own, mates = opened(300 if device.type == "cuda" else 40), [opened(length) for length in lengths]
+    alone = runner.step(Plan((Piece(own, (7,)),)))[0]
+    for count in (1, 7, 16, 31) if device.type == "cuda" else (2,):
+        place = int(torch.randint(count + 1, ()))
+        others = [Piece(mate, (int(torch.randint(config.vocab_size, ())),)) for mate in mates[:count]]
+        plan = Plan((*others[:place], Piece(own, (7,)), *others[place:]))
+        together = runner.step(plan)[place]
+        exact = {"rtol": 0, "atol": 0} if device.type == "cuda" else {"rtol": 0.02, "atol": 0.02}
+        torch.testing.assert_close(together, alone, **exact)

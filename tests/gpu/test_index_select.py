@@ -34,6 +34,30 @@ def test_scores_and_selection(tokens, heads, ci, count, k, device, dtype):
     assert torch.equal(selected, index_select_reference(seen(scores, visible), visible, k))
 
 
+@pytest.mark.parametrize(("tokens", "count"), [(3, 300), (9, 129)])
+def test_many_queries_of_the_same_keys(tokens, count, device, dtype, monkeypatch):
+    monkeypatch.setattr("nautile.kernels.index_select._QUERIES", 4)
+    q, weights, keys, visible = new_case(tokens, 16, 128, count, device, dtype)
+    scores, selected = index_select(q, weights, keys, visible, 16, kernel="many")
+    assert relative(seen(scores, visible), seen(index_scores_reference(q, weights, keys), visible)) < 2e-6
+    assert torch.equal(selected, index_select_reference(seen(scores, visible), visible, 16))
+    with pytest.raises(ValueError, match="of their own"):
+        index_select(q, weights, keys.expand(tokens, -1, -1), visible, 16, kernel="many")
+
+
+@pytest.mark.parametrize("kernel", ["auto", "portable"])
+def test_every_query_with_keys_of_its_own(kernel, device, dtype):
+    """Queries of several sequences at once are each what they are alone."""
+    q, weights, _, visible = new_case(3, 16, 128, 300, device, dtype)
+    keys = torch.stack([new_case(1, 16, 128, 300, device, dtype)[2] for _ in range(3)])
+    scores, selected = index_select(q, weights, keys, visible, 16, kernel=kernel)
+    assert relative(seen(scores, visible), seen(index_scores_reference(q, weights, keys), visible)) < 2e-6
+    for row in range(3):
+        one = slice(row, row + 1)
+        _, alone = index_select(q[one], weights[one], keys[row], visible[one], 16, kernel=kernel)
+        assert torch.equal(selected[one], alone)
+
+
 @pytest.mark.parametrize("kind", ["zero", "minus zero", "two values"])
 def test_ties_go_to_the_lowest_index(kind, device, dtype):
     q, weights, keys, visible = new_case(2, 16, 128, 1100, device, dtype)
@@ -59,7 +83,7 @@ def test_shapes_it_does_not_take_are_refused(device, dtype):
         index_select(q, weights, keys, visible, 5000)
 
 
-@pytest.mark.parametrize("kernel", ["auto", "warpgroup"])
+@pytest.mark.parametrize("kernel", ["auto", "warpgroup", "many"])
 @pytest.mark.parametrize(
     ("tokens", "count", "k"), [(1, 1, 4), (2, 300, 512), (2, 4300, 512), (1, 262144, 512), (3, 20000, 1024)]
 )

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from nautile.cli import app
 from nautile.cli.bench import _kernel_line
-from nautile.kernels.measure import CASES, Case, Ceilings, Measured, Work, measure
+from nautile.kernels.measure import CASES, VARIANTS, Case, Ceilings, Measured, Work, best, measure
 
 
 def test_the_floor_is_the_larger_of_bytes_and_operations():
@@ -32,8 +32,20 @@ def test_a_failing_case_is_a_line_of_the_table():
     assert "no such kernel" in row.failure
 
 
-def test_names_are_different():
-    assert len({case.name for case in CASES}) == len(CASES)
+@pytest.mark.parametrize("cases", [CASES, VARIANTS])
+def test_names_are_different(cases):
+    assert len({case.name for case in cases}) == len(cases)
+
+
+def test_the_best_way_is_the_fastest_that_is_right():
+    def way(name, us, error):
+        return Measured(name, "", us, 1.0, error, None, "" if us else "no memory")
+
+    rows = [way("a | one", 4.0, 1e-3), way("a | two", 2.0, 1e-3), way("a | three", 1.0, 0.5), way("b | one", None, None)]
+    found = best([*rows, way("c | one", None, None), way("c | two", 3.0, 1e-3), way("d | one", 1.0, float("nan"))])
+    assert found["a"] == {"best": "two", "us": 2.0, "default_us": 4.0, "times_faster": 2.0}
+    assert found["b"] == found["d"] == {"best": None}
+    assert found["c"]["best"] == "two" and found["c"]["times_faster"] is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import platform
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -31,6 +32,7 @@ def _root() -> None:
 def kernels(
     *,
     only: Annotated[str, typer.Option(help="Cases whose name contains this.")] = "",
+    variants: Annotated[bool, typer.Option(help="Ways to compute the same, and the fastest of each shape.")] = False,
     commit: Annotated[str, typer.Option(help="The commit of this tree, where git cannot say.")] = "",
     out: Annotated[Path | None, typer.Option(help="Write the result as JSON here.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -41,35 +43,42 @@ def kernels(
     """
     import torch  # noqa: PLC0415
 
-    from nautile.kernels.measure import CASES, ceilings, measure  # noqa: PLC0415
+    from nautile.kernels.measure import CASES, VARIANTS, best, ceilings, measure  # noqa: PLC0415
 
     if not torch.cuda.is_available():
         typer.echo(
             "nautile bench kernels needs an NVIDIA GPU (compute capability 8.0 or newer) and PyTorch's CUDA build", err=True
         )
         raise typer.Exit(1)
-    cases = [case for case in CASES if only in case.name]
+    known = VARIANTS if variants else CASES
+    cases = [case for case in known if only in case.name]
     if not cases:
-        raise typer.BadParameter(f"no case's name contains {only!r}; they are: {', '.join(case.name for case in CASES)}")
+        raise typer.BadParameter(f"no case's name contains {only!r}; they are: {', '.join(case.name for case in known)}")
     card, rows = ceilings(), []
     if not json_:
         typer.echo(
             f"{torch.cuda.get_device_name()}: copy {card.copy / 1e9:.0f} GB/s, bfloat16 {card.product / 1e12:.0f} TFLOP/s"
         )
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": commit or _commit(),
+        "copy_bytes_per_second": card.copy, "bfloat16_flops_per_second": card.product,
+    }  # fmt: skip
     for case in cases:
         rows.append(measure(case, card))
         if not json_:
             typer.echo(_kernel_line(rows[-1]))
         torch.cuda.empty_cache()
-    result = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": commit or _commit(),
-        "copy_bytes_per_second": card.copy, "bfloat16_flops_per_second": card.product, "rows": [asdict(row) for row in rows],
-    }  # fmt: skip
-    if out:
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        result["rows"] = [asdict(row) for row in rows]
+        if variants:
+            result["best"] = best(rows)
+        if out:  # as they come: a run that is cut short leaves what it measured
+            out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if json_:
         typer.echo(json.dumps(result))
+    elif variants:
+        for shape, way in result["best"].items():
+            typer.echo(f"{shape}: {way}")
 
 
 def _kernel_line(row: Measured) -> str:
@@ -79,6 +88,69 @@ def _kernel_line(row: Measured) -> str:
     peer = f"peer {row.peer:8.1f} us ({row.ours / row.peer:4.2f} x)" if row.peer else " " * 24
     share = f"{row.floor / row.ours:4.0%} of floor"
     return f"{row.name:32s} {row.ours:9.1f} us  {share}  {peer}  bar {row.bar:16s} error {row.error:.1e}"
+
+
+@app.command("model")
+def model(  # noqa: PLR0913  # one parameter an option
+    *,
+    shape: Annotated[str, typer.Option(help="flash, pro or tiny, for random weights.")] = "flash",
+    weights: Annotated[str, typer.Option(help="random, or the directory of an official checkpoint.")] = "random",
+    layers: Annotated[int, typer.Option(min=0, help="A slice of the first layers; 0: all.")] = 0,
+    experts: Annotated[int, typer.Option(min=0, help="Routed experts a layer; 0: the model's.")] = 0,
+    zipf: Annotated[float, typer.Option(min=0, help="Popularity of experts about rank^-zipf; 0: uniform.")] = 0.0,
+    case: Annotated[str, typer.Option(help="Context x batch of decode steps, several with commas.")] = "4096x1",
+    ahead: Annotated[int, typer.Option(min=0, help="Experts a layer copied before they are chosen.")] = 0,
+    prefill: Annotated[str, typer.Option(help="Lengths of prompts, several with commas.")] = "",
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens of a prompt that go through a layer together.")] = 32768,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps that are timed.")] = 48,
+    card_memory: Annotated[str, typer.Option(help="Of the card's memory, such as 80GB. Default: what is free.")] = "",
+    host_memory: Annotated[str, typer.Option(help="Of the host's memory.")] = "120GB",
+    threads: Annotated[int, typer.Option(min=-1, help="For experts on the host; 0: stream all, -1: all cores but one.")] = -1,
+    check: Annotated[bool, typer.Option(help="Compare with the modules first.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the result as JSON here, anew after each line.")] = None,
+) -> None:
+    """Time decode steps and prompts with FP8 and FP4 weights as stored, on the card and in host memory.
+
+    Example: nautile bench model --shape flash --weights random --case 4096x1,4096x8 --prefill 65536
+    """
+    import torch  # noqa: PLC0415
+
+    from nautile.checkpoint.errors import CheckpointError  # noqa: PLC0415
+    from nautile.engine.costs import parse_bytes  # noqa: PLC0415
+    from nautile.engine.measure import Case, Machine, Prompt, Run, Subject, run  # noqa: PLC0415
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if shape not in ("flash", "pro", "tiny"):
+        raise typer.BadParameter(f"--shape is flash, pro or tiny, not {shape!r}")
+    cores = max(1, (os.cpu_count() or 2) - 1) if threads < 0 else threads
+    try:
+        pairs = [tuple(map(int, pair.split("x"))) for pair in case.split(",") if pair]
+        plan = Run(
+            Subject(shape, weights, layers, experts, zipf),
+            Machine(int(parse_bytes(card_memory)) if card_memory else 0, int(parse_bytes(host_memory)), cores),
+            tuple(Case(context, batch, ahead, steps) for context, batch in pairs),
+            tuple(Prompt(int(tokens), chunk) for tokens in prefill.split(",") if tokens), check,
+        )  # fmt: skip
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}; --case is like 4096x1,4096x8 and --prefill like 4096,65536") from None
+    result: dict[str, Any] = _where(_commit())
+
+    def keep(key: str, value: Any) -> None:
+        typer.echo(json.dumps({key: value}))
+        if key == "built":
+            result.update(value)
+        else:
+            result.setdefault(key, []).append(value)
+        if out is not None:
+            out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    try:
+        run(plan, device, keep, lambda line: typer.echo(line, err=True))
+    except (ValueError, OSError, CheckpointError) as error:  # ConfigError and PlacementError are ValueErrors
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    if any("failure" in row for rows in result.values() if isinstance(rows, list) for row in rows):
+        raise typer.Exit(1)
 
 
 @app.command("serve")

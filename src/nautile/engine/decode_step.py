@@ -10,7 +10,7 @@ On the CPU the same code runs with the ops' plain meanings.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from nautile.kernels.sparse_attention import RowPool, sparse_attention, sparse_a
 from nautile.model.rope import inverse_frequencies, rotation
 from nautile.state.pages import Pages
 
-__all__ = ["DecodeStep", "Inputs", "Mail"]
+__all__ = ["DecodeStep", "Inputs", "Mail", "StepOptions"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,16 @@ class Mail:
 
 
 @dataclass(frozen=True)
+class StepOptions:
+    """How a step is computed. ``chained``: fused kernels begin while the one before them ends (``kernels/decode/chain.py``).
+    ``deterministic``: what a sequence gets depends bit for bit on itself alone, in steps of up to 32 sequences and where no
+    expert is computed on the host; else attention is cut as suits the batch."""
+
+    chained: bool = False
+    deterministic: bool = False
+
+
+@dataclass(frozen=True)
 class _Geometry:
     """Where this step's tokens read and write, the same for all layers of a kind."""
 
@@ -109,11 +119,32 @@ class _Geometry:
     start: dict[int, Angles]  # ratio -> at the first position of the block
 
 
+class _Kernels:
+    """The fused operations, each launched ``chained`` or not."""
+
+    def __init__(self, chained: bool) -> None:
+        self.linear, self.route = partial(linear, chained=chained), partial(route, chained=chained)
+        self.gated = partial(gated, chained=chained)
+        self.compress, self.store_window = partial(compress, chained=chained), partial(store_window, chained=chained)
+        self.turn_heads, self.index_queries = partial(turn_heads, chained=chained), partial(index_queries, chained=chained)
+        self.mix, self.join = partial(mix, chained=chained), partial(join, chained=chained)
+
+
 class DecodeStep:
     """The pieces for B sequences of up to ``capacity`` tokens (a multiple of the pool's block)."""
 
-    def __init__(self, weights: PackedWeights, pages: Pages, batch: int, capacity: int, mail: Mail | None) -> None:
+    def __init__(
+        self,
+        weights: PackedWeights,
+        pages: Pages,
+        batch: int,
+        capacity: int,
+        mail: Mail | None,
+        options: StepOptions | None = None,
+    ) -> None:
         """``mail`` None: every expert is on the card, and nothing is exchanged with the host within a step."""
+        self.options = options or StepOptions()
+        self._run = _Kernels(self.options.chained)
         self.weights, self.pages, self.capacity, self.mail = weights, pages, capacity, mail
         self.config = weights.config
         device = weights.embed.device
@@ -150,8 +181,8 @@ class DecodeStep:
         piece: it reads the streams as they were entered, which stay where they are, and writes nothing else."""
         assert self.mail is not None
         layer = self.weights.layers[index]
-        x = mix(self._entered[index], layer.feed_forward, self.dtype)[0]
-        experts, _ = route(linear(x, layer.gate), self.inputs.ids, self._router(layer))
+        x = self._run.mix(self._entered[index], layer.feed_forward, self.dtype)[0]
+        experts, _ = self._run.route(self._run.linear(x, layer.gate), self.inputs.ids, self._router(layer))
         self.mail.ahead.copy_(experts, non_blocking=True)
 
     def piece(self, index: int) -> None:
@@ -160,21 +191,21 @@ class DecodeStep:
             self._head()
             return
         layer = self.weights.layers[index]
-        x, post, matrix = mix(self._streams, layer.attention, self.dtype)
-        self._streams = join(self._streams, (self._attend(index, layer, x),), post, matrix)
-        self._x, post, matrix = mix(self._streams, layer.feed_forward, self.dtype)
+        x, post, matrix = self._run.mix(self._streams, layer.attention, self.dtype)
+        self._streams = self._run.join(self._streams, (self._attend(index, layer, x),), post, matrix)
+        self._x, post, matrix = self._run.mix(self._streams, layer.feed_forward, self.dtype)
         self._mixing = (post, matrix)
         self._route(index, layer)
 
     def meanwhile(self, index: int) -> None:
         """The shared expert of layer ``index`` and its experts on the card: they run while the host decides and copies."""
         layer = self.weights.layers[index]
-        hidden = gated(linear(self._x, layer.shared_up), self.config.swiglu_limit, self.dtype)
-        shared = linear(hidden, layer.shared_down)
+        hidden = self._run.gated(self._run.linear(self._x, layer.shared_up), self.config.swiglu_limit, self.dtype)
+        shared = self._run.linear(hidden, layer.shared_down)
         self._parts = (shared, self.weights.store.resident_product(index, self._x, *self._chosen))
 
     def _route(self, index: int, layer: LayerWeights) -> None:
-        experts, weights = route(linear(self._x, layer.gate), self.inputs.ids, self._router(layer))
+        experts, weights = self._run.route(self._run.linear(self._x, layer.gate), self.inputs.ids, self._router(layer))
         self._chosen = (experts, weights)
         if self.mail is None:
             return
@@ -192,12 +223,12 @@ class DecodeStep:
             slots, shares, sums = self.mail.cut(self.mail.back.to(self._x.device, non_blocking=True))
             store = self.weights.store
             parts = (parts[0] + parts[1], store.product(self._x, slots, shares, store.staged), sums)
-        self._streams = join(self._streams, parts, *self._mixing)
+        self._streams = self._run.join(self._streams, parts, *self._mixing)
 
     def _head(self) -> None:
         eps = (self.config.hc_eps, self.config.rms_norm_eps)
         hidden = collapse(self._streams, *self.weights.collapse, self.weights.norm, eps)
-        self.logits = linear(hidden.to(self.dtype), self.weights.head)
+        self.logits = self._run.linear(hidden.to(self.dtype), self.weights.head)
 
     # Places -------------------------------------------------------------------------------------------------------
 
@@ -248,23 +279,29 @@ class DecodeStep:
         turn = place.turn[int(layer.ratio != 0)]
         heads, c = config.num_attention_heads, config.head_dim
         window = self.pages.window.view(-1, self.pages.window.shape[-1])[index * config.sliding_window :]
-        q_low = store_window(
-            linear(x, layer.down), (layer.q_norm, layer.kv_norm), turn, window, place.window, config.rms_norm_eps, self.dtype
+        q_low = self._run.store_window(
+            self._run.linear(x, layer.down),
+            (layer.q_norm, layer.kv_norm),
+            turn,
+            window,
+            place.window,
+            config.rms_norm_eps,
+            self.dtype,
         )
         plain = self._compress(index, layer, x)
-        both = linear(q_low, layer.up)
-        q = turn_heads(both[:, : heads * c].unflatten(1, (heads, c)), turn, self.dtype, eps=config.rms_norm_eps)
+        both = self._run.linear(q_low, layer.up)
+        q = self._run.turn_heads(both[:, : heads * c].unflatten(1, (heads, c)), turn, self.dtype, eps=config.rms_norm_eps)
         far, ids = self._far(index, layer, both[:, heads * c :], plain)
         near = RowPool(window.flatten(), window.shape[-1], c, config.qk_rope_head_dim)
         out = self._sum(q, near, far or near, ids, layer.sink)
-        u = linear(turn_heads(out, turn, self.dtype, back=True).flatten(1), layer.wo_a)
-        return linear(u.to(self.dtype), layer.wo_b)
+        u = self._run.linear(self._run.turn_heads(out, turn, self.dtype, back=True).flatten(1), layer.wo_a)
+        return self._run.linear(u.to(self.dtype), layer.wo_b)
 
     def _sum(self, q: Tensor, near: RowPool, far: RowPool, ids: Tensor, sink: Tensor) -> Tensor:
         assert self._geometry is not None
         if not q.is_cuda:
             return sparse_attention_reference(q, near, self._geometry.near, far, ids, sink)
-        tiles = 1 if ids.shape[1] <= 1024 and len(q) <= 8 else 4
+        tiles = 1 if ids.shape[1] <= 1024 and (len(q) <= 8 or self.options.deterministic) else 4
         return sparse_attention(q, near, self._geometry.near, far, ids, sink, tiles_per_split=tiles)
 
     def _compress(self, index: int, layer: LayerWeights, x: Tensor) -> Tensor | None:
@@ -273,18 +310,18 @@ class DecodeStep:
             return None
         config, pages, place = self.config, self.pages, self._geometry
         assert place is not None
-        plain, ordinal, m = linear(x, layer.plain), pages.ordinal[index], layer.ratio
+        plain, ordinal, m = self._run.linear(x, layer.plain), pages.ordinal[index], layer.ratio
         rings = (pages.csa_kv, pages.csa_gate, pages.csa) if m == 4 else (pages.hca_kv, pages.hca_gate, pages.hca)
         width = layer.compressor.ape.shape[1]
         own = (config.rms_norm_eps, config.qk_rope_head_dim)
         rows = CompressorRows(m, layer.compressor.ape, layer.compressor.norm, *rings, ordinal, *own)
         state = (self.inputs.slots, self.inputs.positions, place.row[m], place.start[m])
-        compress(plain[:, :width], plain[:, width : 2 * width], rows, *state)
+        self._run.compress(plain[:, :width], plain[:, width : 2 * width], rows, *state)
         if layer.indexer is not None:
             keys = (pages.index_kv, pages.index_gate, pages.index)
             rows = CompressorRows(4, layer.indexer.ape, layer.indexer.norm, *keys, ordinal, *own, self.signs)
             first, width = 2 * width, layer.indexer.ape.shape[1]
-            compress(plain[:, first : first + width], plain[:, first + width : first + 2 * width], rows, *state)
+            self._run.compress(plain[:, first : first + width], plain[:, first + width : first + 2 * width], rows, *state)
         return plain
 
     def _far(self, index: int, layer: LayerWeights, q: Tensor, plain: Tensor | None) -> tuple[RowPool | None, Tensor]:
@@ -302,7 +339,7 @@ class DecodeStep:
             return far, place.csa
         heads = config.index_n_heads
         weights = plain[:, plain.shape[1] - heads :]
-        queries = index_queries(q.unflatten(1, (heads, -1)), weights, place.turn[1], self.signs, self.dtype)
+        queries = self._run.index_queries(q.unflatten(1, (heads, -1)), weights, place.turn[1], self.signs, self.dtype)
         return far, self._select(pages.ordinal[index], *queries)
 
     def _select(self, ordinal: int, q: Tensor, weights: Tensor) -> Tensor:
@@ -310,16 +347,11 @@ class DecodeStep:
         pages, place = self.pages, self._geometry
         assert place is not None
         layers, per = pages.csa.shape[1:3]
-        chosen = []
-        for number in range(len(q)):
-            one = slice(number, number + 1)
-            keys = pages.index[self.inputs.table[number], ordinal].flatten(0, 1)[: self.capacity // 4]
-            if q.is_cuda:
-                _, best = index_select(q[one], weights[one], keys, place.seen[one], self.config.index_topk)
-            else:
-                scores = index_scores_reference(q[one], weights[one], keys)
-                best = index_select_reference(scores, place.seen[one], self.config.index_topk)
-            chosen.append(best)
-        entry = torch.cat(chosen).long()
+        keys = pages.index[self.inputs.table, ordinal].flatten(1, 2)[:, : self.capacity // 4]
+        if q.is_cuda:
+            entry = index_select(q, weights, keys, place.seen, self.config.index_topk)[1].long()
+        else:
+            scores = index_scores_reference(q, weights, keys)
+            entry = index_select_reference(scores, place.seen, self.config.index_topk).long()
         block = self.inputs.table.gather(1, entry.clamp_min(0) // per)
         return (block * (layers * per) + entry % per).masked_fill(entry < 0, -1).to(torch.int32)

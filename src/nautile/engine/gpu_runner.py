@@ -1,4 +1,4 @@
-"""The runner for packed weights: single tokens through decode pieces held in CUDA graphs, prompts through the modules.
+"""The runner for packed weights: single tokens through decode pieces held in CUDA graphs, prompts through ``prefill``.
 
 Between two pieces the host reads which experts were chosen, and sends what the card lacks (``expert_dispatch``). A piece is
 captured once for a batch size and a capacity of tokens (powers of two) and replayed from then on: nothing is compiled or
@@ -16,16 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nautile.engine.decode_step import DecodeStep, Mail
+from nautile.engine.decode_step import DecodeStep, Mail, StepOptions
 from nautile.engine.expert_dispatch import Dispatch
 from nautile.engine.packed_weights import PackedNetwork, PackedWeights, network
 from nautile.engine.plan import Piece, Plan
+from nautile.engine.prefill import Prefill
 from nautile.engine.runner import TorchRunner
 from nautile.kernels.decode.linear import MOST_TOKENS
 from nautile.state.pool import StatePool
 
 __all__ = ["CardError", "GPURunner", "HostTimes"]
 
+_ALIKE = 32  # sequences of a step up to which the same kernels serve any number of them
 _LEAST = 1024  # tokens of the smallest capacity
 
 
@@ -68,9 +70,17 @@ class GPURunner(TorchRunner):
     """Packed weights over a pool of packed rows, on the card that holds both (or, for tests, on the CPU)."""
 
     def __init__(
-        self, weights: PackedWeights, pool: StatePool, dispatch: Dispatch | None = None, model: PackedNetwork | None = None
+        self,
+        weights: PackedWeights,
+        pool: StatePool,
+        dispatch: Dispatch | None = None,
+        model: PackedNetwork | None = None,
+        *,
+        slice_tokens: int = 2048,
+        options: StepOptions | None = None,
     ) -> None:
-        """``dispatch`` serves experts that are not on the card; ``model`` are the modules over the weights, if they exist.
+        """``dispatch`` serves experts that are not on the card; ``model`` are the modules over the weights, if they exist;
+        ``slice_tokens`` of a prompt go through a layer's attention at once.
 
         Raises ValueError for rows that are not packed, and without a dispatch when experts are in host memory.
         """
@@ -80,8 +90,15 @@ class GPURunner(TorchRunner):
             raise ValueError("experts are in host memory: give a dispatch")
         self.weights, self.dispatch = weights, None if weights.store.all_on_card else dispatch
         self.device = weights.embed.device
-        super().__init__(model or network(weights), pool)
+        model = model or network(weights)
+        super().__init__(model, pool)
+        self._options = options or StepOptions()
+        self._prefill = Prefill(model, pool, slice_tokens)
         self._most = min(MOST_TOKENS, self.dispatch.most_tokens()) if self.dispatch is not None else MOST_TOKENS
+        if self._options.deterministic:
+            if self.dispatch is not None and self.dispatch.team is not None:
+                raise ValueError("deterministic steps compute no expert on the host: open the dispatch with 0 threads")
+            self._most = min(self._most, _ALIKE)
         if self._most < 1:
             raise ValueError("one token may choose more experts than can be streamed: give the placement more staging slots")
         self._steps: dict[tuple[int, int], _Graphs] = {}
@@ -97,7 +114,7 @@ class GPURunner(TorchRunner):
                 rows.update(zip(group, self._decode([plan.pieces[index] for index in group]).unsqueeze(1), strict=True))
             for index, piece in enumerate(plan.pieces):
                 if index not in rows:
-                    (streams,) = self._pass([piece])
+                    streams = self._prefill.run(piece)
                     wanted = streams[len(streams) - piece.rows :]
                     rows[index] = self.model.logits(self.model.hidden(wanted)) if piece.rows else self._none()
         except torch.AcceleratorError as error:
@@ -125,7 +142,7 @@ class GPURunner(TorchRunner):
         capacity = -(-capacity // block) * block
         key = (batch, capacity)
         if key not in self._steps:
-            self._steps[key] = _Graphs(self.weights, self.pool, self.dispatch, batch, capacity)
+            self._steps[key] = _Graphs(self.weights, self.pool, self.dispatch, (batch, capacity), self._options)
         return self._steps[key]
 
     def _decode(self, pieces: list[Piece]) -> Tensor:
@@ -140,11 +157,15 @@ class GPURunner(TorchRunner):
 class _Graphs:
     """One ``DecodeStep``, captured on a card, called directly on the CPU."""
 
-    def __init__(self, weights: PackedWeights, pool: StatePool, dispatch: Dispatch | None, batch: int, capacity: int) -> None:
+    def __init__(
+        self, weights: PackedWeights, pool: StatePool, dispatch: Dispatch | None, size: tuple[int, int], options: StepOptions
+    ) -> None:
+        """``size``: sequences, and tokens that each may have."""
+        batch, capacity = size
         config, self.device, self.dispatch = weights.config, weights.embed.device, dispatch
         on_card = self.device.type == "cuda"
         self.mail = Mail.allocate(batch, config.num_experts_per_tok, config.hidden_size, on_card) if dispatch else None
-        self.step = DecodeStep(weights, pool.pages, batch, capacity, self.mail)
+        self.step = DecodeStep(weights, pool.pages, batch, capacity, self.mail, options)
         width = 3 * batch + self.step.inputs.table.numel()
         self._packed = torch.zeros(width, dtype=torch.int64, pin_memory=on_card)
         self.times = HostTimes()
@@ -266,13 +287,20 @@ class _Graphs:
         pool, beside = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
         layers, enter, pieces, meanwhile, guesses = len(self.step.weights.layers), [], [], [], []
         for index in range(layers + 1):
-            enter.append(_captured(partial(self.step.enter, index), pool))
-            if index < layers and self._ahead is not None:
-                guesses.append(_captured(partial(self.step.foresee, index), beside))
-            pieces.append(_captured(partial(self.step.piece, index), pool))
+            if self._ahead is not None:
+                enter.append(_captured(partial(self.step.enter, index), pool))
+                if index < layers:
+                    guesses.append(_captured(partial(self.step.foresee, index), beside))
+            pieces.append(_captured(partial(self._enter_and_run, index, self._ahead is None), pool))
             if index < layers:
                 meanwhile.append(_captured(partial(self.step.meanwhile, index), pool))
         self._enter, self._pieces, self._meanwhile, self._guesses = enter, pieces, meanwhile, guesses
+
+    def _enter_and_run(self, index: int, enter: bool) -> None:
+        """A piece, which nothing keeps apart from its beginning where nothing is guessed between them."""
+        if enter:
+            self.step.enter(index)
+        self.step.piece(index)
 
     def _all(self) -> None:
         layers = len(self.step.weights.layers)

@@ -38,9 +38,12 @@ def card_memory(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0])
 
 
-def random_packed(config: ModelConfig, budget: Budget, device: str | torch.device, seed: int = 0) -> PackedWeights:
-    """The exact layout of ``config`` with random values written in place. Raises PlacementError before allocating."""
-    weights = _allocate(config, budget, torch.device(device), None)
+def random_packed(
+    config: ModelConfig, budget: Budget, device: str | torch.device, seed: int = 0, *, counts: Tensor | None = None
+) -> PackedWeights:
+    """The exact layout of ``config`` with random values written in place; the experts with the largest ``counts`` lie on the
+    card. Raises PlacementError before allocating."""
+    weights = _allocate(config, budget, torch.device(device), counts)
     fill_random(weights, seed)
     return weights
 

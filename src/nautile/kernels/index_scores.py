@@ -31,18 +31,18 @@ def fits(q: Tensor) -> bool:
 
 
 def launch(
-    q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, scores: Tensor, best: Tensor, found: Tensor, group: int,
-    programs: int, *, warps: int = WARPS, warpgroup: bool = False,
+    q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, scores: Tensor, best: Tensor, found: Tensor,
+    sizes: tuple[int, int, int], *, warps: int = WARPS, warpgroup: bool = False,
 ) -> None:  # fmt: skip
-    """Fill ``scores`` [T, n], ``best`` [T, maxima] (of every ``group`` keys) and clear the counters in ``found``; ``programs``
-    share the keys of a query. keys int32 [n, 17]. ``warpgroup`` takes sm_90's own matrix instruction, raising ValueError
-    elsewhere."""
-    tokens, heads, _ = q.shape
+    """Fill ``scores`` [T, n], ``best`` [T, maxima] and clear the counters in ``found``. keys int32 [n, 17] or [T, n, 17];
+    ``sizes``: keys under one maximum, programs that share the keys of a query, words between two queries' keys.
+    ``warpgroup`` takes sm_90's own matrix instruction, raising ValueError elsewhere."""
+    (tokens, heads, _), (group, programs, stride) = q.shape, sizes
     capability = torch.cuda.get_device_capability(q.device)
     if warpgroup and capability != (9, 0):
         raise ValueError(f"sm_{capability[0]}{capability[1]} has no warpgroup instruction of sm_90")
     _score_kernel[(programs, tokens)](
-        q, weights, keys, visible, scores, best, found, keys.shape[0], best.shape[1],
+        q, weights, keys, visible, scores, best, found, scores.shape[1], best.shape[1], stride,
         HEADS=heads, GROUP=group, HOPPER=warpgroup, PDL=capability >= (9, 0), num_warps=warps,
     )  # fmt: skip
 
@@ -101,7 +101,7 @@ if gluon is not None:
 
     @gluon.jit
     def _score_kernel(
-        q, weights, keys, visible, scores, best, found, count, maxima,
+        q, weights, keys, visible, scores, best, found, count, maxima, stride,
         HEADS: gl.constexpr, GROUP: gl.constexpr, HOPPER: gl.constexpr, PDL: gl.constexpr,
     ):  # fmt: skip
         """Every n-th tile of one query's keys: their scores and the maximum of every GROUP of them."""
@@ -114,6 +114,7 @@ if gluon is not None:
         token = gl.program_id(1).to(gl.int64)
         if gl.program_id(0) == 0:
             gl.store(found + token * (2 * count + 1) + 2 * count, 0)
+        keys += token * stride
         queries = _queries(q + token * HEADS * 128, HEADS, HOPPER, B)
         head = gl.arange(0, HEADS, layout=gl.SliceLayout(0, M))
         weight = gl.load(weights + token * HEADS + head)[None, :]

@@ -27,20 +27,23 @@ try:
 except ImportError:  # CPU-only installations have no Triton
     triton = None
 
-__all__ = ["index_scores_reference", "index_select", "index_select_reference"]
+__all__ = ["Kernel", "index_scores_reference", "index_select", "index_select_reference"]
 
-Kernel = Literal["auto", "portable", "warpgroup"]
+Kernel = Literal["auto", "portable", "warpgroup", "many"]
 
 _TILE = 4096  # scores a program looks at in the selection, and the largest k
 _BLOCK = 128  # keys of a tile
+_TALL, _QUERIES = 128, 64  # keys of a tile that stays while queries pass, and how many do
 
 
 def index_scores_reference(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
-    """The meaning: q [T, H, ci], weights [T, H], keys uint8 [n, ci / 2 + ci / 32] -> scores [T, n] in float64."""
+    """The meaning: q [T, H, ci], weights [T, H], keys uint8 [n, ci / 2 + ci / 32], or [T, n, ...] where every query has keys
+    of its own -> scores [T, n] in float64."""
     half = q.shape[-1] // 2
-    scales = keys[:, half:].contiguous().view(torch.float8_e8m0fnu)
-    values = mxfp4.decode(keys[:, :half].contiguous(), scales).double()
-    return torch.einsum("thn,th->tn", torch.einsum("thc,nc->thn", q.double(), values).relu(), weights.double())
+    scales = keys[..., half:].contiguous().view(torch.float8_e8m0fnu)
+    values = mxfp4.decode(keys[..., :half].contiguous(), scales).double()
+    each = "thc,tnc->thn" if keys.dim() == 3 else "thc,nc->thn"
+    return torch.einsum("thn,th->tn", torch.einsum(each, q.double(), values).relu(), weights.double())
 
 
 def index_select_reference(scores: Tensor, visible: Tensor, k: int) -> Tensor:
@@ -64,17 +67,19 @@ def index_select(
     """Scores float32 [T, n] and the selection int32 [T, k] of ``index_select_reference``, in Triton.
 
     Args: q [T, H, ci] bfloat16 or float32 whose values lie on the FP4 grid (products are exact then), weights [T, H] float32,
-    keys uint8 [n, ci / 2 + ci / 32] contiguous, visible [T] int32. ci is 128; scores of invisible keys are not written; k is
-    at most 4,096. ``kernel`` "auto" scores with ``index_scores`` where it runs, else with Triton's "portable" kernel;
-    "warpgroup" is the former with Hopper's own matrix instruction.
+    keys uint8 [n, ci / 2 + ci / 32], or [T, n, ...] where every query has keys of its own, visible [T] int32. ci is 128;
+    scores of invisible keys are not written; k is at most 4,096. ``kernel`` "auto" scores with ``index_scores`` where it
+    runs, else with Triton's "portable" kernel; "warpgroup" is the former with Hopper's own matrix instruction; "many" decodes
+    a tile of keys once for many queries of the same keys (prompts).
     Raises ValueError for shapes the kernel does not take, RuntimeError without Triton.
     """
     if triton is None:
         raise RuntimeError("index_select needs Triton; the reference functions are the same in plain PyTorch")
     tokens, heads, ci = q.shape
-    if heads < 16 or heads & (heads - 1) or ci != 128 or not 0 < k <= _TILE or keys.shape[1] != 68:
+    if heads < 16 or heads & (heads - 1) or ci != 128 or not 0 < k <= _TILE or keys.shape[-1] != 68:
         raise ValueError(f"{heads} heads must be a power of two of at least 16, ci={ci} 128, k={k} at most {_TILE}")
-    count = keys.shape[0]
+    count = keys.shape[-2]
+    stride = count * 17 if keys.dim() == 3 else 0  # words from one query's keys to the next one's
     group = _group(count)
     maxima = triton.next_power_of_2(max(16, triton.cdiv(count, group)))
     scores = torch.empty(tokens, count, dtype=torch.float32, device=q.device)
@@ -82,15 +87,31 @@ def index_select(
     found = torch.empty(tokens, 2 * count + 1, dtype=torch.int32, device=q.device)  # keys, indices, how many
     taken = torch.empty(tokens, k, dtype=torch.int32, device=q.device)
     pdl = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
-    q, weights, visible, keys = q.contiguous(), weights.contiguous(), visible.to(torch.int32), keys.view(torch.int32)
-    if kernel != "portable" and index_scores.fits(q):
+    q, weights, visible, keys = (
+        q.contiguous(),
+        weights.contiguous(),
+        visible.to(torch.int32),
+        keys.contiguous().view(torch.int32),
+    )
+    if kernel == "many":
+        if stride:
+            raise ValueError('queries with keys of their own share nothing that kernel="many" could save: use "auto"')
+        tiles = triton.cdiv(count, _TALL)
+        together = max(1, min(_QUERIES, triton.cdiv(tokens * tiles, 2 * 132)))
+        _many_kernel[(tiles, triton.cdiv(tokens, together))](
+            q, weights, keys, visible, scores, best, found, count, maxima, tokens, together,
+            HEADS=heads, BLOCK=_TALL, GROUP=group, ASM=q.is_cuda, num_warps=8, num_stages=3,
+        )  # fmt: skip
+    elif kernel != "portable" and index_scores.fits(q):
         programs = max(1, min(triton.cdiv(count, _BLOCK), triton.cdiv(132, tokens)))
-        index_scores.launch(q, weights, keys, visible, scores, best, found, group, programs, warpgroup=kernel == "warpgroup")
+        index_scores.launch(
+            q, weights, keys, visible, scores, best, found, (group, programs, stride), warpgroup=kernel == "warpgroup"
+        )
     else:
         tiles = triton.cdiv(count, _BLOCK)
         per = max(1, triton.cdiv(tiles * tokens, 3 * 132))
         _score_kernel[(triton.cdiv(tiles, per), tokens)](
-            q, weights, keys, visible, scores, best, found, count, per, maxima,
+            q, weights, keys, visible, scores, best, found, count, per, maxima, stride,
             HEADS=heads, BLOCK=_BLOCK, GROUP=group, ASM=q.is_cuda, PDL=pdl, num_warps=4, num_stages=3,
         )  # fmt: skip
     _collect_kernel[(triton.cdiv(count, _TILE), tokens)](
@@ -136,7 +157,7 @@ if triton is not None:
 
     @triton.jit
     def _score_kernel(
-        q, weights, keys, visible, scores, best, found, count, per, maxima,
+        q, weights, keys, visible, scores, best, found, count, per, maxima, stride,
         HEADS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """``per`` tiles of BLOCK keys for one query: their scores and the maximum of every GROUP of them."""
@@ -154,7 +175,7 @@ if triton is not None:
         for tile in range(first, tl.minimum(first + per, (seen + BLOCK - 1) // BLOCK)):
             key = tile * BLOCK + tl.arange(0, BLOCK)
             live = key < seen
-            start = keys + key.to(tl.int64) * 17
+            start = keys + token * stride + key.to(tl.int64) * 17
             words = tl.load(start[:, None] + word[None, :], mask=live[:, None], other=0)
             scale = tl.load(start + 16, mask=live, other=0)
             power = tl.minimum(((scale[:, None] >> ((word // 4) * 8)[None, :]) & 255) + 126, 254)  # 2^126 2^(scale - 127)
@@ -175,6 +196,45 @@ if triton is not None:
             tl.store(best + token * maxima + at, highest, mask=at < maxima)
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
+
+    @triton.jit
+    def _tile(keys, key, live, ASM: tl.constexpr, DTYPE: tl.constexpr):
+        """Keys [N] as numbers [N, 128], dimensions in order."""
+        word = tl.arange(0, 16)
+        start = keys + key.to(tl.int64) * 17
+        words = tl.load(start[:, None] + word[None, :], mask=live[:, None], other=0)
+        scale = tl.load(start + 16, mask=live, other=0)
+        power = tl.minimum(((scale[:, None] >> ((word // 4) * 8)[None, :]) & 255) + 126, 254)
+        k0, k1, k2, k3, k4, k5, k6, k7 = _decoded(words, power, ASM, DTYPE)
+        even = tl.join(tl.join(k0, k4), tl.join(k2, k6))
+        odd = tl.join(tl.join(k1, k5), tl.join(k3, k7))
+        return tl.reshape(tl.join(even, odd), (key.shape[0], 128))
+
+    @triton.jit
+    def _many_kernel(
+        q, weights, keys, visible, scores, best, found, count, maxima, tokens, together,
+        HEADS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr,
+    ):  # fmt: skip
+        """One tile of BLOCK keys for ``together`` queries, one after the other; the decoded keys stay where the products want
+        them."""
+        head, column, lane = tl.arange(0, HEADS), tl.arange(0, 128), tl.arange(0, BLOCK // GROUP)
+        key = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tile = _tile(keys, key, key < count, ASM, q.dtype.element_ty)
+        at = tl.program_id(0) * (BLOCK // GROUP) + lane
+        first = tl.program_id(1) * together
+        for number in range(first, tl.minimum(first + together, tokens)):
+            token = tl.cast(number, tl.int64)
+            query = tl.load(q + token * HEADS * 128 + head[None, :] * 128 + column[:, None])
+            weight = tl.load(weights + token * HEADS + head)
+            live = key < tl.load(visible + token)
+            products = tl.dot(tile, query, input_precision="ieee")
+            total = tl.sum(tl.maximum(products, 0.0) * weight[None, :], axis=1)
+            total = tl.where(total == 0, 0.0, total)  # minus zero is zero: they are equal and must tie
+            tl.store(scores + token * count + key, total, mask=live)
+            highest = tl.max(tl.reshape(tl.where(live, total, float("-inf")), (BLOCK // GROUP, GROUP)), axis=1)
+            tl.store(best + token * maxima + at, highest, mask=at < maxima)
+            if tl.program_id(0) == 0:
+                tl.store(found + token * (2 * count + 1) + 2 * count, 0)
 
     @triton.jit
     def _threshold(histogram, k, BINS: tl.constexpr):

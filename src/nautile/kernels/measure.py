@@ -9,19 +9,20 @@ where they are installed.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from nautile.kernels.fp4_experts import FP4Experts, fp4_experts, fp4_experts_reference
-from nautile.kernels.index_select import index_scores_reference, index_select, index_select_reference
+from nautile.kernels.fp4_experts import FewTiles, FP4Experts, ManyTiles, fp4_experts, fp4_experts_reference
+from nautile.kernels.index_select import Kernel, index_scores_reference, index_select, index_select_reference
 from nautile.kernels.row_pool import RowPool
-from nautile.kernels.sparse_attention import fast_split, sparse_attention, sparse_attention_reference
+from nautile.kernels.sparse_attention import HopperTiles, fast_split, sparse_attention, sparse_attention_reference
 from nautile.quant import mxfp4
 
-__all__ = ["CASES", "Case", "Ceilings", "Measured", "ceilings", "measure", "microseconds"]
+__all__ = ["CASES", "VARIANTS", "Case", "Ceilings", "Measured", "best", "ceilings", "measure", "microseconds"]
 
 HEADS, C, ROW = 64, 512, 584
 _COLD = 60 << 20  # bytes that the calls of a graph read together, more than the L2 of an H100
@@ -137,18 +138,21 @@ def _sets(read: int) -> int:
     return max(3, min(160, _COLD // read)) if read < 1 << 30 else 1
 
 
-def _attention(tokens: int, far_count: int, far_rows: int) -> Work:
+def _attention(tokens: int, far_count: int, far_rows: int, kernel: HopperTiles | None = None) -> Work:
     """128 window rows and ``far_count`` of ``far_rows`` entries a query; splits as fast as the batch allows."""
     read = tokens * (128 + far_count) * ROW
     near, far, sink = _pool(65536), _pool(far_rows), torch.randn(HEADS, device="cuda")
-    tiles = fast_split(tokens, HEADS, 128, far_count)
+    block = kernel.rows if kernel else HopperTiles().rows
+    tiles = fast_split(tokens, HEADS, 128, far_count, block=block)
     calls: list[Call] = []
     for _ in range(_sets(read)):
         q = torch.randn(tokens, HEADS, C, device="cuda", dtype=torch.bfloat16)
         near_ids = torch.randint(0, 65536, (tokens, 128), dtype=torch.int32, device="cuda")
         far_ids = torch.randint(0, far_rows, (tokens, far_count), dtype=torch.int32, device="cuda")
         calls.append(
-            lambda q=q, i=near_ids, j=far_ids: sparse_attention(q, near, i, far, j, sink, tiles_per_split=tiles)  # type: ignore[misc]
+            lambda q=q, i=near_ids, j=far_ids: sparse_attention(  # type: ignore[misc]
+                q, near, i, far, j, sink, tiles_per_split=tiles, tiles=kernel
+            )
         )
     some = slice(-min(tokens, 3), None)
     right = sparse_attention_reference(q[some].double(), near, near_ids[some], far, far_ids[some], sink)
@@ -158,7 +162,7 @@ def _attention(tokens: int, far_count: int, far_rows: int) -> Work:
     return Work(calls, _error(out[some], right), 4.0 * tokens * HEADS * (128 + far_count) * C, least)
 
 
-def _indexer(tokens: int, count: int, k: int = 512) -> Work:
+def _indexer(tokens: int, count: int, k: int = 512, kernel: Kernel = "auto") -> Work:
     """64 heads of 128 over ``count`` stored FP4 keys, exact top-k; a selection that is not exact is an error of 1."""
     visible = torch.full((tokens,), count, dtype=torch.int32, device="cuda")
     calls: list[Call] = []
@@ -167,14 +171,14 @@ def _indexer(tokens: int, count: int, k: int = 512) -> Work:
         keys = torch.cat((codes.view(torch.uint8), scales.view(torch.uint8)), dim=-1)
         q = mxfp4.decode(*mxfp4.encode(torch.randn(tokens, 64, 128, device="cuda"))).bfloat16()
         weights = torch.randn(tokens, 64, device="cuda")
-        calls.append(lambda q=q, w=weights, s=keys: index_select(q, w, s, visible, k))  # type: ignore[misc]
-    scores, selected = index_select(q, weights, keys, visible, k)
+        calls.append(lambda q=q, w=weights, s=keys: index_select(q, w, s, visible, k, kernel=kernel))  # type: ignore[misc]
+    scores, selected = index_select(q, weights, keys, visible, k, kernel=kernel)
     wrong = _error(scores[:1], index_scores_reference(q[:1], weights[:1], keys))
     exact = torch.equal(selected[:1], index_select_reference(scores[:1], visible[:1], k))
     return Work(calls, wrong if exact else 1.0, 2.0 * tokens * 64 * 128 * count, count * 68)
 
 
-def _experts(tokens: int, top: int = 6, count: int = 256) -> Work:
+def _experts(tokens: int, tiles: FewTiles | ManyTiles | None = None, top: int = 6, count: int = 256) -> Work:
     """Flash's routed experts (4,096 x 2,048) on FP4 weights, uniform routing."""
 
     def packed(rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -188,11 +192,11 @@ def _experts(tokens: int, top: int = 6, count: int = 256) -> Work:
         x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
         chosen = torch.stack([torch.randperm(count, device="cuda")[:top] for _ in range(tokens)])
         shares = torch.rand(tokens, top, device="cuda")
-        calls.append(lambda x=x, c=chosen, s=shares: fp4_experts(x, c, s, weights))  # type: ignore[misc]
+        calls.append(lambda x=x, c=chosen, s=shares: fp4_experts(x, c, s, weights, tiles=tiles))  # type: ignore[misc]
         read += len(chosen.unique()) * 3 * 4096 * 2048 * (0.5 + 1 / 32) / 4
     some = slice(0, min(tokens, 3))
     right = fp4_experts_reference(x[some], chosen[some], shares[some], weights)
-    wrong = _error(fp4_experts(x, chosen, shares, weights)[some], right)
+    wrong = _error(fp4_experts(x, chosen, shares, weights, tiles=tiles)[some], right)
     return Work(calls, wrong, 2.0 * tokens * top * 3 * 4096 * 2048, read)
 
 
@@ -272,7 +276,72 @@ CASES = (
     _prefill_case(262144),
     Case("indexer 1 x 262,144 + top-512", "<= 40 us", lambda: _indexer(1, 262144), lambda: _deep_gemm(1, 262144)),
     Case("indexer 16 x 65,536 + top-512", "", lambda: _indexer(16, 65536), lambda: _deep_gemm(16, 65536)),
+    Case(
+        "indexer 4,096 x 65,536 + top-512",
+        "<= 1.43 x peer",
+        lambda: _indexer(4096, 65536, kernel="many"),
+        lambda: _deep_gemm(4096, 65536),
+    ),
     Case("FP4 experts, 1 token", ">= 65 % of floor", lambda: _experts(1)),
     Case("FP4 experts, 32 tokens", "", lambda: _experts(32)),
     Case("FP4 experts, 4,096 tokens", ">= 55 % of floor", lambda: _experts(4096)),
 )
+
+
+def _attention_variants(tokens: int, far_count: int, far_rows: int) -> tuple[Case, ...]:
+    """Sizes of Hopper's own attention kernel for one shape: those that are the default, and those that were prepared."""
+    shape = f"attention {tokens} x 128+{far_count:,}"
+    sizes = (HopperTiles(), HopperTiles(rows=32, stages=3))
+    return tuple(Case(f"{shape} | {size}", "", partial(_attention, tokens, far_count, far_rows, size)) for size in sizes)
+
+
+def _expert_variants(tokens: int, sizes: tuple[FewTiles | ManyTiles, ...]) -> tuple[Case, ...]:
+    return tuple(Case(f"experts {tokens} | {size}", "", partial(_experts, tokens, size)) for size in sizes)
+
+
+def _indexer_variants(tokens: int, count: int) -> tuple[Case, ...]:
+    kernels: tuple[Kernel, ...] = ("auto", "warpgroup", "many")
+    return tuple(
+        Case(f"indexer {tokens} x {count:,} | {kernel}", "", partial(_indexer, tokens, count, kernel=kernel))
+        for kernel in kernels
+    )
+
+
+_FEW = (FewTiles(), FewTiles(direct=True))
+_MANY = (ManyTiles(), ManyTiles(spread=True), ManyTiles(88), ManyTiles(88, spread=True))
+
+# Ways to compute the same: "shape | way". The first of a shape is the default. ``best`` says which was fastest.
+VARIANTS = (
+    *_attention_variants(1, 512, 262144),
+    *_attention_variants(8, 512, 262144),
+    *_attention_variants(32, 512, 262144),
+    *_attention_variants(128, 512, 262144),
+    *_attention_variants(8, 8192, 65536),
+    *_attention_variants(4096, 512, 262144),
+    *_indexer_variants(1, 262144),
+    *_indexer_variants(16, 65536),
+    *_indexer_variants(512, 65536),
+    *_expert_variants(1, _FEW),
+    *_expert_variants(4096, _MANY),
+)
+
+
+def best(measured: Sequence[Measured], bound: float = 8e-3) -> dict[str, dict[str, object]]:
+    """For each shape of ``VARIANTS`` the fastest way whose error is below ``bound``, and how much faster than the default it
+    is; a shape of which no way worked has none."""
+    shapes: dict[str, list[Measured]] = {}
+    for row in measured:
+        shapes.setdefault(row.name.split(" | ")[0], []).append(row)
+    out: dict[str, dict[str, object]] = {}
+    for shape, ways in shapes.items():
+        right = [row for row in ways if row.ours is not None and row.error is not None and row.error < bound]
+        if not right:
+            out[shape] = {"best": None}
+            continue
+        first = min(right, key=lambda row: row.ours or 0.0)
+        default = ways[0].ours
+        out[shape] = {
+            "best": first.name.split(" | ")[1], "us": first.ours, "default_us": default,
+            "times_faster": round(default / first.ours, 3) if default and first.ours else None,
+        }  # fmt: skip
+    return out

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nautile.kernels.decode.chain import chain
 from nautile.quant import fp8
 
 try:
@@ -66,15 +67,16 @@ def linear_reference(x: Tensor, matrix: Matrix) -> Tensor:
     return torch.bmm(slices, weight.unflatten(0, (matrix.groups, -1)).transpose(1, 2)).transpose(0, 1).flatten(1)
 
 
-def linear(x: Tensor, matrix: Matrix) -> Tensor:
+def linear(x: Tensor, matrix: Matrix, *, chained: bool = False) -> Tensor:
     """``linear_reference`` for up to 64 tokens: in Triton on a GPU, x in bfloat16 or float32 -> float32 [T, o].
 
-    Raises ValueError for more tokens or inputs that are no multiple of 128, on a GPU.
+    ``chained``: see ``chain``; its weights then come into the L2 while the kernel before ends. Raises ValueError for more
+    tokens or inputs that are no multiple of 128, on a GPU.
     """
-    return launch(x, matrix) if x.is_cuda else linear_reference(x, matrix)
+    return launch(x, matrix, chained=chained) if x.is_cuda else linear_reference(x, matrix)
 
 
-def launch(x: Tensor, matrix: Matrix) -> Tensor:
+def launch(x: Tensor, matrix: Matrix, *, chained: bool = False) -> Tensor:
     """The kernel. Raises RuntimeError without Triton."""
     if triton is None:
         raise RuntimeError("this needs Triton; linear_reference is the same in plain PyTorch")
@@ -90,6 +92,7 @@ def launch(x: Tensor, matrix: Matrix) -> Tensor:
         x.contiguous(), matrix.data, scales, out, tokens, rows, width, per_group, -(-inputs // _TILE),
         INPUTS=inputs, BLOCK_N=block, BLOCK_T=16 if tokens <= 16 else triton.next_power_of_2(tokens), FP8=packed,
         BLOCK_K=_TILE, ASM=packed and x.is_cuda and x.dtype == torch.bfloat16, num_warps=4, num_stages=5 if packed else 4,
+        LINES=triton.next_power_of_2(-(-inputs * matrix.data.itemsize // 128)), **chain(x, chained),
     )  # fmt: skip
     return out
 
@@ -121,11 +124,20 @@ if triton is not None:
     def _linear_kernel(
         x, weights, scales, out, tokens, rows, width, per_group, scale_columns,
         INPUTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, FP8: tl.constexpr, BLOCK_K: tl.constexpr,
-        ASM: tl.constexpr,
+        ASM: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        """BLOCK_N rows for all tokens."""
+        """BLOCK_N rows for all tokens; LINES of 128 bytes hold a row."""
         first = tl.program_id(0) * BLOCK_N
         row = first + tl.arange(0, BLOCK_N)
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+            size: tl.constexpr = weights.dtype.element_ty.primitive_bitwidth // 8
+            element = tl.minimum(tl.arange(0, LINES) * (128 // size), INPUTS - 1)
+            lines = (weights + row[:, None].to(tl.int64) * INPUTS + element[None, :]).to(tl.int64)
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
+            )
+            tl.extra.cuda.gdc_wait()
         token, column = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K)
         live = token < tokens
         source = x + (first // per_group) * INPUTS + token[None, :].to(tl.int64) * width

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nautile.kernels.decode import rows
+from nautile.kernels.decode.chain import chain
 from nautile.kernels.decode.rows import Angles
 from nautile.quant import hadamard, mxfp4
 
@@ -22,11 +23,13 @@ except ImportError:  # CPU-only installations have no Triton
 __all__ = ["index_queries", "turn_heads"]
 
 
-def turn_heads(x: Tensor, angles: Angles, dtype: torch.dtype, *, eps: float | None = None, back: bool = False) -> Tensor:
+def turn_heads(
+    x: Tensor, angles: Angles, dtype: torch.dtype, *, eps: float | None = None, back: bool = False, chained: bool = False
+) -> Tensor:
     """x [T, H, c] (rows of a token contiguous) -> the same shape in ``dtype``, rotated (``back``: by minus the angle), before
-    that divided by its RMS when ``eps`` is given."""
+    that divided by its RMS when ``eps`` is given. ``chained``: see ``chain``."""
     if x.is_cuda:
-        return launch_turn(x, angles, dtype, eps=eps, back=back)
+        return launch_turn(x, angles, dtype, eps=eps, back=back, chained=chained)
     wide = x.float()
     if eps is not None:
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -34,17 +37,22 @@ def turn_heads(x: Tensor, angles: Angles, dtype: torch.dtype, *, eps: float | No
     return rows._turned(wide, Angles(angles.cos.unsqueeze(1), sin.unsqueeze(1))).to(dtype)
 
 
-def index_queries(q: Tensor, weights: Tensor, angles: Angles, signs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def index_queries(
+    q: Tensor, weights: Tensor, angles: Angles, signs: Tensor, dtype: torch.dtype, *, chained: bool = False
+) -> tuple[Tensor, Tensor]:
     """q [T, H, ci] and head weights [T, H], float32 -> queries on the FP4 grid in ``dtype``, and the weights times
-    (ci H)^-1/2, contiguous. ``signs`` float32 [ci, ci] of the Hadamard transform."""
+    (ci H)^-1/2, contiguous. ``signs`` float32 [ci, ci] of the Hadamard transform.
+    ``chained``: see ``chain``."""
     if q.is_cuda:
-        return launch_index(q, weights, angles, signs, dtype)
+        return launch_index(q, weights, angles, signs, dtype, chained=chained)
     turned = rows._turned(q, Angles(angles.cos.unsqueeze(1), angles.sin.unsqueeze(1)))
     grid = mxfp4.fake_quant(hadamard.transform(turned)).to(dtype)
     return grid, weights * (q.shape[2] ** -0.5 * q.shape[1] ** -0.5)
 
 
-def launch_turn(x: Tensor, angles: Angles, dtype: torch.dtype, *, eps: float | None, back: bool) -> Tensor:
+def launch_turn(
+    x: Tensor, angles: Angles, dtype: torch.dtype, *, eps: float | None, back: bool, chained: bool = False
+) -> Tensor:
     """The kernel; see ``turn_heads``. Raises RuntimeError without Triton."""
     if triton is None:
         raise RuntimeError("this needs Triton; on the CPU turn_heads is the same in plain PyTorch")
@@ -54,11 +62,14 @@ def launch_turn(x: Tensor, angles: Angles, dtype: torch.dtype, *, eps: float | N
     _turn_kernel[(heads // block, tokens)](
         x, x.stride(0), angles.cos, angles.sin, out, heads, 0.0 if eps is None else eps,
         C=c, ROTATED=2 * angles.cos.shape[1], BLOCK=block, NORM=eps is not None, BACK=back, num_warps=4,
+        **chain(x, chained),
     )  # fmt: skip
     return out
 
 
-def launch_index(q: Tensor, weights: Tensor, angles: Angles, signs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def launch_index(
+    q: Tensor, weights: Tensor, angles: Angles, signs: Tensor, dtype: torch.dtype, *, chained: bool = False
+) -> tuple[Tensor, Tensor]:
     """The kernel; see ``index_queries``. Raises RuntimeError without Triton."""
     if triton is None:
         raise RuntimeError("this needs Triton; on the CPU index_queries is the same in plain PyTorch")
@@ -68,6 +79,7 @@ def launch_index(q: Tensor, weights: Tensor, angles: Angles, signs: Tensor, dtyp
     _index_kernel[(heads // 16, tokens)](
         q, q.stride(0), weights, weights.stride(0), angles.cos, angles.sin, signs, out, scaled, heads,
         ci**-0.5, ci**-0.5 * heads**-0.5, C=ci, ROTATED=2 * angles.cos.shape[1], num_warps=4,
+        **chain(q, chained),
     )  # fmt: skip
     return out, scaled
 
@@ -88,8 +100,12 @@ if triton is not None:
     def _turn_kernel(
         x, stride, cos, sin, out, heads, eps,
         C: tl.constexpr, ROTATED: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, BACK: tl.constexpr,
+        PDL: tl.constexpr,
     ):  # fmt: skip
         """BLOCK heads of one token. Turning back is turning with the halves of a pair exchanged."""
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
         token = tl.program_id(1).to(tl.int64)
         head, column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, C)
         at = head[:, None] * C + column[None, :]
@@ -109,9 +125,12 @@ if triton is not None:
     @triton.jit
     def _index_kernel(
         q, stride, weights, weight_stride, cos, sin, signs, out, scaled, heads, shrink, factor,
-        C: tl.constexpr, ROTATED: tl.constexpr,
+        C: tl.constexpr, ROTATED: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """16 heads of one token."""
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
         token = tl.program_id(1).to(tl.int64)
         head, column = tl.program_id(0) * 16 + tl.arange(0, 16), tl.arange(0, C)
         at = head[:, None] * C + column[None, :]

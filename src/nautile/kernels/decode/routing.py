@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nautile.kernels.decode.chain import chain
 from nautile.kernels.topk import topk_indices
 
 try:
@@ -44,23 +45,24 @@ def route_reference(logits: Tensor, ids: Tensor, router: Router) -> tuple[Tensor
     return experts.to(torch.int32), weights / (weights.sum(-1, keepdim=True) + 1e-20) * router.factor
 
 
-def route(logits: Tensor, ids: Tensor, router: Router) -> tuple[Tensor, Tensor]:
-    """``route_reference``; on a GPU one Triton kernel."""
-    return launch(logits, ids, router) if logits.is_cuda else route_reference(logits, ids, router)
+def route(logits: Tensor, ids: Tensor, router: Router, *, chained: bool = False) -> tuple[Tensor, Tensor]:
+    """``route_reference``; on a GPU one Triton kernel. ``chained``: see ``chain``."""
+    return launch(logits, ids, router, chained=chained) if logits.is_cuda else route_reference(logits, ids, router)
 
 
-def gated(both: Tensor, limit: float, dtype: torch.dtype) -> Tensor:
-    """both [T, 2 I] (gate, then up) -> silu(min(gate, L)) * clip(up, -L, L) in ``dtype``, [T, I]."""
+def gated(both: Tensor, limit: float, dtype: torch.dtype, *, chained: bool = False) -> Tensor:
+    """both [T, 2 I] (gate, then up) -> silu(min(gate, L)) * clip(up, -L, L) in ``dtype``, [T, I]. ``chained``: ``chain``."""
     if both.is_cuda and triton is not None:
         tokens, width = both.shape
         out = torch.empty(tokens, width // 2, dtype=dtype, device=both.device)
-        _gated_kernel[(triton.cdiv(width // 2, 256), tokens)](both, out, width // 2, limit, BLOCK=256, num_warps=2)
+        options = chain(both, chained)
+        _gated_kernel[(triton.cdiv(width // 2, 256), tokens)](both, out, width // 2, limit, BLOCK=256, num_warps=2, **options)
         return out
     gate, up = both.chunk(2, dim=-1)
     return (F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)).to(dtype)
 
 
-def launch(logits: Tensor, ids: Tensor, router: Router) -> tuple[Tensor, Tensor]:
+def launch(logits: Tensor, ids: Tensor, router: Router, *, chained: bool = False) -> tuple[Tensor, Tensor]:
     """The kernel; see ``route``. Raises RuntimeError without Triton."""
     if triton is None:
         raise RuntimeError("this needs Triton; route_reference is the same in plain PyTorch")
@@ -71,7 +73,7 @@ def launch(logits: Tensor, ids: Tensor, router: Router) -> tuple[Tensor, Tensor]
     _route_kernel[(tokens,)](
         logits, ids, router.bias if router.bias is not None else logits, router.table if router.table is not None else ids,
         chosen, weights, router.factor, E=experts, BLOCK=triton.next_power_of_2(experts), TOP=router.chosen, HASHED=hashed,
-        num_warps=4,
+        num_warps=4, **chain(logits, chained),
     )  # fmt: skip
     return chosen, weights
 
@@ -81,9 +83,12 @@ if triton is not None:
     @triton.jit
     def _route_kernel(
         logits, ids, bias, table, chosen, weights, factor,
-        E: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr, HASHED: tl.constexpr,
+        E: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr, HASHED: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """One token: TOP times the best that is left."""
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
         token = tl.program_id(0).to(tl.int64)
         expert = tl.arange(0, BLOCK)
         live = expert < E
@@ -113,7 +118,10 @@ if triton is not None:
         tl.store(own_weights, value / total * factor, mask=lane < TOP)
 
     @triton.jit
-    def _gated_kernel(both, out, inner, limit, BLOCK: tl.constexpr):
+    def _gated_kernel(both, out, inner, limit, BLOCK: tl.constexpr, PDL: tl.constexpr):
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
         token = tl.program_id(1).to(tl.int64)
         column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         live = column < inner

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nautile.kernels.decode.chain import chain
 from nautile.quant import hadamard, mxfp4
 from nautile.quant.fp8 import encode_groups
 
@@ -86,6 +87,8 @@ def store_window(
     rows: Tensor,
     eps: float,
     dtype: torch.dtype,
+    *,
+    chained: bool = False,
 ) -> Tensor:
     """Normalise the two halves of ``projected`` and store the second as window rows.
 
@@ -93,7 +96,7 @@ def store_window(
     Returns the low-rank query [T, q] in ``dtype``.
     """
     if projected.is_cuda:
-        return launch_window(projected, norms, angles, window, rows, eps, dtype)
+        return launch_window(projected, norms, angles, window, rows, eps, dtype, chained=chained)
     split = norms[0].shape[0]
     low, kv = projected[:, :split], projected[:, split:]
     turned = _turned(_normal(kv, norms[1], eps), angles)
@@ -102,14 +105,18 @@ def store_window(
 
 
 def compress(
-    kv: Tensor, gate: Tensor, where: CompressorRows, slots: Tensor, positions: Tensor, rows: Tensor, turn: Angles
-) -> None:
+    kv: Tensor, gate: Tensor, where: CompressorRows, slots: Tensor, positions: Tensor, rows: Tensor, turn: Angles, *,
+    chained: bool = False,
+) -> None:  # fmt: skip
     """Take one token of each sequence into the rings; where it completes a block, write that block's entry.
 
     Args: kv, gate float32 [T, w] (rows may be slices of wider ones); slots, positions int64 [T]; rows int64 [T]: index of the
     entry among ``pool.flatten(0, 2)`` of layer 0 (the layer is added here); turn at the first position of the block.
     """
-    (launch_compress if kv.is_cuda else compress_reference)(kv, gate, where, slots, positions, rows, turn)
+    if kv.is_cuda:
+        launch_compress(kv, gate, where, slots, positions, rows, turn, chained=chained)
+    else:
+        compress_reference(kv, gate, where, slots, positions, rows, turn)
 
 
 def compress_reference(
@@ -167,6 +174,8 @@ def launch_window(
     rows: Tensor,
     eps: float,
     dtype: torch.dtype,
+    *,
+    chained: bool = False,
 ) -> Tensor:
     """The kernel; see ``store_window``. Raises RuntimeError without Triton."""
     if triton is None:
@@ -177,13 +186,15 @@ def launch_window(
     _window_kernel[(tokens, 2)](
         projected, norms[0], norms[1], angles.cos, angles.sin, window, rows, out, width, eps,
         LOW=low, BLOCK_LOW=triton.next_power_of_2(low), C=c, ROTATED=2 * angles.cos.shape[1], ROW=window.shape[1], num_warps=4,
+        **chain(projected, chained),
     )  # fmt: skip
     return out
 
 
 def launch_compress(
-    kv: Tensor, gate: Tensor, where: CompressorRows, slots: Tensor, positions: Tensor, rows: Tensor, turn: Angles
-) -> None:
+    kv: Tensor, gate: Tensor, where: CompressorRows, slots: Tensor, positions: Tensor, rows: Tensor, turn: Angles, *,
+    chained: bool = False,
+) -> None:  # fmt: skip
     """The kernel; see ``compress``. Raises RuntimeError without Triton."""
     if triton is None:
         raise RuntimeError("this needs Triton; compress_reference is the same in plain PyTorch")
@@ -195,7 +206,7 @@ def launch_compress(
         kv, gate, kv.stride(0), gate.stride(0), where.ape, where.norm, where.ring_kv, where.ring_gate, where.pool, signs,
         slots, positions, rows, turn.cos, turn.sin, layers, where.layer, entries * where.layer, where.norm_eps,
         M=where.ratio, RING=_RING[where.ratio], WIDTH=width, C=where.norm.shape[0], ROTATED=where.rotated, ROW=row, KEY=key,
-        LAYERS=where.ring_kv.shape[1], num_warps=4,
+        LAYERS=where.ring_kv.shape[1], num_warps=4, **chain(kv, chained),
     )  # fmt: skip
 
 
@@ -280,8 +291,12 @@ if triton is not None:
     def _window_kernel(
         projected, q_norm, kv_norm, cos, sin, window, rows, out, width, eps,
         LOW: tl.constexpr, BLOCK_LOW: tl.constexpr, C: tl.constexpr, ROTATED: tl.constexpr, ROW: tl.constexpr,
+        PDL: tl.constexpr,
     ):  # fmt: skip
         """Program 0 of a token: the low-rank query. Program 1: the window row."""
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
         token = tl.program_id(0).to(tl.int64)
         if tl.program_id(1) == 0:
             column = tl.arange(0, BLOCK_LOW)
@@ -300,9 +315,12 @@ if triton is not None:
         kv, gate, kv_stride, gate_stride, ape, norm, ring_kv, ring_gate, pool, signs, slots, positions, rows, cos, sin,
         layers, layer, first_row, eps,
         M: tl.constexpr, RING: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, ROTATED: tl.constexpr, ROW: tl.constexpr,
-        KEY: tl.constexpr, LAYERS: tl.constexpr,
+        KEY: tl.constexpr, LAYERS: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """One token: into the rings; then, at the end of a block, the block's entry (an online softmax over its slots)."""
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
         token = tl.program_id(0).to(tl.int64)
         position = tl.load(positions + token)
         own = (tl.load(slots + token) * LAYERS + layer) * RING * WIDTH

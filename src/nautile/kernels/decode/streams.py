@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nautile.kernels.decode.chain import chain
 from nautile.kernels.sinkhorn import sinkhorn_reference
 
 try:
@@ -24,6 +25,7 @@ except ImportError:  # CPU-only installations have no Triton
 __all__ = ["Site", "collapse", "join", "join_reference", "mix", "mix_reference"]
 
 _CHUNK = 512  # inputs of z that one program sums
+_FEW = 64  # tokens, each of which may read all of fn
 
 
 @dataclass(frozen=True)
@@ -67,38 +69,56 @@ def collapse(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm: Ten
     return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps[1]) * norm
 
 
-def mix(streams: Tensor, site: Site, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """``mix_reference``; on a GPU in two Triton kernels (four streams)."""
-    return launch_mix(streams, site, dtype) if streams.is_cuda else mix_reference(streams, site, dtype)
+def mix(streams: Tensor, site: Site, dtype: torch.dtype, *, chained: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """``mix_reference``; on a GPU in two Triton kernels (four streams). ``chained``: see ``chain``."""
+    if not streams.is_cuda:
+        return mix_reference(streams, site, dtype)
+    return launch_mix(streams, site, dtype, chained=chained)
 
 
-def join(streams: Tensor, parts: tuple[Tensor, ...], post: Tensor, matrix: Tensor) -> Tensor:
+def join(streams: Tensor, parts: tuple[Tensor, ...], post: Tensor, matrix: Tensor, *, chained: bool = False) -> Tensor:
     """``join_reference``; on a GPU in one Triton kernel (four streams, one to three float32 parts)."""
-    return launch_join(streams, parts, post, matrix) if streams.is_cuda else join_reference(streams, parts, post, matrix)
+    if not streams.is_cuda:
+        return join_reference(streams, parts, post, matrix)
+    return launch_join(streams, parts, post, matrix, chained=chained)
 
 
-def launch_mix(streams: Tensor, site: Site, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def launch_mix(streams: Tensor, site: Site, dtype: torch.dtype, *, chained: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The kernels. Raises ValueError for other than four streams or d no multiple of 128, RuntimeError without Triton."""
     if triton is None:
         raise RuntimeError("this needs Triton; mix_reference is the same in plain PyTorch")
     tokens, n, d = streams.shape
     if n != 4 or d % 128:
         raise ValueError(f"four streams of a multiple of 128, got {n} of {d}")
-    chunk = _CHUNK if n * d % _CHUNK == 0 else 128
-    chunks = n * d // chunk
-    partial = torch.empty(tokens, chunks, 32, dtype=torch.float32, device=streams.device)
-    _partial_kernel[(chunks, tokens)](streams, site.fn, partial, n * d, chunks, CHUNK=chunk, num_warps=4)
+    options = chain(streams, chained)
+    if tokens > _FEW:
+        partial, chunks = _products(streams.flatten(1), site.fn), 1
+    else:
+        chunk = _CHUNK if n * d % _CHUNK == 0 else 128
+        chunks = n * d // chunk
+        partial = torch.empty(tokens, chunks, 32, dtype=torch.float32, device=streams.device)
+        _partial_kernel[(chunks, tokens)](streams, site.fn, partial, n * d, chunks, CHUNK=chunk, num_warps=4, **options)
+    lanes = max(2, triton.next_power_of_2(chunks))
     x = torch.empty(tokens, d, dtype=dtype, device=streams.device)
     post = torch.empty(tokens, n, dtype=torch.float32, device=streams.device)
     matrix = torch.empty(tokens, n, n, dtype=torch.float32, device=streams.device)
     _mix_kernel[(tokens,)](
         streams, partial, site.base, site.scale, site.norm, x, post, matrix, chunks, site.eps, site.norm_eps,
-        D=d, BLOCK_D=triton.next_power_of_2(d), CHUNKS=triton.next_power_of_2(chunks), STEPS=site.iterations - 1, num_warps=8,
+        D=d, BLOCK_D=triton.next_power_of_2(d), CHUNKS=lanes, STEPS=site.iterations - 1, num_warps=8,
+        **options,
     )  # fmt: skip
     return x, post, matrix
 
 
-def launch_join(streams: Tensor, parts: tuple[Tensor, ...], post: Tensor, matrix: Tensor) -> Tensor:
+def _products(v: Tensor, fn: Tensor) -> Tensor:
+    """v [T, n d] -> [T, 1, 32]: the 24 products, then v's sum of squares; for many tokens, which would each read ``fn``."""
+    out = torch.zeros(v.shape[0], 1, 32, dtype=torch.float32, device=v.device)
+    out[:, 0, : fn.shape[0]] = F.linear(v, fn)
+    out[:, 0, fn.shape[0]] = v.square().sum(-1)
+    return out
+
+
+def launch_join(streams: Tensor, parts: tuple[Tensor, ...], post: Tensor, matrix: Tensor, *, chained: bool = False) -> Tensor:
     """The kernel; see ``join``."""
     if triton is None:
         raise RuntimeError("this needs Triton; join_reference is the same in plain PyTorch")
@@ -109,7 +129,7 @@ def launch_join(streams: Tensor, parts: tuple[Tensor, ...], post: Tensor, matrix
     block = 512 if d % 512 == 0 else 128
     one, two, three = (*parts, *(parts[:1] * 2))[:3]
     _join_kernel[(triton.cdiv(d, block), tokens)](
-        streams, one, two, three, post, matrix, out, d, PARTS=len(parts), BLOCK=block, num_warps=4
+        streams, one, two, three, post, matrix, out, d, PARTS=len(parts), BLOCK=block, num_warps=4, **chain(streams, chained)
     )
     return out
 
@@ -117,8 +137,11 @@ def launch_join(streams: Tensor, parts: tuple[Tensor, ...], post: Tensor, matrix
 if triton is not None:
 
     @triton.jit
-    def _partial_kernel(streams, fn, partial, width, chunks, CHUNK: tl.constexpr):
+    def _partial_kernel(streams, fn, partial, width, chunks, CHUNK: tl.constexpr, PDL: tl.constexpr):
         """CHUNK elements of v: their share of the 24 products, and of the sum of squares (column 24)."""
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
         chunk, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
         row, column = tl.arange(0, 32), tl.arange(0, 128)
         total = tl.zeros((32,), tl.float32)
@@ -132,9 +155,12 @@ if triton is not None:
     @triton.jit
     def _mix_kernel(
         streams, partial, base, scale, norm, x, post, matrix, chunks, eps, norm_eps,
-        D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr, STEPS: tl.constexpr,
+        D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr, STEPS: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         """One token: finish z, make pre, post and M, then read the sublayer's input."""
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
         token = tl.program_id(0).to(tl.int64)
         chunk, row, line = tl.arange(0, CHUNKS), tl.arange(0, 4), tl.arange(0, 4)
         own = partial + token * chunks * 32 + chunk * 32
@@ -169,9 +195,12 @@ if triton is not None:
 
     @triton.jit
     def _join_kernel(
-        streams, one, two, three, post, matrix, out, d, PARTS: tl.constexpr, BLOCK: tl.constexpr
+        streams, one, two, three, post, matrix, out, d, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
     ):  # fmt: skip
         """BLOCK elements of every stream of one token."""
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
         token = tl.program_id(1).to(tl.int64)
         column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         live = column < d

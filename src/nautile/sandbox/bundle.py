@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import struct
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def skeleton(place: Path) -> None:
     (place / "root").chmod(0o700)
 
 
+@lru_cache(maxsize=1)
 def _masked() -> list[str]:
     """What of /proc to hide: what others than its owner may read. Its owner is the host's root, whom no container maps."""
     paths = [f"/proc/{name}" for name in (*MASKED, *MASKED_DIRECTORIES)]

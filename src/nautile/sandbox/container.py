@@ -56,8 +56,8 @@ class KeeperClient:
             return True
         return False
 
-    def connect(self) -> socket.socket:
-        """A connection; starts the keeper if there is none. Raises SubstrateUnavailable."""
+    def connect(self, begin: bool = True) -> socket.socket:
+        """A connection; starts the keeper if there is none. Raises SubstrateUnavailable, or SandboxLost unless ``begin``."""
         for _ in range(3):
             channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
@@ -65,6 +65,8 @@ class KeeperClient:
                 return channel
             except (FileNotFoundError, ConnectionRefusedError):
                 channel.close()
+                if not begin:
+                    raise SandboxLost("the keeper has ended") from None
                 self._start()
             except BaseException:
                 channel.close()
@@ -104,9 +106,11 @@ class KeeperClient:
             return (self.place / "keeper.log").read_text(errors="replace").strip()[-500:]
         return "it left no log"
 
-    def ask(self, request: dict[str, Any], body: bytes = b"", *, timeout: float = 60.0) -> tuple[dict[str, Any], bytes]:
+    def ask(
+        self, request: dict[str, Any], body: bytes = b"", *, timeout: float = 60.0, begin: bool = True
+    ) -> tuple[dict[str, Any], bytes]:
         """One request, one answer. Raises what the keeper raised, or SandboxLost."""
-        with self.connect() as channel:
+        with self.connect(begin) as channel:
             channel.settimeout(timeout)
             send(channel, request, body)
             return answer(channel)
@@ -457,8 +461,8 @@ class ContainerDriver:
         self._leave_seat()
         if lease is None:
             return
-        with contextlib.suppress(SandboxError):
-            self._keeper.ask({"op": "close", "id": self._id})
+        with contextlib.suppress(SandboxError):  # no keeper is started to end what has ended with the last one
+            self._keeper.ask({"op": "close", "id": self._id}, begin=False)
         lease.close()
 
 

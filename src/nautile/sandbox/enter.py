@@ -266,6 +266,7 @@ def _header(tracked: Run, ended: Outcome, failure: str | None) -> dict[str, Any]
 
 def _claim(state: State, name: str) -> bool:
     """Whether this is the first time that an operation of this name is to run."""
+    (state.place / "operations").mkdir(exist_ok=True)
     try:
         descriptor = os.open(state.place / "operations" / f"{name}.begun", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     except FileExistsError:

@@ -5,7 +5,8 @@ mounts is seen by nobody else and vanishes with it. Containers that were used la
 for the next containers; a client asks a seat directly. Its only state besides leases and seats is in its directory:
 
     keeper.sock  keeper.log  init  skeleton/  layers/N/          for all
-    ID/  fs/ (tmpfs: upper, work)  root/ (overlay)  bundle/  state.json  operations/
+    ID/  state.json  pid  group  operations/
+    work/GROUP/  fs/ (tmpfs: upper, work; below it root/, the overlay)  bundle/  crun/        seen by the keeper alone
 
 A lease is a connection that a client holds open for a sandbox; when it breaks, the sandbox is closed. A sandbox without a
 lease outlives its client and ends at its time to live.
@@ -47,7 +48,7 @@ from nautile.sandbox.spares import (
     send_task,
     sockets_of,
 )
-from nautile.sandbox.state import SHARE, Settings, State, version
+from nautile.sandbox.state import SHARE, WORK, Settings, State, version
 
 __all__ = ["Keeper", "main"]
 
@@ -101,7 +102,7 @@ class Keeper:
         self.owner = cgroup.owner_name()
         found = cgroup.hierarchies()
         cgroup.Group.make("keeper", owner=self.owner, found=found)  # others' directory: nobody removes it while this is in it
-        mounts = _mount_namespaces()
+        mounts = _mount_namespaces(self.place / WORK)
         crun, program = shutil.which("crun"), native.compiled(seat.PROGRAM, cache_directory() / "seat")
         kept = [None if one is None else native.sealed(Path(one)) for one in (program, crun)] + [mounts]
         numbers = [None if one is None else fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, _KEPT) for one in kept]
@@ -149,7 +150,9 @@ class Keeper:
         for source, target in ((devnull, 0), (log, 1), (log, 2)):
             os.dup2(source, target)
         if self.settings.seat is None:
-            print("no C compiler, or it fails: commands are started in a slower way (apt-get install gcc libc6-dev)", flush=True)
+            print(
+                "no C compiler, or it fails: commands are started in a slower way (apt-get install gcc libc6-dev)", flush=True
+            )
         woken, wake = os.pipe()
         os.set_blocking(wake, False)
         signal.set_wakeup_fd(wake)
@@ -499,10 +502,10 @@ class Keeper:
         for entry in self.place.glob("*/pid"):
             end_first_process(entry.parent)
         for entry in [
-            *self.place.glob("*/root"),
-            *self.place.glob("*/fs"),
+            *self.place.glob(f"{WORK}/*/fs"),
+            self.place / WORK,
             *self.place.glob("layers/*"),
-            *self.place.glob("mounts/*"),
+            *self.place.glob(f"{MOUNTS}/*"),
         ]:
             with contextlib.suppress(OSError):
                 kernel.unmount(str(entry))
@@ -544,10 +547,15 @@ def _forget_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def _mount_namespaces() -> int:
-    """Two namespaces of our own: one to work in, and one without containers, of which a descriptor is returned."""
+def _mount_namespaces(work: Path) -> int:
+    """Two namespaces of our own: one to work in, and one without containers, of which a descriptor is returned.
+
+    Both have a file system in memory at ``work``, which is made.
+    """
     kernel.unshare(kernel.CLONE_NEWNS)
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_SLAVE)
+    work.mkdir(mode=0o711)
+    kernel.mount("nautile", str(work), "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=0711")
     without = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     hybrid = "/sys/fs/cgroup/unified"
     covered = os.path.ismount(hybrid)

@@ -24,7 +24,7 @@ _DEEPEST = 512
 
 def pack_answer(state: State, request: dict[str, Any], channel: socket.socket) -> None:
     """Freeze, pack, thaw, and answer with the digest. With ``layer`` the result is unpacked there as a layer."""
-    upper = state.place / "fs/upper"
+    upper = state.work / "fs/upper"
     frozen = state.group.tracker is not None
     if frozen:
         state.group.freeze(True)

@@ -24,7 +24,7 @@ from nautile.sandbox.inside import frames
 from nautile.sandbox.limits import Limits
 from nautile.sandbox.orders import Orders
 from nautile.sandbox.seat import NotStarted, Seat, SeatGone, know, start
-from nautile.sandbox.state import SHARE, Settings, State
+from nautile.sandbox.state import SHARE, WORK, Settings, State
 
 __all__ = ["MOUNTS", "Task", "adopt", "become_crun", "carry_out", "end_first_process", "group_name", "locked"]
 
@@ -123,7 +123,7 @@ def group_name(place: Path) -> str | None:
 def locked(place: Path) -> Iterator[None]:
     """One creation or ending of a sandbox at a time."""
     place.mkdir(exist_ok=True)
-    with open(place.parent / f".{place.name}.lock", "w") as lock:
+    with open(place.parent / WORK / f".{place.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -136,8 +136,9 @@ def _create(keeper: Path, settings: Settings, request: dict[str, Any], seat: Sea
     (place / "group").write_text(seat.name)
     group = settings.group(seat.name)
     try:
-        top = _file_system(keeper, settings, request, limits)
-        process = _start(keeper, settings, request, seat, top)
+        work = keeper / WORK / seat.name
+        _file_system(keeper, settings, request, limits, work)
+        process = _start(keeper, settings, request, seat, work)
         group.apply(_with_seat(limits))
         state = {
             "group": seat.name,
@@ -157,7 +158,7 @@ def _create(keeper: Path, settings: Settings, request: dict[str, Any], seat: Sea
     except BaseException:
         group.remove()
         end_first_process(place)
-        _dismantle(place)
+        _dismantle(place, seat.name)
         raise
     return {"enforced": group.enforced, "tenant": state["tenant"]}
 
@@ -192,20 +193,20 @@ def adopt(keeper: Path, settings: Settings, request: dict[str, Any], spare: str,
     except BaseException:
         group.remove()
         end_first_process(place)
-        _dismantle(place)
+        _dismantle(place, seat.name)
         raise
     return {"enforced": group.enforced, "tenant": state["tenant"]}
 
 
-def _file_system(keeper: Path, settings: Settings, request: dict[str, Any], limits: Limits) -> Path:
-    """Mount the writable layer, in memory and of bounded size, over the read-only ones. The mount point."""
-    place = keeper / request["id"]
-    place.chmod(0o711)
-    for name in ("fs", "root", "bundle", "operations"):
+def _file_system(keeper: Path, settings: Settings, request: dict[str, Any], limits: Limits, place: Path) -> None:
+    """Mount the writable layer, in memory and of bounded size, over the read-only ones, at ``fs/root`` in ``place``."""
+    place.mkdir()
+    place.chmod(0o711)  # the container's users must be able to pass through
+    for name in ("fs", "root", "bundle"):
         (place / name).mkdir()
-    options = f"size={limits.disk},nr_inodes={limits.inodes},mode=0700"
+    options = f"size={limits.disk},nr_inodes={limits.inodes},mode=0711"
     kernel.mount("nautile", str(place / "fs"), "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
-    for name in ("upper", "work"):
+    for name in ("upper", "work", "root"):
         (place / "fs" / name).mkdir()
         (place / "fs" / name).chmod(0o755)
     lowers = [Path(one) for one in request["layers"]]
@@ -219,14 +220,13 @@ def _file_system(keeper: Path, settings: Settings, request: dict[str, Any], limi
     options = f"lowerdir={stack},upperdir={place}/fs/upper,workdir={place}/fs/work{extra}"
     if len(options) > 4000:
         raise SubstrateUnavailable("container", f"{len(lowers)} layers do not fit into one mount", "pack them into fewer")
-    kernel.mount("overlay", str(place / "root"), "overlay", kernel.MS_NOSUID | kernel.MS_NODEV, options)
-    work = place / "root/workspace"
+    kernel.mount("overlay", str(place / "fs/root"), "overlay", kernel.MS_NOSUID | kernel.MS_NODEV, options)
+    work = place / "fs/root/workspace"
     if not os.path.lexists(work):  # an image of somebody else's
         work.mkdir()
         tenant = bundle.TENANT + settings.base if settings.base is not None else 0
         os.chown(work, tenant, tenant, follow_symlinks=False)
         work.chmod(0o755)
-    return Path(place, "root")
 
 
 def _lower(keeper: Path, base: int | None, layer: Path) -> Path:
@@ -342,22 +342,22 @@ def _user_namespace(users: str, groups: str) -> int:
         os.waitpid(child, 0)
 
 
-def _start(keeper: Path, settings: Settings, request: dict[str, Any], seat: Seat, root: Path) -> int:
+def _start(keeper: Path, settings: Settings, request: dict[str, Any], seat: Seat, work: Path) -> int:
     """Let crun make the container; the host's number of its process 1."""
-    place = root.parent
+    place, root = keeper / request["id"], work / "root"
     users = [{"containerID": 0, "hostID": settings.base or 0, "size": SHARE if settings.base is not None else 1}]
     workspace = request["workspace"] and str(_workspace(place, settings, request["workspace"]))
     shm = Limits(**request["limits"]).disk
     description = bundle.configuration(root, keeper / "init", request["host_usr"], users, shm, workspace)
-    (place / "bundle/config.json").write_text(json.dumps(description))
+    (work / "bundle/config.json").write_text(json.dumps(description))
     if settings.crun is None or settings.mounts is None:
         raise SubstrateUnavailable("container", "crun is missing", "apt-get install crun, and nautile sandbox stop")
-    argv = ["crun", "--root", str(place / "crun"), "--cgroup-manager", "disabled", "run", "--detach"]
-    argv += ["--bundle", str(place / "bundle"), "--pid-file", str(place / "pid"), request["id"]]
-    trees = [str(root)] if workspace is None or settings.base is None else [str(root), workspace]
+    argv = ["crun", "--root", str(work / "crun"), "--cgroup-manager", "disabled", "run", "--detach"]
+    argv += ["--bundle", str(work / "bundle"), "--pid-file", str(place / "pid"), request["id"]]
+    trees = {str(work / "fs/root"): str(root)} | ({workspace: workspace} if workspace and settings.base is not None else {})
     orders = Orders(
         tuple(argv),
-        (str(place / "crun.log"), *trees),
+        (str(work / "crun.log"), *trees.values()),
         {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
         background=bool(request.get("ahead")),
     )
@@ -368,7 +368,7 @@ def _start(keeper: Path, settings: Settings, request: dict[str, Any], seat: Seat
         except (SeatGone, NotStarted) as error:
             raise SandboxLost(f"the process that was to start crun did not: {error.__cause__ or error}") from None
     if status != 0:
-        said = (place / "crun.log").read_text(errors="replace")[:4000].strip() if status is not None else ""
+        said = (work / "crun.log").read_text(errors="replace")[:4000].strip() if status is not None else ""
         why = f"crun could not start it: {said or status}"
         if status is None:
             why = f"crun did not finish within {_CRUN_LIMIT:g} s"
@@ -423,8 +423,8 @@ def _close(place: Path, settings: Settings, identity: str) -> None:
         if name is not None:
             settings.group(name).remove()
         end_first_process(place)
-        _dismantle(place)
-    (place.parent / f".{place.name}.lock").unlink(missing_ok=True)
+        _dismantle(place, name)
+    (place.parent / WORK / f".{place.name}.lock").unlink(missing_ok=True)
 
 
 def end_first_process(place: Path) -> None:
@@ -441,11 +441,14 @@ def end_first_process(place: Path) -> None:
             os.close(descriptor)
 
 
-def _dismantle(place: Path) -> None:
-    for mounted in (place / "root", place / "fs", place.parent / MOUNTS / place.name):
+def _dismantle(place: Path, group: str | None) -> None:
+    """Remove what is there of a container, whose groups are called ``group`` (None: it had not come so far)."""
+    source, work = place.parent / MOUNTS / place.name, place.parent / WORK / (group or "none")
+    for mounted in (work / "fs", source):  # what is mounted below goes with it
         with contextlib.suppress(OSError):
             kernel.unmount(str(mounted))
     with contextlib.suppress(OSError):  # never with its content
-        os.rmdir(place.parent / MOUNTS / place.name)
+        os.rmdir(source)
     # Nothing in here was made by the tenant: its files were in the memory that has just been unmounted.
+    shutil.rmtree(work, ignore_errors=True)
     shutil.rmtree(place, ignore_errors=True)

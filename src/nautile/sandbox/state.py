@@ -14,9 +14,10 @@ from nautile.sandbox import cgroup
 from nautile.sandbox.errors import SandboxLost
 from nautile.sandbox.limits import Limits
 
-__all__ = ["SHARE", "Settings", "State", "version"]
+__all__ = ["SHARE", "WORK", "Settings", "State", "version"]
 
 SHARE = 65_536  # user ids of a container
+WORK = "work"  # the keeper's own file system, in memory: what of containers nobody else needs to see
 _SHARED = tuple(
     str.split(
         "bundle cgroup container enter filing keeper kernel layers limits native operations orders policy portable_seat proxy "
@@ -65,6 +66,7 @@ class State:
     """A container that runs."""
 
     place: Path
+    work: Path  # its part of the keeper's own file system
     process: int  # its process 1, as the host names it
     started: str  # that process's start time, so that another one of the same number is not mistaken for it
     tenant: int
@@ -89,6 +91,7 @@ class State:
         limits = Limits(**stored["limits"])
         return cls(
             place=place,
+            work=keeper / WORK / stored["group"],
             process=stored["process"],
             started=stored["started"],
             tenant=stored["tenant"],

@@ -91,6 +91,9 @@ class Packer {
         return kind == WIDE ? type == FLOAT32 : kind == PAIRS && type == BFLOAT16 && rows <= ROWS;
     }
 
+    // Whether a row of keys is an operand as it lies there, in whole vectors of four words.
+    bool in_place() const { return depth % 4 == 0 && ((kind == WIDE && type == FLOAT32) || (kind == PAIRS && type == BFLOAT16)); }
+
     // Asks for the bytes of rows that are to be packed soon: they lie anywhere.
     void fetch(const void* const* rows, int count) const {
         const int bytes = width * (type == FLOAT32 ? 4 : 2);
@@ -155,29 +158,135 @@ static inline void key_logits(Packer& packer, const KeyList& keys, Range blocks,
         }
     }
 }
+// Logits of R query rows with sixteen keys of `depth` words each, found by pointer, for rows of keys that only one token reads:
+// turning them around would cost as much as the products. Four keys meet four words of the query at once, so a logit is four
+// sums of every fourth word (or pair), added as (0 + 2) + (1 + 3). `next` are sixteen rows to be asked for meanwhile, or null.
+#if defined(__AVX512F__)
+template <int KIND, int R>
+static inline void quad_logits(const uint32_t* const* q, const void* const* keys, int depth, const void* const* next, float* const* out) {
+    vec acc[R][4] = {};
+    for (int k = 0; k < depth; k += 4) {
+        if (next) {
+            const char* row = (const char*)next[k / 4 % LANES] + k / (4 * LANES) * 256;
+            for (int at = 0; at < 256; at += 64) __builtin_prefetch(row + at, 0, 2);
+        }
+        __m512i part[4];
+        for (int g = 0; g < 4; g++) {  // lanes 4 i .. 4 i + 3 hold four words of key 4 i + g
+            auto words = [&](int i) { return _mm_loadu_si128((const __m128i*)((const uint32_t*)keys[4 * i + g] + k)); };
+            part[g] = _mm512_castsi128_si512(words(0));
+            part[g] = _mm512_mask_broadcast_i32x4(part[g], 0x00F0, words(1));
+            part[g] = _mm512_mask_broadcast_i32x4(part[g], 0x0F00, words(2));
+            part[g] = _mm512_mask_broadcast_i32x4(part[g], 0xF000, words(3));
+        }
+        for (int r = 0; r < R; r++) {
+            const uvec x = (uvec)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(q[r] + k)));
+            for (int g = 0; g < 4; g++)
+                acc[r][g] = KIND == WIDE ? fma((vec)x, (vec)part[g], acc[r][g]) : dot_pairs(acc[r][g], x, (uvec)part[g]);
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        __m512 half[2];
+        for (int i = 0; i < 2; i++) {
+            const __m512 a = (__m512)acc[r][2 * i], b = (__m512)acc[r][2 * i + 1];
+            half[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));  // 0 + 2 of a, of b, 1 + 3 of a, of b
+        }
+        const __m512d a = (__m512d)half[0], b = (__m512d)half[1];
+        const __m512 sums = _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
+        _mm512_storeu_ps(out[r], sums);
+    }
+}
+template <int KIND>
+static void quad_rows(int rows, const uint32_t* const* q, const void* const* keys, int depth, const void* const* next, float* const* out) {
+    switch (rows) {
+        case 6: return quad_logits<KIND, 6>(q, keys, depth, next, out);
+        case 5: return quad_logits<KIND, 5>(q, keys, depth, next, out);
+        case 4: return quad_logits<KIND, 4>(q, keys, depth, next, out);
+        case 3: return quad_logits<KIND, 3>(q, keys, depth, next, out);
+        case 2: return quad_logits<KIND, 2>(q, keys, depth, next, out);
+        default: return quad_logits<KIND, 1>(q, keys, depth, next, out);
+    }
+}
+#endif
+
 static inline int key_blocks(const KeyList& keys) { return ((int)keys.size() + KEYS - 1) / KEYS; }
 
-// The same where rows already are what the product reads: no copy is made. `first` is in bytes of a row, `count` even.
+// `key_logits` for the rows of one token with keys of its own. Whether a token's keys are its own does not depend on what is
+// computed beside it, so every logit is always made in the same way.
+static inline void own_logits(Packer& packer, const KeyList& keys, Range blocks, const Rows& queries, int first_row, int rows, float* logits,
+                              int64_t stride, int64_t at) {
+#if defined(__AVX512F__)
+    if (packer.in_place()) {
+        const int end = std::min((int)keys.size(), blocks.end * KEYS);
+        for (int j = blocks.begin * KEYS; j < end; j += LANES)
+            for (int r = 0; r < rows; r += ROWS) {
+                const int count = std::min(ROWS, rows - r);
+                const uint32_t* from[ROWS];
+                float* to[ROWS];
+                for (int i = 0; i < count; i++) from[i] = queries.row(first_row + r + i), to[i] = logits + (r + i) * stride + at + j;
+                const void* const* next = r == 0 && j + 3 * LANES <= end ? keys.data() + j + 2 * LANES : nullptr;
+                if (packer.kind == WIDE) quad_rows<WIDE>(count, from, keys.data() + j, packer.depth, next, to);
+                else quad_rows<PAIRS>(count, from, keys.data() + j, packer.depth, next, to);
+            }
+        return;
+    }
+#endif
+    key_logits(packer, keys, blocks, queries, first_row, rows, logits, stride, at);
+}
+
+// Pairs of two rows' channels, in the order in which a machine pairs them with one instruction: of 32 channels those whose
+// number has no 4 in it, then the others. `interleave` brings two tiles of sums into that order, or back.
+template <int T>
+static inline void value_pairs(const char* row, const char* other, uvec* column) {
+#if defined(__AVX512BW__)
+    if (T % 2 == 0) {
+        for (int t = 0; t + 1 < T; t += 2) {
+            const __m512i a = _mm512_loadu_si512(row + t * 32), b = _mm512_loadu_si512(other + t * 32);
+            column[t] = (uvec)_mm512_unpacklo_epi16(a, b), column[t + 1] = (uvec)_mm512_unpackhi_epi16(a, b);
+        }
+        return;
+    }
+#endif
+    for (int t = 0; t < T; t++) column[t] = widen((const uint16_t*)row + t * LANES) | widen((const uint16_t*)other + t * LANES) << 16;
+}
+template <int T, bool APART>
+static inline void interleave(vec* tiles) {
+#if defined(__AVX512BW__)
+    for (int t = 0; t + 1 < T && T % 2 == 0; t += 2) {
+        const vec a = tiles[t], b = tiles[t + 1];
+        if (APART) {
+            tiles[t] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+            tiles[t + 1] = __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+        } else {
+            tiles[t] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+            tiles[t + 1] = __builtin_shufflevector(a, b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+        }
+    }
+#endif
+}
+
+// Values where rows already are what the product reads: no copy is made. `first` is in bytes of a row, `count` even.
 template <int KIND, int R, int T>
 static inline void value_block(const uint32_t* const* a, const void* const* rows, int64_t first, int count, float* const* c) {
     vec acc[R][T];
     for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++) acc[r][t] = load(c[r] + t * LANES);
+    if (KIND != WIDE)
+        for (int r = 0; r < R; r++) interleave<T, true>(acc[r]);
     for (int j = 0; j < count; j += KIND == WIDE ? 1 : 2) {
         const char* row = (const char*)rows[j] + first;
         uvec column[T];
-        for (int t = 0; t < T; t++) {
-            if (KIND == WIDE) std::memcpy(&column[t], row + t * LANES * 4, 64);
-            else column[t] = widen((const uint16_t*)row + t * LANES) | widen((const uint16_t*)((const char*)rows[j + 1] + first) + t * LANES) << 16;
-        }
+        if (KIND == WIDE) std::memcpy(column, row, sizeof column);
+        else value_pairs<T>(row, (const char*)rows[j + 1] + first, column);
         for (int r = 0; r < R; r++) {
             uvec x = uvec{} + a[r][KIND == WIDE ? j : j / 2];
             for (int t = 0; t < T; t++)
                 acc[r][t] = KIND == WIDE ? fma((vec)x, (vec)column[t], acc[r][t]) : dot_pairs(acc[r][t], x, column[t]);
         }
     }
-    for (int r = 0; r < R; r++)
+    for (int r = 0; r < R; r++) {
+        if (KIND != WIDE) interleave<T, false>(acc[r]);
         for (int t = 0; t < T; t++) store(c[r] + t * LANES, acc[r][t]);
+    }
 }
 template <int KIND>
 static void value_rows(int rows, const uint32_t* const* a, const void* const* keys, int64_t first, int count, float* const* c) {
@@ -225,30 +334,40 @@ struct Span {
     int begin, end;   // visible lanes within it
 };
 
-// The scaled logits of 16 lanes of a span, minus infinity where a key is hidden.
-static inline vec seen_logits(const float* logits, const Span& span, int j, float scale) {
+// The logits of 16 lanes of a span, minus infinity where a key is hidden.
+static inline vec seen_logits(const float* logits, const Span& span, int j) {
     const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    vec v = load(logits + span.at + j) * scale;
+    vec v = load(logits + span.at + j);
     if (j >= span.begin && j + LANES <= span.end) return v;
     ivec number = lane + j, seen = (number >= span.begin) & (number < span.end);
     return seen ? v : spread(-__builtin_inff());
 }
 
+// Sixteen weights to an operand row of this kind. They are at least e^-87 or zero, so no rounding meets a denormal.
+static inline void store_weights(int kind, uint32_t* weights, int64_t at, vec e) {
+    if (kind == WIDE) return store((float*)weights + at, e);
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256((__m256i*)((uint16_t*)weights + at), (__m256i)_mm512_cvtneps_pbh((__m512)e));
+#else
+    store_bf16((uint16_t*)weights + at, e);
+#endif
+}
+
 // Softmax over the visible lanes of some spans and the sink: weights e^(l - top) as one operand row (zero where hidden).
 // Returns 1 / total.
 static inline float soften(const float* logits, const Span* spans, int count, float scale, float sink, int kind, uint32_t* weights) {
-    vec top = spread(sink), total = {};
+    vec high = spread(-__builtin_inff()), total = {};
     for (int s = 0; s < count; s++)
-        for (int j = 0; j < spans[s].size; j += LANES) top = larger(seen_logits(logits, spans[s], j, scale), top);
-    float most = maximum(top);
+        for (int j = 0; j < spans[s].size; j += LANES) high = larger(seen_logits(logits, spans[s], j), high);
+    float most = maximum(high) * scale;  // rounding keeps order, so this is the largest of the scaled ones
+    most = most > sink ? most : sink;
     for (int s = 0; s < count; s++)
         for (int j = 0; j < spans[s].size; j += LANES) {
-            vec v = seen_logits(logits, spans[s], j, scale);
+            vec v = seen_logits(logits, spans[s], j) * scale;
             vec e = exponential(v - most);
             e = v == -__builtin_inff() ? vec{} : e;
             total = total + e;
-            if (kind == WIDE) store((float*)weights + spans[s].at + j, e);
-            else store_bf16((uint16_t*)weights + spans[s].at + j, e);
+            store_weights(kind, weights, spans[s].at + j, e);
         }
     return 1.0f / (sum(total) + std::exp(sink - most));
 }

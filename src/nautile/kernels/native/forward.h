@@ -13,8 +13,8 @@ namespace nautile {
 
 constexpr int SLICE = 256;  // tokens of a slice: bounds the scratch memory
 constexpr int MANY = 48;    // tokens from which work is split by tokens
-constexpr int GROUP = 4;    // tokens whose attention shares packed keys
-constexpr int INDEX_GROUP = 32;  // tokens that are scored against a block of indexer keys together
+constexpr int GROUP = 8;    // tokens whose attention shares packed keys
+constexpr int INDEX_GROUP = 16;  // tokens that are scored against a block of indexer keys together
 
 constexpr int BLOCKS_AHEAD = 2;  // of 8-bit keys: how early they are fetched
 
@@ -82,7 +82,7 @@ class Runner {
             member.rows = std::make_unique<Packer>((int)s_.attention_kind, row_type_, (int)s_.head_dim);
             if (s_.index_kind != BYTES) member.keys = std::make_unique<Packer>(key_kind(), index_type_, (int)s_.index_dim);
             member.sums = allocate<float>(GROUP * s_.heads * round_up(s_.head_dim, LANES));
-            member.products = allocate<float>(TALL * KEYS);
+            member.products = allocate<float>(ROWS * KEYS);
             member.pooled = allocate<float>(round_up(std::max(s_.head_dim, s_.index_dim), LANES));
         }
     }
@@ -209,8 +209,6 @@ class Runner {
             read_streams(s, {layer.ffn_fn.data, layer.t.ffn_base, layer.t.ffn_scale, layer.ffn_fn.stride}, layer.t.ffn_norm,
                          (int)s_.expert_kind);
             experts(s, layer);
-            const Matrix& next = &layer == &model_.layers.back() ? model_.head() : (&layer + 1)->inputs;
-            fetch_panel(next, s.panels(next).begin);
         }
         keep_streams(s);
         s.m->clock.lap(REST);
@@ -267,12 +265,13 @@ class Runner {
     void read_streams(const Share& s, const Site& site, const float* norm, int kind) {
         const Mixing mix = model_.mixing();
         int outs = mix.outputs();
-        dot_rows(streams_.get(), nd_, s.tokens, site.fn, site.stride, s.one ? part(outs, s.member, s.parts) : Range{0, outs}, nd_,
+        dot_rows(streams_.get(), nd_, s.rows, site.fn, site.stride, s.many ? Range{0, outs} : part(outs, s.member, s.parts), nd_,
                  z_.get(), outs_);
-        if (s.one) after_product(s, MIXING);
+        after_product(s, MIXING);
         Rows input = operand(s.t->input, s_.hidden);
         for (int m = s.tokens.begin; m < s.tokens.end;) {
-            const int count = std::min(LANES, s.tokens.end - m);
+            int count = std::min(LANES, s.tokens.end - m);
+            if (count < LANES) count = std::min(4, count);
             float square[LANES];
             for (int i = 0; i < count; i++) square[i] = sum_of_squares(streams_.get() + (m + i) * nd_, nd_) / (float)(s_.streams * s_.hidden);
             const float* z = z_.get() + m * outs_;
@@ -288,18 +287,15 @@ class Runner {
         after_tokens(s, MIXING);
     }
 
-    // Adds a sublayer's output, made by `last`, to the streams: one token's by columns, those of several by tokens, so that a
-    // member finds its tokens' streams where it left them.
+    // Adds a sublayer's output to the streams, for this member's tokens and columns of `last`, the product that made it.
     void write_streams(const Share& s, const Matrix& last) {
-        int begin = 0, end = (int)s_.hidden, n = (int)s_.streams;
-        if (s.one) begin = s.panels(last).begin * KEYS, end = std::min(s.panels(last).end * KEYS, end);
-        else if (!s.many) meet(s);
-        for (int m = s.tokens.begin; m < s.tokens.end; m++) {
+        Range panels = s.panels(last);
+        int begin = panels.begin * KEYS, end = std::min<int>(panels.end * KEYS, (int)s_.hidden), n = (int)s_.streams;
+        for (int m = s.rows.begin; m < s.rows.end; m++) {
             const float* mix = s.t->mix.get() + m * outs_;
             distribute(streams_.get() + m * nd_, y_.get() + m * d_, mix + n, mix + 2 * n, n, (int)s_.hidden, begin, end);
         }
-        s.m->clock.lap(MIXING);
-        if (s.one) meet(s);
+        after_product(s, MIXING);
     }
 
     // forward_attention.h
@@ -319,6 +315,23 @@ class Runner {
     void score_sifted(const Share& s, const Layer& layer, int first, int count);
     void update_byte_keys(const Segment& segment);
     void attend_group(const Share& s, const Layer& layer, int first, int count, int in_run);
+    // Some tokens of one sequence whose attention is computed together; see attend_group.
+    struct Group {
+        int first, count, shared;
+        Range tiles;        // channels of the sums that this member makes
+        int64_t begin = 0;  // position of the window's first lane
+    };
+    int shared_tokens(const Layer& layer, int first, int count) const;
+    void window_logits(const Share& s, const Group& g);
+    void attend_shared(const Share& s, const Layer& layer, const Group& g);
+    void attend_own(const Share& s, const Layer& layer, const Group& g, int i, const int32_t* chosen);
+    void meet_alone(const Share& s);
+    void soften_token(const Share& s, const Layer& layer, const Group& g, int i, int64_t entries, int64_t all);
+    void sum_entries(const Share& s, const Group& g, int i, int count);
+    void window_sums(const Share& s, const Group& g);
+    float* logits_of(const Share& s) const { return (s.one ? members_[0] : *s.m).logits.get(); }
+    Range key_share(const Share& s, const KeyList& keys) const { return part(key_blocks(keys), s.one ? s.member : 0, s.one ? s.parts : 1); }
+    Rows weights_of(const Share& s, int i) const { return {s.m->weights.get() + i * s_.heads * lanes_, lanes_, 0}; }
     void list_window(const Share& s, const Layer& layer, int first, int last);
     void list_entries(const Share& s, const Layer& layer, const Segment& segment, int64_t count, const int32_t* chosen);
     void project_output(const Share& s, const Layer& layer);
@@ -334,7 +347,6 @@ class Runner {
     void experts(const Share& s, const Layer& layer);
     void route(const Share& s, const Layer& layer, int token);
     void group_by_expert(const Share& s);
-    int next_expert(const Share& s, int e) const;
     void expert_up(const Share& s, const Layer& layer);
     void expert_down(const Share& s, const Layer& layer);
     void finish(const Share& s);

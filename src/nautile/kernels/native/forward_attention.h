@@ -6,7 +6,6 @@ namespace nautile {
 
 inline void Runner::attention(const Share& s, const Layer& layer) {
     multiply(layer.inputs, operand(s.t->input, s_.hidden), s.rows, s.panels(layer.inputs), proj_.get(), projected_);
-    fetch_panel(layer.queries, s.panels(layer.queries).begin);
     s.m->clock.lap(PROJECTIONS);
     meet(s);
     read_inputs(s, layer);
@@ -14,7 +13,6 @@ inline void Runner::attention(const Share& s, const Layer& layer) {
     compress(s, layer);
     after_tokens(s, COMPRESSION);
     multiply(layer.queries, operand(s.t->q_low, s_.q_rank), s.rows, s.panels(layer.queries), q_.get(), queries_);
-    fetch_panel(layer.wo_a[0], s.panels(layer.wo_a[0]).begin);
     s.m->clock.lap(PROJECTIONS);
     meet(s);
     save_tails(s, layer);
@@ -178,21 +176,23 @@ inline void Runner::attend(const Share& s, const Layer& layer) {
 }
 
 // The index_topk best entries of each of `count` tokens that sees more, in m->selected. With one token in the slice, members
-// share the keys and put their candidates together afterwards, each for itself.
+// share the keys and put their candidates together afterwards, each for itself. Where about a third of the keys or more would
+// be left over for float32, 8-bit scores first are not worth it: groups of tokens then score all keys in float32.
 inline void Runner::select_entries(const Share& s, const Layer& layer, int first, int count) {
     MemberBuffers& m = *s.m;
     const int k = (int)s_.index_topk, entries = (int)visible(layer, first + count - 1);
-    const int unit = byte_keys_ ? (int)byte_keys_->rows() : KEYS, blocks = (entries + unit - 1) / unit;
+    const bool bytes = byte_keys_ && !(sifts() && count >= GROUP && entries <= 4 * k), sifted = bytes && sifts();
+    const int unit = bytes ? (int)byte_keys_->rows() : KEYS, blocks = (entries + unit - 1) / unit;
     for (int i = 0; i < count; i++) {
         m.sees[i] = selects(layer, first + i) ? (int)visible(layer, first + i) : 0;
         m.selections[i].begin(k);
-        if (sifts()) m.sieves[i].begin(k, m.sees[i]);
+        if (sifted) m.sieves[i].begin(k, m.sees[i]);
     }
     Range mine = s.one ? part(blocks, s.member, s.parts) : Range{0, blocks};
     for (int b = mine.begin; b < mine.end; b++)
-        if (byte_keys_) score_bytes(s, layer, first, count, mine, b);
+        if (bytes) score_bytes(s, layer, first, count, mine, b);
         else score_block(s, layer, first, count, b, b + 1 < mine.end);
-    if (sifts()) score_sifted(s, layer, first, count);
+    if (sifted) score_sifted(s, layer, first, count);
     const Selection* chosen = m.selections;
     if (s.one) {
         s.m->clock.lap(INDEXER);
@@ -224,9 +224,9 @@ inline void Runner::score_block(const Share& s, const Layer& layer, int first, i
         if (!s.m->sees[i]) continue;
         const float* w = s.t->index_weights.get() + (first + i) * heads;
         vec scores[PANEL];
-        if (s_.index_kind == WIDE) panel_scores<WIDE>(queries, (first + i) * heads, heads, w, panel, PANEL, s.m->keys->depth, scores);
+        if (key_kind() == WIDE) panel_scores<WIDE>(queries, (first + i) * heads, heads, w, panel, PANEL, s.m->keys->depth, scores);
         else panel_scores<PAIRS>(queries, (first + i) * heads, heads, w, panel, PANEL, s.m->keys->depth, scores);
-        for (int t = 0; t < PANEL; t++) s.m->selections[i].push(scores[t], b * KEYS + t * LANES, s.m->sees[i]);
+        s.m->selections[i].push_tiles(scores, PANEL, b * KEYS, s.m->sees[i]);
     }
 }
 
@@ -248,15 +248,15 @@ inline void Runner::score_bytes(const Share& s, const Layer& layer, int first, i
             vec scores[PANEL];
             tile_scores(queries, (first + i) * heads, heads, s.t->byte_weights.get() + (first + i) * heads, tile, stride, tiles, depth, scores);
             const int index = (int)(b * rows) + row;
+            if (!sifts()) {
+                s.m->selections[i].push_tiles(scores, tiles, index, s.m->sees[i]);
+                continue;
+            }
+            const Margin& margin = s.t->margin[first + i];
             for (int t = 0; t < tiles; t++) {
-                if (!sifts()) {
-                    s.m->selections[i].push(scores[t], index + t * LANES, s.m->sees[i]);
-                    continue;
-                }
                 const float* lengths = (const float*)tile + t * stride + (depth + 1) * LANES;
-                const Margin& margin = s.t->margin[first + i];
-                s.m->sieves[i].push(scores[t], fma(spread(margin.rest), load(lengths + LANES), margin.whole * load(lengths)),
-                                    index + t * LANES, s.m->sees[i]);
+                s.m->sieves[i].push(scores[t], fma(spread(margin.rest), load(lengths + LANES), margin.whole * load(lengths)), index + t * LANES,
+                                    s.m->sees[i]);
             }
         }
     }
@@ -336,99 +336,128 @@ inline void Runner::list_entries(const Share& s, const Layer& layer, const Segme
     std::fill(keys.begin() + count, keys.end(), zeros_.get());
     if (!count) return;
     if (!chosen) return entry_rows(pool, layer, segment, 0, count, keys.data());
-    const int64_t per_block = pools_.block_tokens / layer.ratio;
-    int64_t begin = 0, end = 0;  // entries of the block at hand; chosen ones ascend
-    const char* base = nullptr;
-    for (int64_t i = 0; i < count; i++) {
-        if (chosen[i] >= end) {
-            begin = chosen[i] / per_block * per_block, end = begin + per_block;
-            base = pool.at(segment.blocks[begin / per_block], layer.ordinal, 0);
-        }
-        keys[i] = base + (chosen[i] - begin) * pool.row;
+    const uint32_t per_block = (uint32_t)(pools_.block_tokens / layer.ratio);
+    const char* base = pool.at(0, layer.ordinal, 0);
+    for (int64_t i = 0; i < count; i++) {  // no branches: chosen entries are all over the blocks
+        const uint32_t entry = (uint32_t)chosen[i], block = entry / per_block;
+        keys[i] = base + segment.blocks[block] * pool.first + (entry - block * per_block) * pool.row;
     }
 }
 
-// Attention of up to GROUP consecutive tokens of one sequence. With one token in the slice, members share the keys for the
-// logits and the channels for the sum; the softmax between them is done by each for itself.
+// Attention of up to GROUP consecutive tokens of one sequence. The first `shared` of them take every entry they see and share
+// them; the others each have entries of their own, which are read for the logits and, while they are near, for the sum: entries
+// come before the window in every sum. With one token in the slice, members share the keys for the logits and the channels
+// for the sum; the softmax between them is done by each for itself.
 inline void Runner::attend_group(const Share& s, const Layer& layer, int first, int count, int in_run) {
-    MemberBuffers &m = *s.m, &shared = s.one ? members_[0] : m;
-    const int heads = (int)s_.heads, c = (int)s_.head_dim, last = first + count - 1, c_tiles = (c + LANES - 1) / LANES;
-    const Segment& segment = (*segments_)[segment_of_[first]];
-    Rows queries = operand(s.t->query, c), weights;
-    weights.base = m.weights.get(), weights.stride = lanes_;
-    const int parts = s.one ? s.parts : 1, mine = s.one ? s.member : 0;
-    list_window(s, layer, first, last);
-    m.rows->fetch(m.window.data(), std::min((int)m.window.size(), KEYS));
-    const int64_t window_lanes = (int64_t)m.window.size(), begin = std::max<int64_t>(0, positions_[first] - s_.window + 1) / LANES * LANES;
-    const bool apart = selects(layer, last);  // every token has its own entries
-    auto entry_count = [&](int i) { return selects(layer, first + i) ? s_.index_topk : visible(layer, first + i); };
-    auto list = [&](int i) {
-        list_entries(s, layer, segment, entry_count(i), selects(layer, first + i) ? m.chosen[in_run + i] : nullptr);
-    };
-    float* logits = shared.logits.get();
-    key_logits(*m.rows, m.window, part(key_blocks(m.window), mine, parts), queries, first * heads, count * heads, logits, lanes_, 0);
-    for (int i = apart ? 0 : count - 1; i < count; i++) {
-        list(i);
-        int row = apart ? i * heads : 0, rows = apart ? heads : count * heads;
-        key_logits(*m.rows, m.entries, part(key_blocks(m.entries), mine, parts), queries, first * heads + row, rows, logits + row * lanes_,
-                   lanes_, window_lanes);
-    }
-    if (s.one) {
-        s.m->clock.lap(ATTENTION);
-        meet(s);
-    }
-    std::vector<float>& scale = m.inverse;
-    scale.resize(count * heads);
-    for (int i = 0; i < count; i++) {
-        int64_t t = positions_[first + i], entries = entry_count(i), all = apart ? entries : entry_count(count - 1);
-        const Span spans[2] = {
-            {0, (int)window_lanes, (int)(std::max<int64_t>(0, t - s_.window + 1) - begin), (int)(t + 1 - begin)},
-            {window_lanes, (int)round_up(all, LANES), 0, (int)entries},
-        };
-        for (int h = 0; h < heads; h++)
-            scale[i * heads + h] = soften(logits + (i * heads + h) * lanes_, spans, 2, 1.0f / std::sqrt((float)c), layer.t.sink[h],
-                                          (int)s_.attention_kind, weights.row(i * heads + h));
-    }
-    const int64_t stride = (int64_t)c_tiles * LANES;
-    const Range tiles = part(c_tiles, mine, parts);
-    float* sums = m.sums.get();
-    for (int r = 0; r < count * heads; r++) std::fill(sums + r * stride + tiles.begin * LANES, sums + r * stride + tiles.end * LANES, 0.0f);
-    weighted_values(*m.rows, m.window, tiles, weights, count * heads, 0, sums, stride);
-    for (int i = apart ? 0 : count - 1; i < count; i++) {
-        if (apart && count > 1) list(i);  // one token's list is still there
-        int row = apart ? i * heads : 0, rows = apart ? heads : count * heads;
-        Rows some = weights;
-        some.base = weights.row(row);
-        weighted_values(*m.rows, m.entries, tiles, some, rows, window_lanes, sums + row * stride, stride);
-    }
+    const int c = (int)s_.head_dim, c_tiles = (c + LANES - 1) / LANES, heads = (int)s_.heads;
+    Group g{first, count, shared_tokens(layer, first, count), s.one ? part(c_tiles, s.member, s.parts) : Range{0, c_tiles}};
+    g.begin = std::max<int64_t>(0, positions_[first] - s_.window + 1) / LANES * LANES;
+    list_window(s, layer, first, first + count - 1);
+    window_logits(s, g);
+    if (g.shared) attend_shared(s, layer, g);
+    for (int i = g.shared; i < count; i++) attend_own(s, layer, g, i, s.m->chosen[in_run + i]);
+    window_sums(s, g);
     Rows out = operand(attended_, s_.heads * c);
-    const int from = tiles.begin * LANES, to = std::min(c, tiles.end * LANES);
+    const int from = g.tiles.begin * LANES, to = std::min(c, g.tiles.end * LANES);
     for (int i = 0; i < count; i++)
         for (int h = 0; h < heads; h++) {
-            float* x = sums + (i * heads + h) * stride;
-            for (int j = from; j < to; j++) x[j] *= scale[i * heads + h];
+            float* x = s.m->sums.get() + (int64_t)(i * heads + h) * c_tiles * LANES;
+            for (int j = from; j < to; j++) x[j] *= s.m->inverse[i * heads + h];
             turn(x, c, cosine(first + i, layer.ratio != 0), sine(first + i, layer.ratio != 0), half_, -1.0f, from, to);
-            if (to > from) write_row((int)s_.output_kind, out.row(first + i), out.low, h * c + from, x + from, to - from);
+            if (to > from) write_row((int)s_.main_kind, out.row(first + i), out.low, h * c + from, x + from, to - from);
         }
+}
+
+// How many tokens of a group come before the first that selects.
+inline int Runner::shared_tokens(const Layer& layer, int first, int count) const {
+    int shared = 0;
+    while (shared < count && !selects(layer, first + shared)) shared++;
+    return shared;
+}
+
+inline void Runner::window_logits(const Share& s, const Group& g) {
+    MemberBuffers& m = *s.m;
+    const int heads = (int)s_.heads;
+    m.rows->fetch(m.window.data(), std::min((int)m.window.size(), KEYS));
+    key_logits(*m.rows, m.window, key_share(s, m.window), operand(s.t->query, s_.head_dim), g.first * heads, g.count * heads, logits_of(s),
+               lanes_, 0);
+}
+
+// Logits, weights and sums of the tokens that share their entries.
+inline void Runner::attend_shared(const Share& s, const Layer& layer, const Group& g) {
+    MemberBuffers& m = *s.m;
+    const int heads = (int)s_.heads, lanes = (int)m.window.size();
+    const int64_t all = visible(layer, g.first + g.shared - 1);
+    list_entries(s, layer, (*segments_)[segment_of_[g.first]], all, nullptr);
+    key_logits(*m.rows, m.entries, key_share(s, m.entries), operand(s.t->query, s_.head_dim), g.first * heads, g.shared * heads, logits_of(s),
+               lanes_, lanes);
+    meet_alone(s);
+    for (int i = 0; i < g.shared; i++) soften_token(s, layer, g, i, visible(layer, g.first + i), all);
+    sum_entries(s, g, 0, g.shared);
+}
+
+// The same for one token with entries of its own.
+inline void Runner::attend_own(const Share& s, const Layer& layer, const Group& g, int i, const int32_t* chosen) {
+    MemberBuffers& m = *s.m;
+    const int heads = (int)s_.heads, lanes = (int)m.window.size();
+    list_entries(s, layer, (*segments_)[segment_of_[g.first]], s_.index_topk, chosen);
+    own_logits(*m.rows, m.entries, key_share(s, m.entries), operand(s.t->query, s_.head_dim), (g.first + i) * heads, heads,
+               logits_of(s) + i * heads * lanes_, lanes_, lanes);
+    meet_alone(s);
+    soften_token(s, layer, g, i, s_.index_topk, s_.index_topk);
+    sum_entries(s, g, i, 1);
+}
+
+// With one token in the slice its logits come from all members.
+inline void Runner::meet_alone(const Share& s) {
+    if (!s.one) return;
+    s.m->clock.lap(ATTENTION);
+    meet(s);
+}
+
+// Logits of a token to weights, as operand rows, and the inverse of every total; it sees `entries` of the `all` that are listed.
+inline void Runner::soften_token(const Share& s, const Layer& layer, const Group& g, int i, int64_t entries, int64_t all) {
+    const int heads = (int)s_.heads;
+    const int64_t lanes = (int64_t)s.m->window.size(), t = positions_[g.first + i];
+    const Span spans[2] = {
+        {0, (int)lanes, (int)(std::max<int64_t>(0, t - s_.window + 1) - g.begin), (int)(t + 1 - g.begin)},
+        {lanes, (int)round_up(all, LANES), 0, (int)entries},
+    };
+    const float* logits = logits_of(s);
+    s.m->inverse.resize(GROUP * heads);
+    for (int h = 0; h < heads; h++)
+        s.m->inverse[i * heads + h] = soften(logits + (i * heads + h) * lanes_, spans, 2, 1.0f / std::sqrt((float)s_.head_dim), layer.t.sink[h],
+                                             (int)s_.attention_kind, s.m->weights.get() + (i * heads + h) * lanes_);
+}
+
+// Begins the sums of tokens i .. i + count - 1 of a group with the listed entries, weighted.
+inline void Runner::sum_entries(const Share& s, const Group& g, int i, int count) {
+    const int heads = (int)s_.heads;
+    const int64_t stride = round_up(s_.head_dim, LANES);
+    float* sums = s.m->sums.get() + i * heads * stride;
+    for (int r = 0; r < count * heads; r++) std::fill(sums + r * stride + g.tiles.begin * LANES, sums + r * stride + g.tiles.end * LANES, 0.0f);
+    weighted_values(*s.m->rows, s.m->entries, g.tiles, weights_of(s, i), count * heads, (int64_t)s.m->window.size(), sums, stride);
+}
+
+inline void Runner::window_sums(const Share& s, const Group& g) {
+    weighted_values(*s.m->rows, s.m->window, g.tiles, weights_of(s, 0), g.count * (int)s_.heads, 0, s.m->sums.get(),
+                    round_up(s_.head_dim, LANES));
 }
 
 // Heads in groups, each projected on its own; then all of them together, added to the streams.
 inline void Runner::project_output(const Share& s, const Layer& layer) {
     const int64_t slice = s_.heads * s_.head_dim / s_.groups;
-    const int rank = (int)s_.o_rank, kind = (int)s_.output_kind;
-    Rows low = operand(s.one ? members_[0].own.low : shared_.low, s_.groups * s_.o_rank);
     for (int g = 0; g < s_.groups; g++) {
-        const Matrix& w = layer.wo_a[g];
-        const Range panels = s.panels(w);
-        fetch_panel(g + 1 < s_.groups ? layer.wo_a[g + 1] : layer.wo_b, panels.begin);
         Rows heads = operand(attended_, s_.heads * s_.head_dim);
-        heads.base += kind == WIDE ? g * slice : g * slice / 2;
-        multiply(w, heads, s.rows, panels, u_.get() + g * rank_, s_.groups * rank_);
-        const int begin = panels.begin * KEYS, count = std::min(panels.end * KEYS, rank) - begin;
-        for (int m = s.rows.begin; m < s.rows.end && count > 0; m++)
-            write_row(kind, low.row(m), low.low, g * rank + begin, u_.get() + (m * s_.groups + g) * rank_ + begin, count);
+        heads.base += s_.main_kind == WIDE ? g * slice : g * slice / 2;
+        multiply(layer.wo_a[g], heads, s.rows, s.panels(layer.wo_a[g]), u_.get() + g * rank_, s_.groups * rank_);
     }
     after_product(s, PROJECTIONS);
+    Rows low = operand(s.t->low, s_.groups * s_.o_rank);
+    for (int m = s.tokens.begin; m < s.tokens.end; m++)
+        for (int g = 0; g < s_.groups; g++)
+            write_row((int)s_.main_kind, low.row(m), low.low, g * s_.o_rank, u_.get() + (m * s_.groups + g) * rank_, (int)s_.o_rank);
+    after_tokens(s, PROJECTIONS);
     multiply(layer.wo_b, low, s.rows, s.panels(layer.wo_b), y_.get(), d_);
     s.m->clock.lap(PROJECTIONS);
     write_streams(s, layer.wo_b);

@@ -220,24 +220,44 @@ class ByteKeys {
     std::vector<int64_t> seen_, valid_;
 };
 
-// The share of R heads in the scores of T tiles, without the keys' scales.
+// The share of R heads in the scores of T tiles, without the keys' scales. A function of its own: among other code its
+// accumulators would not all find a register.
 template <int R, int T>
-static inline void byte_scores(const uint32_t* q, int64_t q_stride, const float* w, const uint32_t* tile, int64_t tile_stride, int depth,
-                               vec* scores) {
+__attribute__((noinline)) static void byte_scores(const uint32_t* q, int64_t q_stride, const float* w, const uint32_t* tile, int64_t tile_stride,
+                                                  int depth, vec* scores) {
     ivec acc[R][T];
-    for (int r = 0; r < R; r++)
-        for (int t = 0; t < T; t++) acc[r][t] = ivec{} - (int32_t)q[r * q_stride + depth];
-    for (int k = 0; k < depth; k++)
+    const uint32_t* rows[R];
+    const uint32_t* tiles[T];
+#pragma GCC unroll 16
+    for (int t = 0; t < T; t++) tiles[t] = tile + t * tile_stride;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+        rows[r] = q + r * q_stride;
+#pragma GCC unroll 16
+        for (int t = 0; t < T; t++) acc[r][t] = ivec{} - (int32_t)rows[r][depth];
+    }
+    for (int k = 0; k < depth; k++) {
+        uint32_t words[R];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) words[r] = rows[r][k];
+#pragma GCC unroll 16
         for (int t = 0; t < T; t++) {
             uvec keys;
-            std::memcpy(&keys, tile + t * tile_stride + k * LANES, 64);
-            for (int r = 0; r < R; r++) acc[r][t] = dot_bytes(acc[r][t], q[r * q_stride + k], keys);
+            std::memcpy(&keys, tiles[t] + k * LANES, 64);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++) acc[r][t] = dot_bytes(acc[r][t], words[r], keys);
         }
-    for (int r = 0; r < R; r++)
-        for (int t = 0; t < T; t++) {
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < T; t++) {
+        vec sum = scores[t];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
             ivec seen = acc[r][t] > 0 ? acc[r][t] : ivec{};
-            scores[t] = fma(spread(w[r]), __builtin_convertvector(seen, vec), scores[t]);
+            sum = fma(spread(w[r]), __builtin_convertvector(seen, vec), sum);
         }
+        scores[t] = sum;
+    }
 }
 
 // scores[t] of `tiles` (at most 4) consecutive tiles for one query; w holds the heads' weights times the queries' units.

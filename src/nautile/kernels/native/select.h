@@ -20,8 +20,11 @@ class Selection {
   public:
     void begin(int k) {
         k_ = k, count_ = 0, limit_ = -__builtin_inff();
-        size_t room = (size_t)std::max(2 * k, 512) + LANES;
-        if (score_.size() < room) score_.resize(room), index_.resize(room), left_.resize(room);
+        size_t room = (size_t)std::max(2 * k, 512) + ROOM;
+        if (score_.size() >= room) return;
+        for (auto* scores : {&score_, &other_score_}) scores->resize(room);
+        for (auto* indices : {&index_, &other_index_}) indices->resize(room);
+        for (auto* keys : {&left_, &other_left_}) keys->resize(room);
     }
 
     // Scores of `index` .. `index` + 15; those at or past `end` are not there.
@@ -29,6 +32,29 @@ class Selection {
         const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         ivec at = lane + index;
         push_at(scores, at, end > index ? end - index : 0);
+    }
+    // The same for `tiles` (at most 4) times sixteen.
+    void push_tiles(const vec* scores, int tiles, int index, int end) {
+#if defined(__AVX512F__)
+        const __m512 limit = _mm512_set1_ps(limit_);
+        uint64_t mask = 0;
+        for (int t = 0; t < tiles; t++) mask |= (uint64_t)_mm512_cmp_ps_mask((__m512)scores[t], limit, _CMP_GT_OQ) << (16 * t);
+        if (end - index < 64) mask &= end > index ? (1ull << (end - index)) - 1 : 0;
+        if (!mask) return;
+        const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        float* to = score_.data() + count_;
+        int32_t* at = index_.data() + count_;
+        for (int t = 0; t < tiles; t++) {  // without a branch for each: they would be guessed wrong
+            const __mmask16 some = (__mmask16)(mask >> (16 * t));
+            _mm512_storeu_ps(to, _mm512_maskz_compress_ps(some, (__m512)scores[t]));
+            _mm512_storeu_si512(at, _mm512_maskz_compress_epi32(some, (__m512i)(lane + (index + t * LANES))));
+            to += __builtin_popcount(some), at += __builtin_popcount(some);
+        }
+        count_ = (int)(to - score_.data());
+        if (count_ + ROOM > (int)score_.size()) trim();
+#else
+        for (int t = 0; t < tiles; t++) push(scores[t], index + t * LANES, end);
+#endif
     }
     // The first `count` scores, those of the indices `at`, which ascend.
     void push_at(vec scores, ivec at, int count) {
@@ -43,20 +69,20 @@ class Selection {
         for (int i = 0; i < LANES && i < count; i++)
             if (scores[i] > limit_) score_[count_] = scores[i], index_[count_++] = at[i];
 #endif
-        if (count_ + LANES > (int)score_.size()) cut();
+        if (count_ + ROOM > (int)score_.size()) trim();
     }
 
     // A score must be larger than this to be among the best.
     float limit() const { return limit_; }
 
     // The k-th best score so far; minus infinity while there are fewer.
-    float kth_best() { return count_ < k_ ? -__builtin_inff() : kth(); }
+    float kth_best() { return count_ < k_ ? -__builtin_inff() : kth(0); }
 
     // Takes in the candidates of a stream whose indices all come after those seen here.
     void append(const Selection& later) {
         for (int i = 0; i < later.count_; i++) {
             if (later.score_[i] > limit_) score_[count_] = later.score_[i], index_[count_++] = later.index_[i];
-            if (count_ + LANES > (int)score_.size()) cut();
+            if (count_ + ROOM > (int)score_.size()) trim();
         }
     }
 
@@ -67,16 +93,16 @@ class Selection {
     }
 
   private:
+    static constexpr int ROOM = 5 * LANES;   // behind the candidates: four tiles more, and sixteen that are written but not counted
+    static constexpr int CLOSE = 4 * LANES;  // how many candidates too many are not worth another look
+
     // Keeps the k best candidates, in order of index.
     void cut() {
         if (count_ <= k_) return;
-        limit_ = kth();
+        limit_ = kth(0);
         int greater = 0, equal = 0, kept = 0;
         for (int i = 0; i < count_; i++) greater += score_[i] > limit_, equal += score_[i] == limit_;
-        if (greater + equal == k_) {
-            count_ = keep_if(count_, [this](vec v) { return v >= limit_; }, score_.data(), index_.data());
-            return;
-        }
+        if (greater + equal == k_) return keep_from_limit();
         for (int i = 0, room = k_ - greater; i < count_; i++) {
             bool tied = score_[i] == limit_ && room > 0, stays = tied || score_[i] > limit_;
             score_[kept] = score_[i], index_[kept] = index_[i];  // written even when it goes: cheaper than a branch
@@ -84,75 +110,139 @@ class Selection {
         }
         count_ = kept;
     }
-
-    // Moves the elements of two arrays for which test(element of the first) holds to their fronts; returns how many.
-    template <class Test> static int keep_if(int n, Test test, float* first, int32_t* second) {
-        int kept = 0, i = 0;
+    // Keeps the k best candidates and at most a few others; the k best in full where so many are alike.
+    void trim() {
+        limit_ = kth(CLOSE);
+        const int before = count_;
+        keep_from_limit();
+        if (count_ + ROOM + before / 4 > (int)score_.size()) cut();
+    }
+    // Keeps the candidates from the limit on. They go to other arrays: a load from what was just stored nearby would wait.
+    void keep_from_limit() {
+        const float* from = score_.data();
+        const int32_t* at = index_.data();
+        float* to = other_score_.data();
+        int32_t* to_at = other_index_.data();
+        int i = 0;
 #if defined(__AVX512F__)
-        for (; i + LANES <= n; i += LANES) {
-            vec v = load(first + i);
-            __mmask16 mask = _mm512_movepi32_mask((__m512i)test(v));
-            __m512i other = _mm512_loadu_si512(second + i);
-            _mm512_storeu_ps(first + kept, _mm512_maskz_compress_ps(mask, (__m512)v));
-            _mm512_storeu_si512(second + kept, _mm512_maskz_compress_epi32(mask, other));
-            kept += __builtin_popcount(mask);
+        const __m512 limit = _mm512_set1_ps(limit_);
+        for (; i + LANES <= count_; i += LANES) {
+            const __m512 v = _mm512_loadu_ps(from + i);
+            const __mmask16 stays = _mm512_cmp_ps_mask(v, limit, _CMP_GE_OQ);
+            _mm512_storeu_ps(to, _mm512_maskz_compress_ps(stays, v));
+            _mm512_storeu_si512(to_at, _mm512_maskz_compress_epi32(stays, _mm512_loadu_si512(at + i)));
+            to += __builtin_popcount(stays), to_at += __builtin_popcount(stays);
         }
 #endif
-        for (; i < n; i++) {
-            vec v = spread(first[i]);
-            bool stays = test(v)[0];
-            first[kept] = first[i], second[kept] = second[i];
-            kept += stays;
+        for (; i < count_; i++) {
+            *to = from[i], *to_at = at[i];
+            to += from[i] >= limit_, to_at += from[i] >= limit_;
         }
-        return kept;
+        count_ = (int)(to - other_score_.data());
+        score_.swap(other_score_), index_.swap(other_index_);
     }
 
-    // The k-th largest candidate, by radix on ordered bits.
-    float kth() {
-        int n = count_, k = k_;
-        for (int i = 0; i < n; i++) left_[i] = ordered(score_[i]);
-        static constexpr int SHIFT[3] = {21, 10, 0}, BITS[3] = {11, 11, 10};
-        uint32_t found = 0;
-        for (int level = 0; level < 3; level++) {
-            const int shift = SHIFT[level];
-            const uint32_t mask = (1u << BITS[level]) - 1;
-            uint32_t bin = mask;
-            std::memset(bins_, 0, sizeof bins_);
-            for (int i = 0; i < n; i++) bins_[i % 2][(left_[i] >> shift) & mask]++;  // two tables: equal neighbours do not wait
-            for (; k > bins_[0][bin] + bins_[1][bin]; bin--) k -= bins_[0][bin] + bins_[1][bin];
-            found |= bin << shift;
-            if (level < 2) n = keep_bin(n, shift, mask, bin);
+    // The k-th largest candidate, or a lower value that at most k + `close` candidates reach. Limits are guessed between two
+    // that are known, as if candidates lay evenly between them; what they leave is searched bit by bit.
+    float kth(int close) {
+        for (int i = count_; i < count_ + LANES; i++) score_[i] = score_[0];  // the last vector in full
+        vec low = load(score_.data()), high = low;
+        for (int i = LANES; i < count_; i += LANES) low = smaller(load(score_.data() + i), low), high = larger(load(score_.data() + i), high);
+        float from = -maximum(-low), to = maximum(high);
+        int reach = count_, past = 0;  // how many reach `from`; how many lie at or past `to` (of the first, none past it)
+        for (int round = 0; round < 8 && reach > k_ + close && reach - past > CLOSE; round++) {
+            const float middle = from + (to - from) * (((float)(reach - k_) - 0.5f * (float)close) / (float)(reach - past));
+            if (!(middle > from && middle < to)) break;
+            const int count = count_from(middle);
+            if (count >= k_) from = middle, reach = count;
+            else to = middle, past = count;
         }
-        uint32_t bits = found & 0x80000000u ? found ^ 0x80000000u : ~found;
+        if (reach <= k_ + close) return from;
+        return kth_by_bits(keep_between(from, past ? to : __builtin_inff()), k_ - past);
+    }
+    int count_from(float limit) const {
+        ivec count = {};
+        for (int i = 0; i + LANES <= count_; i += LANES) count -= load(score_.data() + i) >= limit;
+        int total = 0;
+        for (int i = 0; i < LANES; i++) total += count[i];
+        for (int i = count_ / LANES * LANES; i < count_; i++) total += score_[i] >= limit;
+        return total;
+    }
+    // Ordered bits of the candidates from `low` on and under `high` (from infinity on, if that is it) go to left_.
+    int keep_between(float low, float high) {
+        const bool open = high == __builtin_inff();
+        uint32_t* to = left_.data();
+        int i = 0;
+#if defined(__AVX512F__)
+        for (; i + LANES <= count_; i += LANES) {
+            const vec v = load(score_.data() + i);
+            const uvec key = (uvec)v ^ ((uvec)((ivec)v >> 31) | 0x80000000u);
+            __mmask16 stays = _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(low), _CMP_GE_OQ);
+            if (!open) stays &= _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(high), _CMP_LT_OQ);
+            _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(stays, (__m512i)key));
+            to += __builtin_popcount(stays);
+        }
+#endif
+        for (; i < count_; i++) {
+            *to = ordered(score_[i]);
+            to += score_[i] >= low && (open || score_[i] < high);
+        }
+        return (int)(to - left_.data());
+    }
+    // The k-th largest of the first n of left_, from the highest bit in which they differ down.
+    float kth_by_bits(int n, int k) {
+        uint32_t all = left_[0], any = left_[0];
+        for (int i = 1; i < n; i++) all &= left_[i], any |= left_[i];
+        for (uint32_t bit = 1u << 31; bit && n > 1; bit >>= 1) {
+            if (!((all ^ any) & bit)) continue;
+            const int ones = count_ones(n, bit);
+            const bool one = k <= ones;
+            n = keep_bit(n, bit, one);
+            if (!one) k -= ones;
+        }
+        const uint32_t found = left_[0], bits = found & 0x80000000u ? found ^ 0x80000000u : ~found;
         float value;
         std::memcpy(&value, &bits, 4);
         return value;
     }
-    int keep_bin(int n, int shift, uint32_t mask, uint32_t bin) {
-        int kept = 0, i = 0;
+    int count_ones(int n, uint32_t bit) const {
+        int ones = 0, i = 0;
 #if defined(__AVX512F__)
+        const __m512i test = _mm512_set1_epi32((int)bit);
+        for (; i + LANES <= n; i += LANES) ones += __builtin_popcount(_mm512_test_epi32_mask(_mm512_loadu_si512(left_.data() + i), test));
+#endif
+        for (; i < n; i++) ones += (left_[i] & bit) != 0;
+        return ones;
+    }
+    // Keeps those of left_ whose `bit` is as asked for.
+    int keep_bit(int n, uint32_t bit, bool one) {
+        const uint32_t* from = left_.data();
+        uint32_t* to = other_left_.data();
+        int i = 0;
+#if defined(__AVX512F__)
+        const __m512i test = _mm512_set1_epi32((int)bit);
+        const __mmask16 flip = one ? 0 : 0xFFFF;
         for (; i + LANES <= n; i += LANES) {
-            __m512i keys = _mm512_loadu_si512(left_.data() + i);
-            __m512i at = _mm512_and_si512(_mm512_srli_epi32(keys, shift), _mm512_set1_epi32((int)mask));
-            __mmask16 same = _mm512_cmpeq_epi32_mask(at, _mm512_set1_epi32((int)bin));
-            _mm512_storeu_si512(left_.data() + kept, _mm512_maskz_compress_epi32(same, keys));
-            kept += __builtin_popcount(same);
+            const __m512i keys = _mm512_loadu_si512(from + i);
+            const __mmask16 stays = _mm512_test_epi32_mask(keys, test) ^ flip;
+            _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(stays, keys));
+            to += __builtin_popcount(stays);
         }
 #endif
         for (; i < n; i++) {
-            uint32_t key = left_[i];
-            left_[kept] = key;
-            kept += ((key >> shift) & mask) == bin;
+            *to = from[i];
+            to += ((from[i] & bit) != 0) == one;
         }
-        return kept;
+        n = (int)(to - other_left_.data());
+        left_.swap(other_left_);
+        return n;
     }
 
     int k_ = 0, count_ = 0;
     float limit_ = 0;
-    std::vector<float> score_;
-    std::vector<int32_t> index_;
-    std::vector<uint32_t> left_;
-    int bins_[2][2048];
+    std::vector<float> score_, other_score_;
+    std::vector<int32_t> index_, other_index_;
+    std::vector<uint32_t> left_, other_left_;
 };
 
 }  // namespace nautile

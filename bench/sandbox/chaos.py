@@ -5,8 +5,9 @@
 
 ``kills``: clients work on recorded containers of a fleet (an edge, two gateways); each step appends its number to a file,
 which must not happen twice, and prints what came back, which must be in the log. SIGKILL goes to clients, the edge, gateways,
-agents (the process that sees a command to its end, and now and then the container's first process), and seats (the process that
-starts a container's commands). Whatever was killed is started again; a client then issues its steps from the first one on.
+agents (the process that sees a command to its end), seats (the process that starts a container's commands), and now and then a
+container's first process, which is its end. Whatever was killed is started again; a client then issues its steps from the first
+one on.
 
 ``cycles``: containers are created and closed through an edge that is killed now and then; in the end nothing may be left.
 """
@@ -20,6 +21,7 @@ import json
 import os
 import platform
 import random
+import re
 import signal
 import socket
 import struct
@@ -122,15 +124,22 @@ def port():
 
 def work(urls, token, name):
     """A client: every step, from the first one on, each acknowledged by a line."""
-    sandbox = Sandbox.create("container", limits=LIMITS, fleet=Fleet(urls, token, patience=120.0), log=name)
+    fleet = Fleet(urls, token, patience=120.0)
+    for attempt in range(20):
+        try:
+            sandbox = Sandbox.create("container", limits=LIMITS, fleet=fleet, log=name)
+            break
+        except SandboxLost:  # what was to make it was killed
+            if attempt == 19:
+                raise
     for step in range(STEPS):
         try:
             result = sandbox.run(f"echo {step} >> trace; sleep 0.0{step % 10}; wc -l < trace", timeout=30.0)
         except OutcomeUnknown:
             print(f"{step} unknown", flush=True)
             continue
-        except SandboxLost:
-            print("lost", flush=True)
+        except SandboxLost as error:
+            print(f"lost: {error}".partition("; ")[0], flush=True)
             return 0
         if result.infrastructure_error is None:
             print(f"{step} ok {result.stdout.strip()}", flush=True)
@@ -138,8 +147,8 @@ def work(urls, token, name):
             print(f"{step} broken {result.infrastructure_error}", flush=True)
     try:
         print("trace " + " ".join(sandbox.read("trace").decode().split()), flush=True)
-    except SandboxError:
-        print("lost", flush=True)
+    except SandboxError as error:
+        print(f"lost: {error}".partition("; ")[0], flush=True)
     return 0
 
 
@@ -220,7 +229,7 @@ class Judge:
     def __init__(self, place):
         self.place = place
         self.told = collections.defaultdict(dict)
-        self.count = collections.Counter()
+        self.count, self.lost = collections.Counter(), collections.Counter()
         self.faults = []
 
     def hear(self, name, line):
@@ -246,6 +255,7 @@ class Judge:
         self.count["told_unknown_or_broken"] += sum(not said.startswith("ok ") for said in told.values())
         if not last.startswith("trace"):
             self.count["sandboxes_lost"] += 1
+            self.lost[re.sub(r"c-[0-9a-f]{16}", "ID", last)] += 1
             return
         times = collections.Counter(map(int, last.split()[1:]))
         self.count["checked_against_the_file"] += len(told)
@@ -295,6 +305,8 @@ def kills(arguments):
         seconds = time.monotonic() - began
     KeeperClient().stop()
     time.sleep(1.0)
+    if judge.count["sandboxes_lost"] > counts["first process"]:
+        judge.faults.append(f"{judge.count['sandboxes_lost']} sandboxes were lost: {dict(judge.lost)}")
     return {
         "twin_without_protection": arguments.careless,
         "kills": dict(counts),
@@ -304,7 +316,8 @@ def kills(arguments):
         "acknowledged_operations": judge.count["acknowledged"],
         "operations_checked_against_the_file": judge.count["checked_against_the_file"],
         "told_to_be_unknown_or_broken": judge.count["told_unknown_or_broken"],
-        "sandboxes_whose_first_process_was_killed": judge.count["sandboxes_lost"],
+        "sandboxes_lost": judge.count["sandboxes_lost"],
+        "lost_because": judge.lost,
         "acknowledged_and_lost": judge.count["lost"],
         "run_twice": judge.count["twice"],
         "contradictions": len(judge.faults) - judge.count["lost"] - judge.count["twice"],
@@ -356,7 +369,7 @@ def strike(chance, fleet, clients, judge):
             return None
         with contextlib.suppress(ProcessLookupError):
             os.kill(chance.choice(victims), signal.SIGKILL)
-            return "seat" if find is seats else "agent"
+            return {first_processes: "first process", seats: "seat"}.get(find, "agent")
         return None
     if target == "client":
         if not clients:

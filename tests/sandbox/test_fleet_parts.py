@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from nautile.sandbox import (
     AccessDenied,
     Capabilities,
+    EdgeGone,
     FileRefused,
     FleetFull,
     Info,
@@ -32,8 +33,10 @@ from nautile.sandbox import (
     Unsupported,
     cgroup,
 )
+from nautile.sandbox.driver import Order
 from nautile.sandbox.fleet import serving, wire
 from nautile.sandbox.fleet.admission import Admission
+from nautile.sandbox.fleet.client import FleetDriver
 from nautile.sandbox.fleet.edge import Edge, EdgeConfig, Wish
 from nautile.sandbox.fleet.placement import EdgeView, by_name, order
 from nautile.sandbox.fleet.quota import Book, Ledger, Quota, belongs, issue
@@ -301,6 +304,24 @@ def test_an_edge_refuses_what_is_too_much_and_counts_what_is_being_made(make_edg
     edge.draining = True
     with pytest.raises(FleetFull, match="about to stop"):
         edge.create(wished(edge))
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_command_of_a_fleet_that_is_silent_is_a_result_unless_it_can_be_asked_for_again(recorded):
+    """In a trajectory it has its place: as a result, the next command would be taken for it."""
+
+    class Silent:
+        def operate(self, *_):
+            raise EdgeGone("nobody answers")
+
+    made = {"id": "n0.c-1", "kind": "container", "info": None, "capabilities": None, "client": 1 if recorded else None}
+    driver = FleetDriver(Silent(), made)
+    command = Order(("true",), b"", 1.0, None, {})
+    if recorded:
+        with pytest.raises(EdgeGone):
+            driver.run(command, None)
+    else:
+        assert driver.run(command, None).infrastructure_error == "fleet: nobody answers"
 
 
 @pytest.mark.parametrize("runs", [False, True])

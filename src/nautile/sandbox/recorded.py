@@ -38,11 +38,12 @@ class Remaking:
 
 
 class Recorded:
-    """A driver in front of a driver. ``driver`` None: the sandbox is lost, and only what the log has can be given."""
+    """A driver in front of a driver. A text in its place: the sandbox is lost, and only what the log has can be given."""
 
     def __init__(
-        self, driver: Driver | None, log: TrajectoryLog, info: Info, capabilities: Capabilities, remaking: Remaking
+        self, found: Driver | str, log: TrajectoryLog, info: Info, capabilities: Capabilities, remaking: Remaking
     ) -> None:
+        driver, self._why = (None, found) if isinstance(found, str) else (found, "")
         self._driver, self.log, self.info, self._remaking = driver, log, info, remaking
         layered = capabilities.snapshot and (driver is None or hasattr(driver, "layer"))
         self.capabilities = dataclasses.replace(capabilities, snapshot=layered, fork=capabilities.fork and layered)
@@ -63,8 +64,8 @@ class Recorded:
         if self._driver is None:
             recorded = len(self.log.contents.operations)
             raise SandboxLost(
-                f"the sandbox of this log is gone; its {recorded} recorded operations can be given again, new ones need it. "
-                "Pass replay='reexecute' to build it anew by running them again, each compared with what is recorded"
+                f"the sandbox of this log is gone ({self._why}); its {recorded} recorded operations can be given again, new "
+                "ones need it. Pass replay='reexecute' to build it anew by running them again, each compared with the record"
             )
         return self._driver
 

@@ -353,6 +353,7 @@ def _recorded(order: _Order, place: Path, identity: str, replay: str, keep: floa
     log = TrajectoryLog.open(place, head)
     found, operations = log.contents.head, log.contents.operations
     driver: Driver | None = None
+    why = ""
 
     def make(image: Image, policy: NetworkPolicy, name: str) -> Driver:
         return dataclasses.replace(order, image=image, policy=policy, workspace=None).make(name, keep)
@@ -371,8 +372,10 @@ def _recorded(order: _Order, place: Path, identity: str, replay: str, keep: floa
         if found["kind"] != order.kind:
             raise InvalidRequest(f"{place} is the log of a {found['kind']} sandbox: open it with kind={found['kind']!r}")
         if order.kind != "function" and found["sandbox"] != identity:
-            with contextlib.suppress(SandboxLost):
+            try:
                 driver = order.attach(found["sandbox"], keep)
+            except SandboxLost as error:
+                why = str(error)
         if driver is None and order.kind == "function":
             driver = order.make(identity, keep)
         elif driver is None and (replay == "reexecute" or len(operations) == log.contents.inherited):
@@ -382,7 +385,7 @@ def _recorded(order: _Order, place: Path, identity: str, replay: str, keep: floa
         if driver is not None and driver.info.id != found["sandbox"]:
             log.moved(driver.info.id)
         info = driver.info if driver is not None else Info(found["sandbox"], order.kind, "lost", "native", ())
-        return Recorded(driver, log, info, order.able if driver is None else driver.capabilities, remaking)
+        return Recorded(driver or why, log, info, order.able if driver is None else driver.capabilities, remaking)
     except BaseException:
         log.close()
         if driver is not None and driver.info.id == identity:  # made for nothing; one that was attached to stays

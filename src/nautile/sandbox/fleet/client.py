@@ -184,7 +184,10 @@ class FleetDriver:
         return _opened((header, found))
 
     def run(self, order: Order, watch: Watch | None) -> RunResult:
-        """See ``Driver.run``. An edge that is gone is an infrastructure error of the result."""
+        """See ``Driver.run``. An edge that is gone is an infrastructure error of the result.
+
+        Raises EdgeGone instead for a recorded sandbox, whose command is still to be asked for: the next must be the same one.
+        """
         header: dict[str, Any] = {"argv": list(order.argv), "timeout": order.timeout, "watch": watch is not None}
         optional = {"cwd": order.cwd, "environment": dict(order.environment), "idempotent": order.idempotent}
         header |= {key: value for key, value in optional.items() if value}
@@ -194,6 +197,8 @@ class FleetDriver:
             request = Request("run", header, order.stdin, order.timeout)
             return run_result(*self._perform(request, order.idempotent, watch))
         except (SandboxLost, SandboxClosed) as error:
+            if isinstance(error, EdgeGone) and self._client is not None:
+                raise
             return RunResult(-1, "", "", False, False, f"fleet: {error}")
 
     def read(self, path: str, limit: int) -> bytes:

@@ -82,7 +82,7 @@ class Runner {
             member.rows = std::make_unique<Packer>((int)s_.attention_kind, row_type_, (int)s_.head_dim);
             if (s_.index_kind != BYTES) member.keys = std::make_unique<Packer>(key_kind(), index_type_, (int)s_.index_dim);
             member.sums = allocate<float>(GROUP * s_.heads * round_up(s_.head_dim, LANES));
-            member.products = allocate<float>(ROWS * KEYS);
+            member.products = allocate<float>(TALL * KEYS);
             member.pooled = allocate<float>(round_up(std::max(s_.head_dim, s_.index_dim), LANES));
         }
     }
@@ -209,6 +209,8 @@ class Runner {
             read_streams(s, {layer.ffn_fn.data, layer.t.ffn_base, layer.t.ffn_scale, layer.ffn_fn.stride}, layer.t.ffn_norm,
                          (int)s_.expert_kind);
             experts(s, layer);
+            const Matrix& next = &layer == &model_.layers.back() ? model_.head() : (&layer + 1)->inputs;
+            fetch_panel(next, s.panels(next).begin);
         }
         keep_streams(s);
         s.m->clock.lap(REST);
@@ -265,13 +267,12 @@ class Runner {
     void read_streams(const Share& s, const Site& site, const float* norm, int kind) {
         const Mixing mix = model_.mixing();
         int outs = mix.outputs();
-        dot_rows(streams_.get(), nd_, s.rows, site.fn, site.stride, s.many ? Range{0, outs} : part(outs, s.member, s.parts), nd_,
+        dot_rows(streams_.get(), nd_, s.tokens, site.fn, site.stride, s.one ? part(outs, s.member, s.parts) : Range{0, outs}, nd_,
                  z_.get(), outs_);
-        after_product(s, MIXING);
+        if (s.one) after_product(s, MIXING);
         Rows input = operand(s.t->input, s_.hidden);
         for (int m = s.tokens.begin; m < s.tokens.end;) {
-            int count = std::min(LANES, s.tokens.end - m);
-            if (count < LANES) count = std::min(4, count);
+            const int count = std::min(LANES, s.tokens.end - m);
             float square[LANES];
             for (int i = 0; i < count; i++) square[i] = sum_of_squares(streams_.get() + (m + i) * nd_, nd_) / (float)(s_.streams * s_.hidden);
             const float* z = z_.get() + m * outs_;
@@ -287,15 +288,18 @@ class Runner {
         after_tokens(s, MIXING);
     }
 
-    // Adds a sublayer's output to the streams, for this member's tokens and columns of `last`, the product that made it.
+    // Adds a sublayer's output, made by `last`, to the streams: one token's by columns, those of several by tokens, so that a
+    // member finds its tokens' streams where it left them.
     void write_streams(const Share& s, const Matrix& last) {
-        Range panels = s.panels(last);
-        int begin = panels.begin * KEYS, end = std::min<int>(panels.end * KEYS, (int)s_.hidden), n = (int)s_.streams;
-        for (int m = s.rows.begin; m < s.rows.end; m++) {
+        int begin = 0, end = (int)s_.hidden, n = (int)s_.streams;
+        if (s.one) begin = s.panels(last).begin * KEYS, end = std::min(s.panels(last).end * KEYS, end);
+        else if (!s.many) meet(s);
+        for (int m = s.tokens.begin; m < s.tokens.end; m++) {
             const float* mix = s.t->mix.get() + m * outs_;
             distribute(streams_.get() + m * nd_, y_.get() + m * d_, mix + n, mix + 2 * n, n, (int)s_.hidden, begin, end);
         }
-        after_product(s, MIXING);
+        s.m->clock.lap(MIXING);
+        if (s.one) meet(s);
     }
 
     // forward_attention.h
@@ -347,6 +351,7 @@ class Runner {
     void experts(const Share& s, const Layer& layer);
     void route(const Share& s, const Layer& layer, int token);
     void group_by_expert(const Share& s);
+    int next_expert(const Share& s, int e) const;
     void expert_up(const Share& s, const Layer& layer);
     void expert_down(const Share& s, const Layer& layer);
     void finish(const Share& s);

@@ -6,6 +6,7 @@ namespace nautile {
 
 inline void Runner::attention(const Share& s, const Layer& layer) {
     multiply(layer.inputs, operand(s.t->input, s_.hidden), s.rows, s.panels(layer.inputs), proj_.get(), projected_);
+    fetch_panel(layer.queries, s.panels(layer.queries).begin);
     s.m->clock.lap(PROJECTIONS);
     meet(s);
     read_inputs(s, layer);
@@ -13,6 +14,7 @@ inline void Runner::attention(const Share& s, const Layer& layer) {
     compress(s, layer);
     after_tokens(s, COMPRESSION);
     multiply(layer.queries, operand(s.t->q_low, s_.q_rank), s.rows, s.panels(layer.queries), q_.get(), queries_);
+    fetch_panel(layer.wo_a[0], s.panels(layer.wo_a[0]).begin);
     s.m->clock.lap(PROJECTIONS);
     meet(s);
     save_tails(s, layer);
@@ -364,7 +366,7 @@ inline void Runner::attend_group(const Share& s, const Layer& layer, int first, 
             float* x = s.m->sums.get() + (int64_t)(i * heads + h) * c_tiles * LANES;
             for (int j = from; j < to; j++) x[j] *= s.m->inverse[i * heads + h];
             turn(x, c, cosine(first + i, layer.ratio != 0), sine(first + i, layer.ratio != 0), half_, -1.0f, from, to);
-            if (to > from) write_row((int)s_.main_kind, out.row(first + i), out.low, h * c + from, x + from, to - from);
+            if (to > from) write_row((int)s_.output_kind, out.row(first + i), out.low, h * c + from, x + from, to - from);
         }
 }
 
@@ -447,17 +449,20 @@ inline void Runner::window_sums(const Share& s, const Group& g) {
 // Heads in groups, each projected on its own; then all of them together, added to the streams.
 inline void Runner::project_output(const Share& s, const Layer& layer) {
     const int64_t slice = s_.heads * s_.head_dim / s_.groups;
+    const int rank = (int)s_.o_rank, kind = (int)s_.output_kind;
+    Rows low = operand(s.one ? members_[0].own.low : shared_.low, s_.groups * s_.o_rank);
     for (int g = 0; g < s_.groups; g++) {
+        const Matrix& w = layer.wo_a[g];
+        const Range panels = s.panels(w);
+        fetch_panel(g + 1 < s_.groups ? layer.wo_a[g + 1] : layer.wo_b, panels.begin);
         Rows heads = operand(attended_, s_.heads * s_.head_dim);
-        heads.base += s_.main_kind == WIDE ? g * slice : g * slice / 2;
-        multiply(layer.wo_a[g], heads, s.rows, s.panels(layer.wo_a[g]), u_.get() + g * rank_, s_.groups * rank_);
+        heads.base += kind == WIDE ? g * slice : g * slice / 2;
+        multiply(w, heads, s.rows, panels, u_.get() + g * rank_, s_.groups * rank_);
+        const int begin = panels.begin * KEYS, count = std::min(panels.end * KEYS, rank) - begin;
+        for (int m = s.rows.begin; m < s.rows.end && count > 0; m++)
+            write_row(kind, low.row(m), low.low, g * rank + begin, u_.get() + (m * s_.groups + g) * rank_ + begin, count);
     }
     after_product(s, PROJECTIONS);
-    Rows low = operand(s.t->low, s_.groups * s_.o_rank);
-    for (int m = s.tokens.begin; m < s.tokens.end; m++)
-        for (int g = 0; g < s_.groups; g++)
-            write_row((int)s_.main_kind, low.row(m), low.low, g * s_.o_rank, u_.get() + (m * s_.groups + g) * rank_, (int)s_.o_rank);
-    after_tokens(s, PROJECTIONS);
     multiply(layer.wo_b, low, s.rows, s.panels(layer.wo_b), y_.get(), d_);
     s.m->clock.lap(PROJECTIONS);
     write_streams(s, layer.wo_b);

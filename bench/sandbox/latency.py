@@ -1,9 +1,13 @@
 """Latency and throughput of function calls and containers, with podman, runc and plain subprocesses in the same run.
 
-    python bench/sandbox/latency.py [--rounds 100] [--out bench/results/sandbox_latency.json]
+    python bench/sandbox/latency.py [--rounds 100] [--only container] [--out bench/results/sandbox_latency.json]
 
 container_create_run is the second and further containers of a kind, as the SDK makes them: the keeper has one ready if there
-was time to make it. container_cold_create_run has a size that was never asked for, so nothing is ready but a seat.
+was time to make it, and container_found_ready says how often that was. container_cold_create_run has a size that was never
+asked for, so nothing is ready but a seat. container_paced_create_run waits 50 ms before each, as a caller that does something
+in between: what is made ahead is then there. container_named_run is a command that outlives its client, seen to by the keeper.
+
+``--only``: the lines whose names begin with it, and the peers. Parts that are left out are not run.
 
 One operation after the other, the paths taking turns, so that all meet the same machine. The load average before and after is
 in the result: figures of a busy machine say so. podman needs an image: it runs the host's root file system (--rootfs), which
@@ -24,6 +28,9 @@ import time
 from pathlib import Path
 
 from nautile.sandbox import MIB, Limits, Sandbox, SandboxPool, bundle
+from nautile.sandbox.driver import Order
+
+READY = 8.0  # milliseconds in which only a container that was made ahead can be had
 
 LIMITS = Limits(memory=256 * MIB, pids=64, disk=64 * MIB)
 
@@ -44,9 +51,10 @@ def checked(result):
     assert result.ok, result
 
 
-def create_and_run(samples, closes):
+def create_and_run(samples, creates, closes):
     began = time.perf_counter()
     sandbox = Sandbox.create("container", limits=LIMITS)
+    creates.append((time.perf_counter() - began) * 1000)
     checked(sandbox.run(["/bin/true"]))
     samples.append((time.perf_counter() - began) * 1000)
     closes.append(timed(sandbox.close))
@@ -169,43 +177,67 @@ class Peers:
         subprocess.run(argv, check=True, capture_output=True, stdin=subprocess.DEVNULL)
 
 
-def measure(rounds, place):
-    samples = {name: [] for name in ("function_python", "function_true", "container_run", "container_create_run")}
-    samples |= {"container_close": [], "container_pooled_run": [], "container_cold_create_run": []}
-    samples |= {"runsc_create": [], "runsc_restore": []}
+def named_run(container, count):
+    """A command under a name, as a trajectory log gives one."""
+    driver = container.driver
+    order = Order(("/bin/true",), b"", 10.0, None, {}, operation=f"bench{count}")
+    checked(driver.run(order, None))
+
+
+def measure(rounds, place, only):
+    names = ("function_python", "function_true", "container_run", "container_named_run", "container_create_run")
+    names += ("container_create", "container_close", "container_paced_create_run", "container_pooled_run")
+    names += ("container_cold_create_run", "runsc_create", "runsc_restore")
+    samples = {name: [] for name in names}
     peers = Peers(place)
     samples |= {name: [] for name in peers.ways}
-    with (
-        Sandbox.create("function", limits=LIMITS) as function,
-        Sandbox.create("container", limits=LIMITS) as container,
-        SandboxPool(2, lambda: Sandbox.create("container", limits=LIMITS)) as pool,
-    ):
+    wanted = {part: part.startswith(only) or only.startswith(part) for part in ("function", "container", "runsc")}
+    with contextlib.ExitStack() as stack:
+        if wanted["function"]:
+            function = stack.enter_context(Sandbox.create("function", limits=LIMITS))
+        if wanted["container"]:
+            container = stack.enter_context(Sandbox.create("container", limits=LIMITS))
+            pool = stack.enter_context(SandboxPool(2, lambda: Sandbox.create("container", limits=LIMITS)))
         for index in range(rounds):
-            for _ in range(5):
+            for _ in range(5 if wanted["function"] else 0):
                 samples["function_python"].append(timed(lambda: checked(function.python("print(6*7)"))))
                 samples["function_true"].append(timed(lambda: checked(function.run(["/bin/true"]))))
-            samples["container_run"].append(timed(lambda: checked(container.run(["/bin/true"]))))
-            create_and_run(samples["container_create_run"], samples["container_close"])
-            pooled(pool, samples["container_pooled_run"])
-            create_cold(index, samples["container_cold_create_run"])
-            if index % 5 == 0 and shutil.which("runsc") and os.geteuid() == 0:
+            if wanted["container"]:
+                containers(index, samples, container, pool)
+            if wanted["runsc"] and index % 5 == 0 and shutil.which("runsc") and os.geteuid() == 0:
                 gvisor(samples["runsc_create"], samples["runsc_restore"])
             for name, way in peers.ways.items():
                 if name == "subprocess" or index % 5 == 0:  # the slow peers have fewer turns
                     samples[name].append(timed(way))
     peers.close()
-    return {name: summary(values) for name, values in samples.items() if values}, peers.absent
+    ready = sum(value < READY for value in samples["container_create"])
+    found = {name: summary(values) for name, values in samples.items() if values}
+    if wanted["container"]:
+        found["container_found_ready"] = f"{ready}/{rounds}: created within {READY:g} ms"
+    return found, peers.absent
+
+
+def containers(index, samples, container, pool):
+    """One turn of everything that is measured of containers."""
+    samples["container_run"].append(timed(lambda: checked(container.run(["/bin/true"]))))
+    samples["container_named_run"].append(timed(lambda: named_run(container, index)))
+    create_and_run(samples["container_create_run"], samples["container_create"], samples["container_close"])
+    pooled(pool, samples["container_pooled_run"])
+    create_cold(index, samples["container_cold_create_run"])
+    time.sleep(0.05)
+    create_and_run(samples["container_paced_create_run"], [], [])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--only", default="", help="function, container or runsc")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=False) as place:
-        figures, absent = measure(arguments.rounds, Path(place))
-    rate = statistics.median(throughput(2.0) for _ in range(3))
+        figures, absent = measure(arguments.rounds, Path(place), arguments.only)
+    rate = None if arguments.only not in ("", "function") else statistics.median(throughput(2.0) for _ in range(3))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     result = {
         "device": f"{platform.machine()}, {os.cpu_count()} processors",

@@ -24,6 +24,7 @@ from nautile.sandbox.bundle import configuration, skeleton
 from nautile.sandbox.enter import step_inside
 from nautile.sandbox.inside import frames
 from nautile.sandbox.inside.supervise import Capture
+from nautile.sandbox.orders import Orders
 from nautile.sandbox.state import Settings, State
 
 # -- seccomp
@@ -252,6 +253,24 @@ def test_a_capture_keeps_head_and_tail(keep, pieces):
             missing = len(whole) - 2 * half
             assert got == whole[:half] + b"\n[... %d bytes omitted ...]\n" % missing + whole[-half:] and capture.truncated
         capture.reset()
+
+
+# -- orders
+
+WORD = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=12)
+NAME = st.text(st.characters(exclude_characters="\0=", exclude_categories=("Cs",)), min_size=1, max_size=5)
+
+
+@settings(max_examples=100)
+@given(st.lists(WORD, max_size=5), st.lists(WORD, min_size=1, max_size=3), st.dictionaries(NAME, WORD), st.binary(max_size=40))
+def test_orders_come_out_as_they_went_in_and_cut_off_ones_are_refused(argv, places, environment, program):
+    orders = Orders(tuple(argv), tuple(places), environment, 1000, 77, 2**40, pty=bool(argv), filter=program)
+    data = orders.pack()
+    assert Orders.unpack(data) == orders
+    for cut in {0, 10, 40, len(data) - 1} - {len(data)}:
+        if cut < len(data):
+            with pytest.raises(ValueError, match="cut off"):
+                Orders.unpack(data[:cut])
 
 
 # -- layers

@@ -161,13 +161,16 @@ def flash():
 
 def needles():
     """Single needles by length, ten facts asked one by one, and what the indexer keeps."""
-    for name in ("needle.json", *(f"needle_ten_{length}.json" for length in (8192, 16384, 32768, 65536))):
+    known = set()
+    for name in ("needle.json", "needle_sample.json", *(f"needle_ten_{length}.json" for length in (8192, 16384, 32768, 65536))):
         result = read(name)
         for variant, label in (("single", "one needle"), ("ten", "one needle of ten, asked one by one,")):
             for length, cell in ((result or {"needle": {}})["needle"].get(variant) or {}).items():
                 figures = f"{cell['passed']}/{cell['total']} ({100 * cell['low']:.0f}-{100 * cell['high']:.0f} %)"
-                where = (result["device"], result["date"][:10], result["commit"], name)
-                yield f"{label} in {int(length) // 1024}K tokens", figures, *where
+                if cell["total"] and (variant, length) not in known:
+                    known.add((variant, length))
+                    where = (result["device"], result["date"][:10], result["commit"], name)
+                    yield f"{label} in {int(length) // 1024}K tokens", figures, *where
     result = read("recall.json")
     for length, layers in result["lengths"].items() if result else ():
         shares = ", ".join(f"{layer['recall']:.1%} (mass {layer['mass']:.1%})" for layer in layers)

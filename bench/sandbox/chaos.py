@@ -236,6 +236,7 @@ class Judge:
         step, _, said = line.partition(" ")
         if not step.isdigit():
             return
+        said = said if said.startswith("ok ") else said.partition(" ")[0]  # why it failed may be said in other words
         earlier = self.told[name].setdefault(int(step), said)
         if earlier != said:
             self.faults.append(f"{name} step {step}: told {earlier!r}, then {said!r}")

@@ -11,6 +11,7 @@ import pytest
 from nautile.sandbox import MIB, Limits, Sandbox
 from nautile.sandbox import container as container_module
 from nautile.sandbox.container import KeeperClient
+from nautile.sandbox.guest.hosted import hosts_directory, stop_hosts
 
 SMALL = Limits(memory=96 * MIB, pids=48, disk=16 * MIB, inodes=2000, output=64 * 1024, seconds=30.0)
 
@@ -45,6 +46,9 @@ def keeper_directory(name):
         patch.setattr(container_module, "_runtime_directory", lambda: place)
         yield place
         KeeperClient().stop()
+        if (machines := hosts_directory()).is_dir():
+            stop_hosts()
+            shutil.rmtree(machines, ignore_errors=True)
     shutil.rmtree(place, ignore_errors=True)
 
 

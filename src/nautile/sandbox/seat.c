@@ -80,7 +80,7 @@ static struct {
     int frees, count, active;
     int tracker, memory, container; /* directories, and the pidfd of the container's process 1; -1: none */
     bool version2, asked, protected;
-    char memory_file[24];
+    char memory_file[24], killable[16]; /* killable: oom_score_adj as it was */
     bool *dying;                    /* by job, shared with its fork: the container was ending when it was to be entered */
 } self = {.tracker = -1, .memory = -1, .container = -1, .asked = true};
 
@@ -332,7 +332,7 @@ static _Noreturn void start(char letter, int *given, int count, struct tracker *
     if (letter == 'r')
         for (int target = 0; target < 3; target++) must(dup2(given[2 + target], target) >= 0, "dup2");
     if (tracker && !self.version2) must(put(tracker->directory, "cgroup.procs", "0"), "cgroup");
-    if (self.protected) put(AT_FDCWD, "/proc/self/oom_score_adj", "0");
+    if (self.protected) put(AT_FDCWD, "/proc/self/oom_score_adj", self.killable);
     int moved[DESCRIPTORS + 1];
     moved[0] = letter == 'c' ? given[1] : self.container, moved[1] = given[1];
     int kept = 2;
@@ -477,7 +477,8 @@ static void settle(struct job *job) {
 
 static void look(struct job *job, short ended, short asked) {
     int status;
-    if (ended && !job->ended && waitpid(job->process, &status, WNOHANG) == job->process) job->status = status, job->ended = true;
+    if (ended && !job->ended && waitpid(job->process, &status, WNOHANG) == job->process)
+        job->status = status, job->ended = true;
     if (asked && !job->asked) job->asked = true, kill_job(job);
     settle(job);
 }
@@ -507,7 +508,9 @@ int main(int count, char **given) {
     if (getppid() != atoi(given[1])) return 1;
     long idle = atol(given[2]);
     prctl(PR_SET_NAME, "seat");
-    self.protected = put(AT_FDCWD, "/proc/self/oom_score_adj", "-1000"); /* the kernel takes the tenant's processes first */
+    self.protected = get(AT_FDCWD, "/proc/self/oom_score_adj", self.killable, sizeof self.killable) > 0;
+    /* At the memory limit the kernel takes the tenant's processes first. */
+    self.protected = self.protected && put(AT_FDCWD, "/proc/self/oom_score_adj", "-1000");
     self.dying = mmap(NULL, JOBS, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (self.dying == MAP_FAILED) return 1;
     enter_groups(given + 3);

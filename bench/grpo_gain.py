@@ -3,7 +3,7 @@
     python bench/grpo_gain.py WORK --seconds 300 --workers 7 --device cuda --out bench/results/grpo_gain.json
 
 Measures at temperature 1, trains for the given time in real sandboxes, exports, measures again: the same tasks and the same
-draws, from seeds and partly with words that no step has used. Two sets: the practised sentences (``reworded_*``) and others
+draws, from seeds and partly with words that no step has used. Two sets: the practised sentences (``undecided_*``) and others
 (``fresh_*``). Run again it goes on where it was. ``WORK/model`` is the trained model. ``--seconds 0`` only measures.
 """
 
@@ -23,17 +23,12 @@ from nautile.checkpoint import load_model, save_model
 from nautile.evals.tools import commit, device_name, wilson
 from nautile.model.moe import Experts
 from nautile.protocol import Tokenizer
-from nautile.train.environments import FRESH_KINDS
+from nautile.train.environments import FRESH_KINDS, UNDECIDED_KINDS
 from nautile.train.grpo import GRPO, GRPOConfig
 from nautile.train.rollout import Planned, RolloutConfig
 from nautile.train.rollout_workers import RolloutWorkers, WorkerConfig
 
 NANO = Path(__file__).parents[1] / "src" / "nautile" / "weights" / "nano"
-# Of the reworded kinds those that the shipped model solves in 30 to 80 of 100 tries (bench/results/rollout_variance.json).
-KINDS = tuple(
-    f"reworded_{kind}"
-    for kind in ("count_lines", "edit_value", "file_length", "find_line", "lookup_value", "rename_file", "replace_text")
-)
 FIRST_SEED = 20_000_000  # no published figure uses seeds from here on
 Results = dict[str, list[bool]]  # by kind, in the order of the seeds
 
@@ -72,7 +67,7 @@ def gain(before: list[bool], after: list[bool]) -> dict[str, float]:
 
 def compare(before: Results, after: Results) -> dict:
     """By kind and for each set."""
-    sets = {"practised": KINDS, "fresh": FRESH_KINDS, **{kind: (kind,) for kind in before}}
+    sets = {"practised": UNDECIDED_KINDS, "fresh": FRESH_KINDS, **{kind: (kind,) for kind in before}}
     out = {}
     for name, kinds in sets.items():
         old, new = ([right for kind in kinds for right in results.get(kind, [])] for results in (before, after))
@@ -107,15 +102,15 @@ def options_given() -> argparse.Namespace:
     parser.add_argument("--init", type=Path, default=NANO)
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--groups", type=int, default=40)
-    parser.add_argument("--samples", type=int, default=10)
+    parser.add_argument("--groups", type=int, default=28)
+    parser.add_argument("--samples", type=int, default=14)
     parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--rows", type=int, default=16, help="conversations in one training pass")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of a worker")
     parser.add_argument("--at-once", type=int, default=16, help="conversations of a worker at a time")
-    parser.add_argument("--seeds", type=int, default=60, help="tasks of a practised kind, a quarter of it of a fresh one")
+    parser.add_argument("--seeds", type=int, default=40, help="tasks of a practised kind, half of it of a fresh one")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--unenforced-limits", action="store_true", help="where no cgroups can be made")
     parser.add_argument("--out", type=Path)
@@ -135,18 +130,18 @@ def main() -> None:
     def measured(name: str, model: Path) -> Results:
         path = work / f"{name}.json"
         if not path.exists():
-            found = measure(model, KINDS, options.seeds, workers, rollout, work / "measuring")
-            found |= measure(model, FRESH_KINDS, max(2, options.seeds // 4), workers, rollout, work / "measuring")
+            found = measure(model, UNDECIDED_KINDS, options.seeds, workers, rollout, work / "measuring")
+            found |= measure(model, FRESH_KINDS, max(1, options.seeds // 2), workers, rollout, work / "measuring")
             path.write_text(json.dumps(found))
         found = json.loads(path.read_text())
-        total = [right for kind in KINDS for right in found[kind]]
+        total = [right for kind in UNDECIDED_KINDS for right in found[kind]]
         print(f"[{time.monotonic() - began:.0f} s] {name}: {sum(total)} of {len(total)} in practised words", flush=True)
         return found
 
     before = measured("before", options.init)
     config = GRPOConfig(
-        KINDS, steps=options.steps, groups=options.groups, samples=options.samples, lr=options.lr, epochs=options.epochs,
-        rows=options.rows, qat=True, replay=False, workers=workers, rollout=replace(rollout),
+        UNDECIDED_KINDS, steps=options.steps, groups=options.groups, samples=options.samples, lr=options.lr,
+        epochs=options.epochs, rows=options.rows, qat=True, replay=False, workers=workers, rollout=replace(rollout),
     )  # fmt: skip
     model = load_model(options.init, device=options.device)
     for module in model.modules():

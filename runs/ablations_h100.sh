@@ -19,19 +19,19 @@ build() { # NAME SHARDS SEED
 
 (build held-out 1 99 && build rows "$shards" 7) >"$work/build.log" 2>&1 &
 builder=$!
-trap 'kill $builder 2>/dev/null' EXIT
+(while sleep 15; do "$PYTHON" "$here/bench/ablations.py" report "$work" --out "$out/ablations.json" >/dev/null 2>&1; done) &
+reporting=$!
+trap 'kill $builder $reporting 2>/dev/null' EXIT
 running=()
 for variant in v4 dense no_mhc no_moe; do
     TORCHINDUCTOR_CACHE_DIR=$work/inductor-$variant TRITON_CACHE_DIR=$work/triton-$variant "$PYTHON" "$here/bench/ablations.py" train \
         "$work" --variant "$variant" --data "$work/rows" --held-out "$work/held-out" --tokens "$tokens" --seeds "$seeds" \
         ${OPTIONS:-} >"$work/$variant.log" 2>&1 &
     running+=($!)
+    [[ -z ${ONE_BY_ONE:-} ]] || wait "${running[-1]}" # where memory is short
 done
-(while sleep 15; do "$PYTHON" "$here/bench/ablations.py" report "$work" --out "$out/ablations.json" >/dev/null 2>&1; done) &
-reporting=$!
 status=0
 for process in "${running[@]}"; do wait "$process" || status=1; done
-kill "$reporting" 2>/dev/null
 for variant in v4 dense no_mhc no_moe; do say "$variant:"; grep -v Warning "$work/$variant.log" | tail -n 3; done
 "$PYTHON" "$here/bench/ablations.py" report "$work" --out "$out/ablations.json"
 say "done, exit status $status"

@@ -4,8 +4,8 @@
 # about nine minutes. Everything of use is in OUT as soon as it exists.
 #   runs/nano_grpo_h100.sh WORK OUT [SECONDS]      # of the steps; measuring before and after takes a minute or so each
 # KIT: the directory of runs/sandbox_kit.sh, for a machine without bubblewrap; without a sandbox that works nothing is run.
-# Expected: 16 to 25 samples a second (2.4 measured on two contended cores of 16), so a step of 40 groups of 10 in some 25 s,
-# 12 to 15 steps; a tenth to a fifth of the groups have both outcomes (bench/results/rollout_variance.json).
+# Expected: 16 to 25 samples a second (2.4 measured on two contended cores of 16), so a step of 28 groups of 14 in some 25 s,
+# 12 to 15 steps; about half of the groups have both outcomes (train/environments/rewordings.py, UNDECIDED).
 # Bar: the interval of "gain" for the practised words above 0, and >= 5 points. Stop rules: the difference of training and rollout
 # (difference_max, printed with each step) above 0.05 means that the two do not compute the same network; a reward that falls for
 # four steps means that the rate is too high (run again with LR=2e-4 in another WORK).
@@ -31,8 +31,8 @@ done) &
 leaving=$!
 trap 'kill $leaving 2>/dev/null' EXIT
 "$PYTHON" "$here/bench/grpo_gain.py" "$work" --init "$nano" --seconds "$seconds" --lr "${LR:-4e-4}" --device "${DEVICE:-cuda}" \
-    --workers "${WORKERS:-7}" --threads "${THREADS:-2}" --seeds "${SEEDS:-60}" --groups "${GROUPS_A_STEP:-40}" \
-    --samples "${SAMPLES:-10}" "${options[@]}" --out "$out/grpo_gain.json" 2>&1 | grep -v Warning
+    --workers "${WORKERS:-7}" --threads "${THREADS:-2}" --seeds "${SEEDS:-40}" --groups "${GROUPS_A_STEP:-28}" \
+    --samples "${SAMPLES:-14}" "${options[@]}" --out "$out/grpo_gain.json" 2>&1 | grep -v Warning
 status=${PIPESTATUS[0]}
 split -b 15m "$work/model/model.safetensors" "$out/weights." && say "weights are out"
 cp "$work/run/log.jsonl" "$out/" 2>/dev/null

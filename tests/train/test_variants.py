@@ -5,7 +5,7 @@ import re
 import pytest
 
 from nautile.train.environments import ENVIRONMENTS, FRESH_KINDS, TRAINED
-from nautile.train.environments.rewordings import FRESH, PRACTISED
+from nautile.train.environments.rewordings import FRESH, PRACTISED, UNDECIDED
 from nautile.train.grpo import GRPOConfig
 from nautile.train.run_state import RunError
 from nautile.train.tasks import KINDS
@@ -30,6 +30,13 @@ def test_a_variant_asks_in_its_own_words():
     words = grams(task.prompt, 3)
     assert any(words & grams(text, 3) for text in PRACTISED["last_line"])
     assert not any(grams(usual.prompt, 4) & grams(text, 4) for text in PRACTISED["last_line"])
+
+
+def test_undecided_sentences_are_practised_ones():
+    task = ENVIRONMENTS["undecided_find_file"](3)
+    chosen = [PRACTISED["find_file"][place] for place in UNDECIDED["find_file"]]
+    assert task.source.templates == tuple(chosen) and "undecided_find_file" in TRAINED
+    assert all(0 <= place < len(PRACTISED[name]) for name, places in UNDECIDED.items() for place in places)
 
 
 def test_words_for_measuring_are_refused_for_training():

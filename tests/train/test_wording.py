@@ -34,7 +34,7 @@ def test_a_sentence_names_everything_once(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_there_are_many_sentences(name: str) -> None:
-    assert len(set(cores(name, 1000))) > 600  # the fixed templates are thirty to forty
+    assert len(set(cores(name, 500))) > 330  # the fixed templates are thirty to forty
 
 
 @pytest.mark.parametrize("name", NAMES)

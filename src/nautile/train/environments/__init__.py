@@ -9,14 +9,15 @@ from nautile.train.environments.mcp import StockQuestion
 from nautile.train.environments.repository import FixBug
 from nautile.train.environments.terminal import StatusReport
 from nautile.train.environments.tool import TOOL_ENVIRONMENTS
-from nautile.train.environments.variants import FRESH_REWORDED, REWORDED
+from nautile.train.environments.variants import FRESH_REWORDED, REWORDED, UNDECIDED_REWORDED
 
-__all__ = ["ENVIRONMENTS", "FRESH_KINDS", "HELD_OUT", "TRAINED", "environment"]
+__all__ = ["ENVIRONMENTS", "FRESH_KINDS", "HELD_OUT", "TRAINED", "UNDECIDED_KINDS", "environment"]
 
 _ALL: tuple[type[Environment], ...] = (
-    *TOOL_ENVIRONMENTS, *REWORDED, *FRESH_REWORDED, StatusReport, FixBug, StockQuestion, FollowChain,
+    *TOOL_ENVIRONMENTS, *REWORDED, *UNDECIDED_REWORDED, *FRESH_REWORDED, StatusReport, FixBug, StockQuestion, FollowChain,
 )  # fmt: skip
 ENVIRONMENTS: dict[str, type[Environment]] = {one.kind: one for one in _ALL}
+UNDECIDED_KINDS = tuple(one.kind for one in UNDECIDED_REWORDED)
 FRESH_KINDS = tuple(one.kind for one in FRESH_REWORDED)
 TRAINED = tuple(kind for kind, one in ENVIRONMENTS.items() if not one.held_out and kind not in FRESH_KINDS)
 HELD_OUT = tuple(kind for kind, one in ENVIRONMENTS.items() if one.held_out)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nautile.train.environments.rewordings import FRESH, PRACTISED
+from nautile.train.environments.rewordings import FRESH, PRACTISED, UNDECIDED
 from nautile.train.environments.tool import ToolEnvironment, tool_environment
 from nautile.train.tasks import KINDS, Kind
 
-__all__ = ["FRESH_REWORDED", "REWORDED"]
+__all__ = ["FRESH_REWORDED", "REWORDED", "UNDECIDED_REWORDED"]
 
 
 def _reworded(kind: type[Kind], prefix: str, sentences: Sequence[str]) -> type[ToolEnvironment]:
@@ -22,6 +22,10 @@ def _reworded(kind: type[Kind], prefix: str, sentences: Sequence[str]) -> type[T
 
 REWORDED: tuple[type[ToolEnvironment], ...] = tuple(
     _reworded(KINDS[name], "reworded", sentences) for name, sentences in PRACTISED.items()
+)
+# The part of them that reinforcement can learn from.
+UNDECIDED_REWORDED: tuple[type[ToolEnvironment], ...] = tuple(
+    _reworded(KINDS[name], "undecided", [PRACTISED[name][place] for place in places]) for name, places in UNDECIDED.items()
 )
 # For measuring only: sentences that reinforcement has not practised either.
 FRESH_REWORDED: tuple[type[ToolEnvironment], ...] = tuple(

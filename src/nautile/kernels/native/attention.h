@@ -275,7 +275,8 @@ static inline void value_block(const uint32_t* const* a, const void* const* rows
     for (int j = 0; j < count; j += KIND == WIDE ? 1 : 2) {
         const char* row = (const char*)rows[j] + first;
         uvec column[T];
-        if (KIND == WIDE) std::memcpy(column, row, sizeof column);
+        if (KIND == WIDE)
+            for (int t = 0; t < T; t++) std::memcpy(&column[t], row + t * LANES * 4, 64);
         else value_pairs<T>(row, (const char*)rows[j + 1] + first, column);
         for (int r = 0; r < R; r++) {
             uvec x = uvec{} + a[r][KIND == WIDE ? j : j / 2];

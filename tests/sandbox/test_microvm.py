@@ -305,10 +305,10 @@ def kill_emulator(identity):
                 os.kill(int(number), signal.SIGKILL)
 
 
-def wait_for_no_host():
+def wait_for_no_host(identity="*"):
     """A host looks twice a second whether its machine has died."""
     deadline = time.monotonic() + 60
-    while list(hosts_directory().iterdir()):
+    while list(hosts_directory().glob(identity)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -340,6 +340,7 @@ def test_a_machine_with_a_log_outlives_its_client_and_nothing_runs_twice(kind, t
     with pytest.raises(GaveUpError):
         sandbox.run("echo begun; sleep 60", timeout=60, on_output=give_up)
     kill_emulator(sandbox.info.id)
+    wait_for_no_host()  # until it has noticed, a client would find the machine and be told of its death by each command
     again = recorded(kind, place)
     for command in ("echo x >> done; wc -l < done",) * 2 + ("echo x >> done; sleep 1; wc -l < done", "cat done"):
         assert again.run(command).ok
@@ -379,6 +380,7 @@ def test_a_recorded_machine_forks_and_is_built_anew(kind, tmp_path):
         other.run("echo after > f")
         assert other.run("cat f").stdout == "after\n"
         kill_emulator(other.info.id)
+        wait_for_no_host(other.info.id)
     with create(kind, log=place, keep=300.0, replay="reexecute") as anew:  # from the fork's snapshot on
         anew.run("echo before > f; mkdir d")
         assert anew.info.id != first.info.id

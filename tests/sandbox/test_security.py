@@ -244,7 +244,7 @@ try:
 except OSError:
     pass
 """
-        result = sandbox.python(source, timeout=20)
+        result = sandbox.python(source, timeout=60)
         assert (result.stdout, result.exit_code) == ("", 0), result.stderr
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Reinforcement of the shipped nano on requests in words that supervised training did not compose: rollouts by seven processes
 # with native kernels in real function sandboxes on the CPU cores, updates on the GPU; one command on one H100 with 16 cores,
-# about nine minutes. Everything of use is in OUT as soon as it exists.
+# under nine minutes. Everything of use is in OUT as soon as it exists.
 #   runs/nano_grpo_h100.sh WORK OUT [SECONDS]      # of the steps; measuring before and after takes a minute or so each
 # KIT: the directory of runs/sandbox_kit.sh, for a machine without bubblewrap; without a sandbox that works nothing is run.
 # Expected: 16 to 25 samples a second (2.4 measured on two contended cores of 16), so a step of 28 groups of 14 in some 25 s,
@@ -10,7 +10,7 @@
 # (difference_max, printed with each step) above 0.05 means that the two do not compute the same network; a reward that falls for
 # four steps means that the rate is too high (run again with LR=2e-4 in another WORK).
 set -uo pipefail
-work=$1 out=$2 seconds=${3:-330}
+work=$1 out=$2 seconds=${3:-300}
 here=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHON=${PYTHON:-python3} PYTHONPATH=$here/src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 nano=${NANO:-$here/src/nautile/weights/nano}

@@ -20,10 +20,11 @@ gather() {
 }
 
 install() {
-    local site library
+    local site library known
+    known=$(ldconfig -p)
     command -v bwrap >/dev/null || cp "$kit/bwrap" /usr/local/bin/bwrap
     for library in "$kit"/lib*.so*; do
-        ldconfig -p | grep -q "$(basename "$library")" || cp "$library" /usr/local/lib/
+        [[ $known == *"$(basename "$library") "* ]] || cp "$library" /usr/local/lib/
     done
     ldconfig
     site=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')

@@ -21,6 +21,7 @@ from nautile.train.policy import behaviour, hidden_rows, own_routing, row_logpro
 from nautile.train.replay import Decisions, Recorder, replayed
 from nautile.train.rollout import Planned, RolloutConfig, Sample, Segment
 from nautile.train.rollout_engine import RolloutEngine, engine_options
+from nautile.train.rollout_workers import WorkerConfig
 from nautile.train.run_state import RunError
 from nautile.train.unrolled import chunks, unrolled_logits
 from oracles.random_models import random_ids, tiny_network
@@ -308,6 +309,19 @@ def test_nano_in_real_sandboxes(tmp_path):
     GRPO(load_model(NANO), Tokenizer.load(NANO), config, tmp_path).run(reports.append)
     assert [report.difference_max for report in reports] == [0.0]
     assert len((tmp_path / "trajectories.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="apt-get install bubblewrap")
+def test_workers_with_native_kernels_compute_the_same_network(tmp_path):
+    """Training's log-probabilities are those of the native kernels but for rounding."""
+    workers, rollout = WorkerConfig(NANO, 2, 1), RolloutConfig(reply_tokens=120, turns=4, at_once=2)
+    config = GRPOConfig(
+        ("edit_value", "last_line"), steps=1, groups=2, samples=2, qat=True, replay=False, workers=workers, rollout=rollout
+    )
+    reports = []
+    GRPO(load_model(NANO), Tokenizer.load(NANO), config, tmp_path).run(reports.append)
+    assert reports[0].samples == 4 and reports[0].difference_max < 1e-3
 
 
 @pytest.mark.slow

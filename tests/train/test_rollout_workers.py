@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nautile.train.distill import DistillConfig, Teacher
 from nautile.train.grpo import GRPOConfig
 from nautile.train.rollout import Planned, RolloutConfig, RolloutError, Sample
 from nautile.train.rollout_workers import RolloutWorkers, WorkerConfig
@@ -42,3 +43,5 @@ def test_workers_and_notes_do_not_go_together():
     for changes in ({"qat": False, "replay": False}, {"qat": True, "replay": True}):
         with pytest.raises(RunError, match="use qat, and neither replay"):
             GRPOConfig(("edit_value",), workers=WorkerConfig(Path(), 1), **changes)
+        with pytest.raises(RunError, match="use qat, and no replay"):
+            DistillConfig((Teacher("a", Path(), ("edit_value",)),), workers=WorkerConfig(Path(), 1), **changes)

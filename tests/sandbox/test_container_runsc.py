@@ -7,9 +7,19 @@ from pathlib import Path
 import pytest
 
 from agent.processes import gone
-from nautile.sandbox import MIB, InvalidRequest, Limits, Sandbox, SubstrateUnavailable, Unsupported
+from nautile.sandbox import MIB, FileRefused, InvalidRequest, Limits, Sandbox, SubstrateUnavailable, Unsupported
+from nautile.sandbox.gvisor import GvisorDriver
+from sandbox import test_security as attacks
 from sandbox.conftest import need
 
+WRITES = ("/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger", "/usr/bin/python3", "/etc/passwd", "/dev/mem", "/dev/kmsg")
+WRITES += ("/dev/vda", "/dev/sda", "/dev/kvm", "/dev/loop0", "/sys/fs/cgroup/release_agent", "/proc/1/oom_score_adj")
+READS = ("/proc/kallsyms", "/proc/kcore", "/proc/keys", "/proc/kpagecgroup", "/proc/1/root/etc/shadow")
+READS += ("/etc/shadow", "/root/.bashrc", "/sys/class/dmi/id/product_name", "/proc/config.gz", "/proc/sched_debug")
+EXHAUSTION = (
+    "import os\nkept = []\nwhile True: kept.append(os.dup(0))",
+    "with open('/tmp/f', 'wb') as f:\n while True: f.write(bytes(2**20))",
+)
 LIMITS = Limits(memory=256 * MIB, pids=64, disk=32 * MIB, output=64 * 1024)
 
 
@@ -73,6 +83,9 @@ def test_a_checkpoint_holds_processes_and_files(gvisor):
 def test_a_pause_stops_and_closing_leaves_nothing(gvisor):
     sandbox = Sandbox.create("container", runtime="runsc", limits=LIMITS)
     place = sandbox.driver._place
+    sandbox.write("f", "before")
+    sandbox.pause()
+    assert sandbox.read("f") == b"before"  # the next request continues it
     sandbox.pause()
     sandbox.resume()
     assert sandbox.run("echo on").stdout == "on\n"
@@ -83,9 +96,100 @@ def test_a_pause_stops_and_closing_leaves_nothing(gvisor):
     assert gone(f"runsc-sandbox {sandbox.info.id}")
 
 
+def test_a_runsc_that_is_faster_than_the_kernel_is_started_once_more(gvisor, monkeypatch):
+    """It is moved into its cgroups while it prepares. Where that comes too late, nothing of the first attempt is left."""
+    confined, asked = GvisorDriver._confined, []
+
+    def late(driver):
+        asked.append(driver)
+        return confined(driver) and len(asked) > 1
+
+    monkeypatch.setattr(GvisorDriver, "_confined", late)
+    with Sandbox.create("container", runtime="runsc", limits=LIMITS) as sandbox:
+        assert len(asked) == 2 and confined(sandbox.driver) and sandbox.run("echo in").stdout == "in\n"
+
+
+def test_files_go_in_and_out(gvisor, tmp_path):
+    name = "a dir/new\nline 'quoted' $x"
+    gvisor.write(name, b"\0\xff", mode=0o640)
+    assert gvisor.read(f"/workspace/{name}") == b"\0\xff"
+    assert [(one.name, one.kind, one.size, one.mode) for one in gvisor.list("a dir")] == [(name[6:], "file", 2, 0o640)]
+    gvisor.write(name, "")
+    assert gvisor.read(name) == b""
+    gvisor.download("a dir", tmp_path / "out")
+    assert [one.name for one in (tmp_path / "out").iterdir()] == [name[6:]]
+    (tmp_path / "out/deep/er").mkdir(parents=True)
+    (tmp_path / "out/deep/er/run").write_text("#!/bin/sh\necho ran\n")
+    (tmp_path / "out/deep/er/run").chmod(0o755)
+    gvisor.upload(tmp_path / "out", "/tmp/given")
+    gvisor.upload(tmp_path / "out/deep/er/run", "one")
+    assert gvisor.run("/tmp/given/deep/er/run; ./one; stat -c %U /tmp/given one").stdout == "ran\nran\nagent\nagent\n"
+    gvisor.download("one", tmp_path / "one")
+    assert (tmp_path / "one").read_text() == "#!/bin/sh\necho ran\n" and (tmp_path / "one").stat().st_mode & 0o777 == 0o755
+    gvisor.run("rm -rf /workspace/* /tmp/*")
+
+
+def test_files_that_lead_elsewhere_or_do_not_fit_are_refused(gvisor, tmp_path):
+    gvisor.run("ln -s /etc/passwd link; mkdir d; ln -s d way; mkfifo pipe; echo 12345 > d/f")
+    refused = [
+        (lambda: gvisor.read("link"), "symbolic link"),
+        (lambda: gvisor.read("way/f"), "symbolic link"),
+        (lambda: gvisor.write("link", "x"), "symbolic link"),
+        (lambda: gvisor.upload(tmp_path, "way/x"), "symbolic link"),
+        (lambda: gvisor.read("pipe"), "not a plain file"),
+        (lambda: gvisor.read("none"), "does not exist"),
+        (lambda: gvisor.read("d"), "is a directory"),
+        (lambda: gvisor.write("d", "x"), "is a directory"),
+        (lambda: gvisor.list("d/f"), "not a directory"),
+        (lambda: gvisor.write("/etc/new", "x"), "may not|read-only"),
+        (lambda: gvisor.read("d/f", limit=3), "more than 3 bytes"),
+        (lambda: gvisor.download("d", tmp_path / "d", limit=3), "more than 3 bytes"),
+        (lambda: gvisor.write("big", bytes(LIMITS.disk + 1)), "full"),
+    ]
+    for ask, why in refused:
+        with pytest.raises(FileRefused, match=why):
+            ask()
+    assert [one.name for one in gvisor.list()] == ["d", "link", "pipe", "way"]  # nothing of what was refused
+    gvisor.run("rm -rf /workspace/*")
+
+
+def test_attacks_stay_inside(gvisor, monkeypatch):
+    """The matrix of test_security.py, where gVisor's kernel answers as ours does; what it allows instead touches no host."""
+    attacks.test_there_is_no_way_out_of_its_network(gvisor)
+    status = gvisor.run("cat /proc/self/status").stdout
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    assert {fields[name].strip() for name in ("CapInh", "CapPrm", "CapEff", "CapBnd")} == {"0" * 16}
+    assert set(fields["Uid"].split()) == {"1000"}
+    monkeypatch.setenv("NAUTILE_TEST_SECRET", "leaked")
+    found = gvisor.run("env; cat /proc/*/environ /proc/*/cmdline 2>/dev/null | tr '\\0' '\\n'").stdout
+    assert "leaked" not in found and os.getcwd() not in found and "runsc" not in found
+    source = f"""
+import os
+for path in {WRITES!r}:
+    try:
+        os.close(os.open(path, os.O_WRONLY)); print('opened', path)
+    except OSError:
+        pass
+for path in {READS!r}:
+    try:
+        print('read', path) if open(path, 'rb').read(1) else None
+    except OSError:
+        pass
+"""
+    assert gvisor.python(source).stdout == ""
+    for script in EXHAUSTION:
+        result = gvisor.python(script, timeout=6)
+        assert result.exit_code != 0 and result.infrastructure_error is None, script
+    assert gvisor.python(attacks.THREADS, timeout=6).infrastructure_error is None  # they are in its kernel's memory, not ours
+    assert gvisor.run("rm -rf /tmp/*; echo alive").stdout == "alive\n"
+
+
 def test_what_it_cannot_do_it_says(gvisor, tmp_path, monkeypatch):
-    with pytest.raises(Unsupported, match="run commands only"):
-        gvisor.read("x")
+    for ask, why in ((gvisor.session, "kills every process"), (lambda: gvisor.pack_diff(tmp_path / "d"), "use snapshot")):
+        with pytest.raises(Unsupported, match=why):
+            ask()
+    with pytest.raises(Unsupported, match="the proxy cannot listen"):
+        gvisor.set_policy(["example.org:443"])
     for options in ({"network": ["example.org:443"]}, {"workspace": tmp_path}, {"log": tmp_path / "log"}):
         with pytest.raises(Unsupported, match="runtime='runsc' has none"):
             Sandbox.create("container", runtime="runsc", **options)

@@ -7,15 +7,22 @@ import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from nautile.sandbox.errors import FileRefused, InvalidRequest
 
-__all__ = ["pack_tree", "unpack_tree"]
+__all__ = ["pack_tree", "unpack_tree", "write_tree"]
 
 
 def pack_tree(source: Path, most: int) -> bytes | None:
     """``source`` as a tar whose root is ``.``; None if it holds more than ``most`` bytes. Raises FileRefused for links."""
-    file, total = io.BytesIO(), 0
+    file = io.BytesIO()
+    return file.getvalue() if write_tree(source, file, most) else None
+
+
+def write_tree(source: Path, file: BinaryIO, most: int | None = None) -> bool:
+    """As ``pack_tree``, into a file. False as soon as there are more than ``most`` bytes. Raises FileRefused for links."""
+    total = 0
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for relative, path in _walk(source):
             entry = tarfile.TarInfo(relative)
@@ -26,11 +33,11 @@ def pack_tree(source: Path, most: int) -> bytes | None:
                 continue
             entry.size = path.stat().st_size
             total += entry.size + 1024
-            if total > most:
-                return None
+            if most is not None and total > most:
+                return False
             with open(path, "rb") as content:
                 archive.addfile(entry, content)
-    return file.getvalue()
+    return True
 
 
 def _walk(source: Path) -> Iterator[tuple[str, Path]]:
@@ -44,15 +51,19 @@ def _walk(source: Path) -> Iterator[tuple[str, Path]]:
             pending += [(f"{relative}/{name}", path / name) for name in sorted(os.listdir(path), reverse=True)]
 
 
-def unpack_tree(data: bytes, target: Path) -> None:
+def unpack_tree(data: bytes | BinaryIO, target: Path, limit: int | None = None) -> None:
     """Make ``target``, which must not exist, of what ``pack_tree`` gave; the bytes may come from anywhere.
 
-    Raises FileRefused, InvalidRequest; what was made until then stays.
+    ``limit``: bytes that its files may have. Raises FileRefused, InvalidRequest; what was made until then stays.
     """
     made: list[tuple[Path, int]] = []
+    total = 0
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+        with tarfile.open(fileobj=io.BytesIO(data) if isinstance(data, bytes) else data, mode="r:") as archive:
             for entry in archive:
+                total += entry.size
+                if limit is not None and total > limit:
+                    raise FileRefused(str(target), f"it has more than {limit:,} bytes: raise limit=")
                 steps = entry.name.split("/")
                 if steps[0] != "." or any(step in ("", ".", "..") or "\0" in step for step in steps[1:]):
                     raise FileRefused(entry.name, "the archive holds a name that leads elsewhere")

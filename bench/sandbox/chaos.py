@@ -209,11 +209,13 @@ def seats():
 
 
 def first_processes():
-    """The first processes of containers."""
-    found = []
+    """The first processes of containers. What a file names may have ended, and its number be another process's by now."""
+    keeper, found = keeper_process(), []
     for file in KeeperClient().place.glob("c-*/pid"):
         with contextlib.suppress(OSError, ValueError):
-            found.append(int(file.read_text()))
+            number = int(file.read_text())
+            if Path(f"/proc/{number}/comm").read_text() == "init\n" and _is_ours(number, keeper):
+                found.append(number)
     return found
 
 

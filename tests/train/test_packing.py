@@ -2,7 +2,11 @@
 
 import itertools
 import json
+import multiprocessing
+import os
 import random
+import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +15,7 @@ import numpy as np
 import pytest
 
 from nautile.train import corpus
-from nautile.train.packing import ALIGNMENT, BuildConfig, Document, Stage, build_shards, pack
+from nautile.train.packing import ALIGNMENT, BuildConfig, Document, Stage, _watch, build_shards, pack
 from nautile.train.tokenizer import PAD
 
 NANO = Path(__file__).parents[2] / "src" / "nautile" / "weights" / "nano"
@@ -98,3 +102,27 @@ def test_processes_write_the_same_shards_and_failures_are_reported(tmp_path: Pat
             assert (a["ids"] == b["ids"]).all()
     with pytest.raises(RuntimeError, match="data processes"):
         build_shards(replace(config, tokenizer=str(tmp_path / "nowhere")), tmp_path / "three", processes=2)
+
+
+@pytest.mark.parametrize("kills", [1, 9])
+def test_a_killed_process_is_started_again_and_the_others_go_on(tmp_path: Path, kills: int) -> None:
+    def work(index: int) -> None:
+        with (tmp_path / f"starts-{index}").open("a") as file:
+            file.write("x")
+        if index == 0 and (tmp_path / "starts-0").stat().st_size <= kills:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.1)
+        (tmp_path / f"ended-{index}").touch()
+
+    def start(index: int) -> multiprocessing.process.BaseProcess:
+        process = multiprocessing.get_context("fork").Process(target=work, args=(index,))
+        process.start()
+        return process
+
+    if kills > 3:
+        with pytest.raises(RuntimeError, match=r"data processes \[0\] failed or were killed"):
+            _watch(start, 2)
+    else:
+        _watch(start, 2)
+    assert (tmp_path / "ended-0").exists() == (kills <= 3)
+    assert (tmp_path / "ended-1").exists()

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -55,6 +55,7 @@ __all__ = [
 ALIGNMENT = 128  # documents start at multiples of this
 SHARD_TOKENS = 1 << 20
 NANO = Path(__file__).parents[1] / "weights" / "nano"
+_RESTARTS = 3  # of a data process that was killed
 _SHARD_SECONDS = 120  # a shard takes 15 to 40; one that takes longer hangs
 MANIFEST = "corpus.json"  # in a directory of pretraining shards: the files they were made of, with their licences
 Stage = Literal["pretrain", "practice", "sft", "long", "specialist"]
@@ -466,18 +467,35 @@ def _check_index(config: BuildConfig, directory: Path) -> None:
 
 def _run_processes(config: BuildConfig, directory: Path, count: int, log: Path) -> None:
     context = multiprocessing.get_context("spawn")  # the caller may hold threads and a device, which must not be forked
-    workers = [context.Process(target=_work_alone, args=(config, directory, index, count, log)) for index in range(count)]
-    for worker in workers:
-        worker.start()
-    while any(worker.is_alive() for worker in workers):
-        if any(worker.exitcode for worker in workers):
-            for worker in workers:
+
+    def start(index: int) -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=_work_alone, args=(config, directory, index, count, log))
+        process.start()
+        return process
+
+    _watch(start, count)
+
+
+def _watch(start: Callable[[int], multiprocessing.process.BaseProcess], count: int) -> None:
+    """Start ``count`` workers and wait for them. One that is killed (memory ran out, say) is started again and goes on with the
+    shards that are missing; an error of one ends all. Raises RuntimeError for errors, and when one is killed over and over."""
+    workers, restarts, wrong = [start(index) for index in range(count)], [0] * count, False
+    while True:
+        wrong = wrong or any((worker.exitcode or 0) > 0 for worker in workers)
+        for index, worker in enumerate(workers):
+            if wrong:
                 worker.terminate()
+            elif (worker.exitcode or 0) < 0 and restarts[index] < _RESTARTS:
+                restarts[index] += 1
+                workers[index] = start(index)
+        if not any(worker.is_alive() for worker in workers):
+            break
         time.sleep(0.2)
-    failed = [index for index, worker in enumerate(workers) if (worker.exitcode or 0) > 0]
+    failed = [index for index, worker in enumerate(workers) if (worker.exitcode or 0) > 0 or (worker.exitcode and not wrong)]
     if failed:
         raise RuntimeError(
-            f"data processes {failed} failed; their traceback is above. What is written stays; run again to continue"
+            f"data processes {failed} failed or were killed; a traceback is above if there was one. What is written stays; run "
+            "again to continue, with fewer processes if memory is short"
         )
 
 

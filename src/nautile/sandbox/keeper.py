@@ -166,7 +166,10 @@ class Keeper:
             missing = self.spares.missing() if self.live and not self.patient.busy else None
             ready = [descriptor for descriptor, _ in self.poll.poll(_CALM if missing else 1.0)]
             if missing and not ready:
-                self._make_ahead(missing)
+                try:
+                    self._make_ahead(missing)
+                except OSError:  # there is no room for what nobody has asked for
+                    self.spares.used = self.spares.created = 0.0
             for descriptor in ready:
                 if descriptor == woken:
                     os.read(woken, 4096)
@@ -284,7 +287,11 @@ class Keeper:
         self.spares.pattern = None
 
     def _accept(self) -> None:
-        channel, _ = self.listener.accept()
+        try:
+            channel, _ = self.listener.accept()
+        except OSError:  # too many descriptors are open: whoever waits does so until some are closed
+            time.sleep(_CALM)
+            return None
         try:
             user = struct.unpack("iii", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
             channel.settimeout(5.0)
@@ -299,6 +306,15 @@ class Keeper:
             text = "the keeper was started by another version of this package: close its sandboxes, or nautile sandbox stop"
             _refuse(Task(request, b"", channel), SubstrateUnavailable("container", text, "try again after that"))
             return channel.close()
+        try:
+            self._answer(request, body, channel)
+        except OSError as error:  # no process, no descriptor: this request fails, the containers stay
+            _refuse(Task(request, b"", channel), SandboxLost(f"{request['op']}: the keeper could not begin it: {error}"))
+            if channel.fileno() not in self.leases:
+                channel.close()
+        return None
+
+    def _answer(self, request: dict[str, Any], body: bytes, channel: socket.socket) -> None:
         match request["op"]:
             case "lease" | "keep":
                 self._hold(request, channel)

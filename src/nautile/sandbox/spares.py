@@ -28,7 +28,7 @@ from nautile.sandbox.seat import Seat
 __all__ = ["SPARE_IDLE", "Clerk", "Crew", "Spare", "Spares", "kind_of", "receive_task", "rehearse", "send_task", "sockets_of"]
 
 _LARGEST = 2**16  # bytes of a request that a clerk takes; larger ones get a fork of their own, which has read them already
-_CLERKS, _SEATS, _CONTAINERS = 2, 4, 2
+_CLERKS, _SEATS, _CONTAINERS = 2, 8, 2
 SPARE_IDLE = 10.0  # seconds after which what nobody has needed ends
 
 

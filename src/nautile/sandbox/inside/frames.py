@@ -28,7 +28,7 @@ def send(channel: socket.socket, header: dict[str, Any], *body: bytes | bytearra
     if len(text) > HEADER_LIMIT or length > BODY_LIMIT:
         raise BrokenFrameError(f"a frame of {len(text):,} + {length:,} bytes is too long")
     pieces = [memoryview(piece) for piece in (_LENGTHS.pack(len(text), length) + text, *body) if piece]
-    while pieces:  # never joined: a copy on the heap would be there for the worker's next fork to find
+    while pieces:  # never joined: that would be a second copy
         sent = channel.sendmsg(pieces)
         while pieces and sent >= len(pieces[0]):
             sent -= len(pieces.pop(0))

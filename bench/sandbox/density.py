@@ -6,6 +6,7 @@ Memory is what MemAvailable loses between none and all, so it holds everything: 
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -45,16 +46,18 @@ def main():
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    load, failures, made = os.getloadavg()[0], [], []
+    load, failures, made, times = os.getloadavg()[0], [], [], []
 
     def create(_):
         try:
             made.append(Sandbox.create("container", limits=LIMITS))
+            times.append(time.perf_counter())
         except SandboxError as error:
             failures.append(str(error))
 
     with Sandbox.create("container", limits=LIMITS) as keeper, ThreadPoolExecutor(arguments.threads) as pool:
         before, began = available(), time.perf_counter()
+        began_at = began
         list(pool.map(create, range(arguments.count)))
         creating = time.perf_counter() - began
         time.sleep(1.0)
@@ -77,6 +80,7 @@ def main():
         "answered_of_a_sample": f"{answered}/{len(made[:: max(len(made) // 50, 1)])}",
         "mib_each": round(memory / max(len(made), 1) / MIB, 2),
         "created_per_second": round(len(made) / creating, 1),
+        "created_per_second_by_hundreds": [round(100 / (b - a), 1) for a, b in itertools.pairwise([began_at, *times[99::100]])],
         "closed_per_second": round(len(made) / closing, 1),
         "left": left(),
     }

@@ -163,7 +163,8 @@ class Keeper:
         gc.freeze()
         last = time.monotonic()
         while True:
-            missing = self.spares.missing() if self.live and not self.patient.busy else None
+            busy = self.crew.busy or self.patient.busy  # nothing is made ahead at the cost of what is asked for
+            missing = self.spares.missing() if self.live and not busy else None
             ready = [descriptor for descriptor, _ in self.poll.poll(_CALM if missing else 1.0)]
             if missing and not ready:
                 try:

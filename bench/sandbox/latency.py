@@ -7,6 +7,9 @@ was time to make it, and container_found_ready says how often that was. containe
 asked for, so nothing is ready but a seat. container_paced_create_run waits 50 ms before each, as a caller that does something
 in between: what is made ahead is then there. container_named_run is a command that outlives its client, seen to by the keeper.
 
+runsc_restore is the first sandbox that goes on from a checkpoint, runsc_restore_again the next one, 300 ms later: from the first on
+runsc has been started ahead for it.
+
 ``--only``: the lines whose names begin with it, and the peers. Parts that are left out are not run.
 
 One operation after the other, the paths taking turns, so that all meet the same machine. The load average before and after is
@@ -69,18 +72,16 @@ def create_cold(index, samples):
     sandbox.close()
 
 
-def gvisor(create, checkpoint):
-    """Create and first run of a runsc container; the same from a checkpoint."""
-    for samples, options in ((create, {}), (checkpoint, {"image": None})):
-        with contextlib.ExitStack() as stack:
-            if options:
-                first = stack.enter_context(Sandbox.create("container", runtime="runsc", limits=LIMITS))
-                options["image"] = first.snapshot()
+def gvisor(create, restore, again):
+    """Create a runsc container; go on from its checkpoint; and once more, as the next of several rollouts from one state."""
+    with Sandbox.create("container", runtime="runsc", limits=LIMITS) as first:
+        image = first.snapshot()
+        for samples, options, pause in ((create, {}, 0.0), (restore, {"image": image}, 0.0), (again, {"image": image}, 0.3)):
+            time.sleep(pause)
             began = time.perf_counter()
-            sandbox = Sandbox.create("container", runtime="runsc", limits=LIMITS, **options)
-            samples.append((time.perf_counter() - began) * 1000)
-            checked(sandbox.run(["/bin/true"]))
-            sandbox.close()
+            with Sandbox.create("container", runtime="runsc", limits=LIMITS, **options) as sandbox:
+                samples.append((time.perf_counter() - began) * 1000)
+                checked(sandbox.run(["/bin/true"]))
 
 
 def pooled(pool, samples):
@@ -187,7 +188,7 @@ def named_run(container, count):
 def measure(rounds, place, only):
     names = ("function_python", "function_true", "container_run", "container_named_run", "container_create_run")
     names += ("container_create", "container_close", "container_paced_create_run", "container_pooled_run")
-    names += ("container_cold_create_run", "runsc_create", "runsc_restore")
+    names += ("container_cold_create_run", "runsc_create", "runsc_restore", "runsc_restore_again")
     samples = {name: [] for name in names}
     peers = Peers(place)
     samples |= {name: [] for name in peers.ways}
@@ -205,7 +206,7 @@ def measure(rounds, place, only):
             if wanted["container"]:
                 containers(index, samples, container, pool)
             if wanted["runsc"] and index % 5 == 0 and shutil.which("runsc") and os.geteuid() == 0:
-                gvisor(samples["runsc_create"], samples["runsc_restore"])
+                gvisor(samples["runsc_create"], samples["runsc_restore"], samples["runsc_restore_again"])
             for name, way in peers.ways.items():
                 if name == "subprocess" or index % 5 == 0:  # the slow peers have fewer turns
                     samples[name].append(timed(way))
@@ -223,9 +224,9 @@ def containers(index, samples, container, pool):
     samples["container_named_run"].append(timed(lambda: named_run(container, index)))
     create_and_run(samples["container_create_run"], samples["container_create"], samples["container_close"])
     pooled(pool, samples["container_pooled_run"])
-    create_cold(index, samples["container_cold_create_run"])
     time.sleep(0.05)
     create_and_run(samples["container_paced_create_run"], [], [])
+    create_cold(index, samples["container_cold_create_run"])
 
 
 def main():

@@ -25,6 +25,8 @@ from nautile.sandbox.enter import step_inside
 from nautile.sandbox.inside import frames
 from nautile.sandbox.inside.supervise import Capture
 from nautile.sandbox.orders import Orders
+from nautile.sandbox.seat import Seat
+from nautile.sandbox.spares import Spare, Spares, kind_of
 from nautile.sandbox.state import Settings, State
 
 # -- seccomp
@@ -253,6 +255,29 @@ def test_a_capture_keeps_head_and_tail(keep, pieces):
             missing = len(whole) - 2 * half
             assert got == whole[:half] + b"\n[... %d bytes omitted ...]\n" % missing + whole[-half:] and capture.truncated
         capture.reset()
+
+
+# -- what is made ahead
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=12), st.sampled_from("abc"), st.sets(st.integers(0, 11)))
+def test_spares_of_other_kinds_are_few_and_those_of_the_last_kind_stay(sizes, last, unmade):
+    def request(size):
+        limits = {"disk": size, "inodes": 1, "allow_unenforced": False}
+        return {"rules": None, "workspace": None, "layers": [], "host_usr": True, "limits": limits}
+
+    spares = Spares(pattern=request(last))
+    mine, theirs = socket.socketpair()
+    with mine, theirs:
+        for at, size in enumerate(sizes):
+            spares.containers.append(Spare(kind_of(request(size)), str(at), Seat("g", mine), made=at not in unmade))
+        gone = spares.surplus()
+    assert all(one.made and one.key != kind_of(request(last)) for one in gone)
+    assert len(spares.containers) + len(gone) == len(sizes)
+    kept = [one for one in spares.containers if one.made and one.key != kind_of(request(last))]
+    assert len(spares.containers) <= 4 or not kept  # no more could go
+    assert [int(one.identity) for one in gone] == sorted(int(one.identity) for one in gone)  # the oldest first
+    assert not kept or not gone or int(gone[-1].identity) < int(kept[0].identity)
 
 
 # -- orders

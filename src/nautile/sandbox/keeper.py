@@ -266,6 +266,9 @@ class Keeper:
             spare = Spare(kind_of(request) or "", identity, seat)
             self.spares.containers.append(spare)
             self.patient.give(Task(request, seat=seat), spare)
+            for other in self.spares.surplus():
+                other.seat.control.close()
+                self.patient.give(Task({"op": "close", "id": other.identity}))
         else:
             mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             child = os.fork()

@@ -29,6 +29,7 @@ __all__ = ["SPARE_IDLE", "Clerk", "Crew", "Spare", "Spares", "kind_of", "receive
 
 _LARGEST = 2**16  # bytes of a request that a clerk takes; larger ones get a fork of their own, which has read them already
 _CLERKS, _SEATS, _CONTAINERS = 2, 8, 2
+_MOST_CONTAINERS = 4  # of all kinds
 SPARE_IDLE = 10.0  # seconds after which what nobody has needed ends
 
 
@@ -78,6 +79,15 @@ class Spares:
         if self.pattern is not None and sum(one.key == kind_of(self.pattern) for one in self.containers) < _CONTAINERS:
             return "container"
         return None
+
+    def surplus(self) -> list[Spare]:
+        """Take out the oldest of other kinds than the last when there are too many: callers whose sizes change all the time."""
+        last = kind_of(self.pattern) if self.pattern is not None else None
+        others = [one for one in self.containers if one.made and one.key != last]
+        found = others[: max(len(self.containers) - _MOST_CONTAINERS, 0)]
+        for one in found:
+            self.containers.remove(one)
+        return found
 
     @property
     def seats_missing(self) -> bool:

@@ -5,7 +5,7 @@
 #   runs/nano_grpo_h100.sh WORK OUT [SECONDS]      # of the steps; measuring before and after takes a minute or so each
 # KIT: the directory of runs/sandbox_kit.sh, for a machine without bubblewrap; without a sandbox that works nothing is run.
 # Expected: 16 to 25 samples a second (2.4 measured on two contended cores of 16), so a step of 28 groups of 14 in some 25 s,
-# 12 to 15 steps; a quarter to a half of the groups have both outcomes (docs/rl.md).
+# 12 to 15 steps; two groups in five have both outcomes (docs/rl.md).
 # Bar: the interval of "gain" for the practised words above 0, and >= 5 points. Stop rules: the difference of training and rollout
 # (difference_max, printed with each step) above 0.05 means that the two do not compute the same network; a reward that falls for
 # four steps means that the rate is too high (run again with LR=2e-4 in another WORK).

@@ -7,8 +7,8 @@ was time to make it, and container_found_ready says how often that was. containe
 asked for, so nothing is ready but a seat. container_paced_create_run waits 50 ms before each, as a caller that does something
 in between: what is made ahead is then there. container_named_run is a command that outlives its client, seen to by the keeper.
 
-runsc_restore is the first sandbox that goes on from a checkpoint, runsc_restore_again the next one, 300 ms later: from the first on
-runsc has been started ahead for it.
+runsc_restore is the first sandbox that goes on from a checkpoint, runsc_restore_again the next one, 300 ms later: from the
+first on runsc has been started ahead for it.
 
 ``--only``: the lines whose names begin with it, and the peers. Parts that are left out are not run.
 

@@ -70,12 +70,21 @@ def test_a_checkpoint_holds_processes_and_files(gvisor):
         for _ in range(2):
             with Sandbox.create("container", runtime="runsc", image=image, limits=LIMITS) as again:
                 assert again.run("cat f; echo mine > f").stdout == "saved\n"
+        other = Limits(memory=200 * MIB, pids=64, disk=16 * MIB)
+        with Sandbox.create("container", runtime="runsc", image=image, limits=other) as again:  # the one made ahead has others
+            assert again.run("cat f").stdout == "saved\n" and again.info.id in str(again.driver._group.places)
+        ahead = image.held[-1]._spare
+        ahead._thread.join()
+        place = ahead._made[1]._place
+        assert place.is_dir()
+        del image, again
+        assert not place.exists()  # it has ended with the checkpoint
         assert sandbox.run("cat f").stdout == "later\n"  # it went on
         child = sandbox.fork()
         assert child.run("cat f").stdout == "later\n"
-        child.close()
         with pytest.raises(InvalidRequest, match="only runtime='runsc'"):
-            Sandbox.create("container", image=image)
+            Sandbox.create("container", image=child.driver._image)
+        child.close()
     finally:
         sandbox.close()
 

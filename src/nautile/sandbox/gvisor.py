@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from nautile.sandbox import bundle, cgroup
+from nautile.sandbox.checkpoint import Checkpoint
 from nautile.sandbox.driver import Order, Watch
 from nautile.sandbox.errors import InvalidRequest, SandboxError, SandboxLost, SubstrateUnavailable
 from nautile.sandbox.function import ENVIRONMENT
 from nautile.sandbox.gvisor_files import Files
-from nautile.sandbox.image import Image, TemporaryLayer
+from nautile.sandbox.image import Image
 from nautile.sandbox.inside.supervise import Capture, Job, Outcome, supervise
 from nautile.sandbox.limits import Limits
 from nautile.sandbox.result import Capabilities, Entry, Info, RunResult
@@ -49,11 +50,34 @@ class GvisorDriver:
         self._id, self._image, self._limits, self._place, self._group = identity, image, limits, place, group
         self.info = Info(identity, "container", "runsc", "native", group.enforced)
         self._paused = False
-        self._files = Files(self._command)
 
     @classmethod
     def create(cls, identity: str, image: Image, limits: Limits) -> GvisorDriver:
         """Start a sandbox. Raises SubstrateUnavailable, LimitUnavailable, InvalidRequest."""
+        checkpoint: Checkpoint[GvisorDriver] | None = Checkpoint.of(image)
+        driver = None if checkpoint is None else _adopted(checkpoint, identity, image, limits)
+        if driver is None:
+            words = ["run"] if image.memory is None else ["restore", "--image-path", str(image.memory)]
+            driver = cls._started(identity, image, limits, [*words, "--detach"])
+        if checkpoint is not None:
+            alone = dataclasses.replace(image, held=())  # what is made ahead must not keep the checkpoint alive
+            checkpoint.prepare(limits, lambda: cls._started(f"c-{os.urandom(8).hex()}", alone, limits, ["create"]))
+        return driver
+
+    @classmethod
+    def _started(cls, identity: str, image: Image, limits: Limits, words: list[str]) -> GvisorDriver:
+        """A new one, of which runsc has done what ``words`` say."""
+        driver = cls._placed(identity, image, limits)
+        try:
+            driver._start(words)
+        except BaseException:
+            driver.close()
+            raise
+        return driver
+
+    @classmethod
+    def _placed(cls, identity: str, image: Image, limits: Limits) -> GvisorDriver:
+        """Its cgroups and its directory; nothing runs yet."""
         if shutil.which("runsc") is None:
             raise SubstrateUnavailable("container", "runsc is missing", _APT)
         if os.geteuid() != 0:
@@ -71,15 +95,9 @@ class GvisorDriver:
         except BaseException:
             shutil.rmtree(place)
             raise
-        driver = cls(identity, image, limits, place, group)
-        try:
-            driver._start()
-        except BaseException:
-            driver.close()
-            raise
-        return driver
+        return cls(identity, image, limits, place, group)
 
-    def _start(self) -> None:
+    def _start(self, words: list[str]) -> None:
         (self._place / "bundle").mkdir()
         root = self._image.layers[0] if self._image.layers else self._place / "root"
         if not self._image.layers:
@@ -87,8 +105,7 @@ class GvisorDriver:
             bundle.skeleton(root)
         told = _configuration(root, self._image.host_usr, self._limits)
         (self._place / "bundle/config.json").write_text(json.dumps(told))
-        words = ["run"] if self._image.memory is None else ["restore", "--image-path", str(self._image.memory)]
-        argv = self._runsc(*words, "--detach", "--bundle", str(self._place / "bundle"), self._id)
+        argv = self._runsc(*words, "--bundle", str(self._place / "bundle"), self._id)
         self._launch(argv)
         if not self._confined():  # runsc was faster than the kernel: once more, and this time not side by side
             self._do("delete", "--force", self._id)
@@ -96,6 +113,11 @@ class GvisorDriver:
             self._launch(["/bin/sh", "-c", enter, "sh", *map(str, self._group.entrances), "--", *argv])
             if not self._confined():
                 raise SubstrateUnavailable("container", "runsc did not stay in its cgroups", "nautile sandbox doctor")
+
+    def _go_on_from(self, identity: str, image: Image) -> None:
+        """Continue a checkpoint in a sandbox that was made ahead and is empty. Raises SandboxLost."""
+        self._image, self.info = image, dataclasses.replace(self.info, id=identity)
+        self._do("restore", "--image-path", str(image.memory), "--detach", self._id)
 
     def _launch(self, argv: list[str]) -> None:
         """Start it, and move runsc into the cgroups while it prepares: moving takes 10 ms and more, as long as its start."""
@@ -147,6 +169,10 @@ class GvisorDriver:
         if done.returncode:
             said = done.stderr.decode("utf-8", "replace").strip().splitlines()
             raise SandboxLost(f"runsc {words[0]} failed: {said[-1] if said else done.returncode}")
+
+    @property
+    def _files(self) -> Files:  # made anew: kept, it would be a cycle, and a checkpoint should end with its last user
+        return Files(self._command)
 
     def _command(self, argv: Sequence[str]) -> list[str]:
         """How the tenant's ``argv`` is started."""
@@ -242,7 +268,7 @@ class GvisorDriver:
     def snapshot(self) -> Image:
         """Files and processes as they are now. The sandbox stops for a moment and goes on."""
         self._go_on()
-        layer = TemporaryLayer(Path(tempfile.mkdtemp(prefix="nautile-checkpoint-")))
+        layer: Checkpoint[GvisorDriver] = Checkpoint(Path(tempfile.mkdtemp(prefix="nautile-checkpoint-")))
         self._do("checkpoint", "--leave-running", "--compression=none", "--image-path", str(layer.place), self._id)
         return dataclasses.replace(self._image, memory=layer.place, held=(*self._image.held, layer))
 
@@ -254,6 +280,19 @@ class GvisorDriver:
         """See ``Driver.close``. Killed as a group: ``runsc delete`` waits for a second and more."""
         self._group.remove()
         shutil.rmtree(self._place, ignore_errors=True)
+
+
+def _adopted(checkpoint: Checkpoint[GvisorDriver], identity: str, image: Image, limits: Limits) -> GvisorDriver | None:
+    """The sandbox that was made ahead, gone on from the checkpoint; None if there is none, or if it has died meanwhile."""
+    spare = checkpoint.take(limits)
+    if spare is None:
+        return None
+    try:
+        spare._go_on_from(identity, image)
+    except SandboxError:
+        spare.close()
+        return None
+    return spare
 
 
 class _Process:

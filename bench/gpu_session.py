@@ -60,7 +60,7 @@ PARTS = {
     "flash": (
         Part("slice", FLASH + "/slice.json --layers 6 --case 4096x1 4096x32 --chained 0 1 --check --profile", 150),
         Part("flash", FLASH + "/flash.json --case 4096x1 1000000x1 4096x8 --ahead 0 1 2 --steps 40 --check", 250),
-        Part("prompts", FLASH + "/prompts.json --case --prefill 4096 65536 1048576", 140),
+        Part("prompts", FLASH + "/prompts.json --card-gb 80 --case --prefill 4096 65536 1048576", 140),
     ),
     "more": (
         Part("zipf", FLASH + "/zipf.json --zipf 1 --case 4096x1 4096x8 --ahead 0 1 --steps 40", 130),

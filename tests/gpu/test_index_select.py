@@ -34,7 +34,7 @@ def test_scores_and_selection(tokens, heads, ci, count, k, device, dtype):
     assert torch.equal(selected, index_select_reference(seen(scores, visible), visible, k))
 
 
-@pytest.mark.parametrize(("tokens", "count"), [(3, 300), (9, 129)])
+@pytest.mark.parametrize(("tokens", "count"), [(9, 129)])
 def test_many_queries_of_the_same_keys(tokens, count, device, dtype, monkeypatch):
     monkeypatch.setattr("nautile.kernels.index_select._QUERIES", 4)
     q, weights, keys, visible = new_case(tokens, 16, 128, count, device, dtype)
@@ -45,7 +45,7 @@ def test_many_queries_of_the_same_keys(tokens, count, device, dtype, monkeypatch
         index_select(q, weights, keys.expand(tokens, -1, -1), visible, 16, kernel="many")
 
 
-@pytest.mark.parametrize("kernel", ["auto", "portable"])
+@pytest.mark.parametrize("kernel", ["portable", *(["auto"] if torch.cuda.is_available() else [])])
 def test_every_query_with_keys_of_its_own(kernel, device, dtype):
     """Queries of several sequences at once are each what they are alone."""
     q, weights, _, visible = new_case(3, 16, 128, 300, device, dtype)

@@ -183,9 +183,12 @@ class Prefill:
         self, pool: Tensor, layout: PlainFormat | RowFormat | IndexFormat, new: Tensor, index: int, part: _Slice
     ) -> None:
         """New entries or keys [1, n, width] into their blocks."""
-        places = part.view.step.history(self.config.layer_ratios[index])
-        if len(places.block):
-            self.pages.changed(set(places.block.tolist()))
+        ratio = self.config.layer_ratios[index]
+        places = part.view.step.history(ratio)
+        first, last, per = part.start // ratio, part.end // ratio, pool.shape[2]
+        if last > first:
+            # worked out on the host: to ask the card would wait for all that it has still to do
+            self.pages.changed(set(part.view.sequences[0].blocks[first // per : (last - 1) // per + 1]))
             pool[places.block, self.pages.ordinal[index], places.row] = layout.encode(new[0, places.source])
 
     def _select(self, index: int, attention: Attention, x: Tensor, q_low: Tensor, seen: Tensor, part: _Slice) -> Tensor:

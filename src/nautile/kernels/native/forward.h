@@ -209,8 +209,6 @@ class Runner {
             read_streams(s, {layer.ffn_fn.data, layer.t.ffn_base, layer.t.ffn_scale, layer.ffn_fn.stride}, layer.t.ffn_norm,
                          (int)s_.expert_kind);
             experts(s, layer);
-            const Matrix& next = &layer == &model_.layers.back() ? model_.head() : (&layer + 1)->inputs;
-            fetch_panel(next, s.panels(next).begin);
         }
         keep_streams(s);
         s.m->clock.lap(REST);
@@ -351,7 +349,6 @@ class Runner {
     void experts(const Share& s, const Layer& layer);
     void route(const Share& s, const Layer& layer, int token);
     void group_by_expert(const Share& s);
-    int next_expert(const Share& s, int e) const;
     void expert_up(const Share& s, const Layer& layer);
     void expert_down(const Share& s, const Layer& layer);
     void finish(const Share& s);

@@ -6,7 +6,6 @@ namespace nautile {
 
 inline void Runner::attention(const Share& s, const Layer& layer) {
     multiply(layer.inputs, operand(s.t->input, s_.hidden), s.rows, s.panels(layer.inputs), proj_.get(), projected_);
-    fetch_panel(layer.queries, s.panels(layer.queries).begin);
     s.m->clock.lap(PROJECTIONS);
     meet(s);
     read_inputs(s, layer);
@@ -14,7 +13,6 @@ inline void Runner::attention(const Share& s, const Layer& layer) {
     compress(s, layer);
     after_tokens(s, COMPRESSION);
     multiply(layer.queries, operand(s.t->q_low, s_.q_rank), s.rows, s.panels(layer.queries), q_.get(), queries_);
-    fetch_panel(layer.wo_a[0], s.panels(layer.wo_a[0]).begin);
     s.m->clock.lap(PROJECTIONS);
     meet(s);
     save_tails(s, layer);
@@ -454,7 +452,6 @@ inline void Runner::project_output(const Share& s, const Layer& layer) {
     for (int g = 0; g < s_.groups; g++) {
         const Matrix& w = layer.wo_a[g];
         const Range panels = s.panels(w);
-        fetch_panel(g + 1 < s_.groups ? layer.wo_a[g + 1] : layer.wo_b, panels.begin);
         Rows heads = operand(attended_, s_.heads * s_.head_dim);
         heads.base += kind == WIDE ? g * slice : g * slice / 2;
         multiply(w, heads, s.rows, panels, u_.get() + g * rank_, s_.groups * rank_);

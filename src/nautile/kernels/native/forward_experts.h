@@ -63,12 +63,6 @@ inline void Runner::group_by_expert(const Share& s) {
     }
 }
 
-// The first expert from `e` on that has rows of this member's; one more than the last where none has.
-inline int Runner::next_expert(const Share& s, int e) const {
-    while (e <= s_.experts && s.m->expert_first[e] == s.m->expert_first[e + 1]) e++;
-    return e;
-}
-
 // hidden = weight * silu(min(gate, L)) * clip(up, -L, L), one operand row a slot.
 inline void Runner::expert_up(const Share& s, const Layer& layer) {
     const int k = (int)s_.chosen, kind = (int)s_.expert_kind;
@@ -80,9 +74,6 @@ inline void Runner::expert_up(const Share& s, const Layer& layer) {
         const int *slots = s.m->expert_slots.data() + s.m->expert_first[e], count = s.m->expert_first[e + 1] - s.m->expert_first[e];
         if (!count) continue;
         const Range panels = s.panels(up);
-        const int next = next_expert(s, e + 1);
-        if (next <= s_.experts) fetch_panel(layer.experts[next].up, panels.begin);
-        else fetch_panel(layer.experts[next_expert(s, 0)].down, s.panels(layer.experts[0].down).begin);
         for (int p = panels.begin; p < panels.end; p++)
             for (int i = 0; i < count; i += TALL) {
                 int rows = std::min(TALL, count - i);
@@ -113,7 +104,6 @@ inline void Runner::expert_down(const Share& s, const Layer& layer) {
     for (int m = s.rows.begin; m < s.rows.end; m++) std::fill(y_.get() + m * d_ + begin, y_.get() + m * d_ + std::max(begin, end), 0.0f);
     for (int e = 0; e <= s_.experts; e++) {
         const int *slots = s.m->expert_slots.data() + s.m->expert_first[e], count = s.m->expert_first[e + 1] - s.m->expert_first[e];
-        if (const int next = next_expert(s, e + 1); count && next <= s_.experts) fetch_panel(layer.experts[next].down, panels.begin);
         for (int p = panels.begin; count && p < panels.end; p++)
             multiply_panel(
                 layer.experts[e].down, p, hidden.low, count, [&](int r) { return hidden.row(slots[r]); },

@@ -211,12 +211,6 @@ static inline void multiply_panel(const Matrix& w, int p, int64_t low, int count
     }
 }
 
-// Asks for the beginning of what a member reads next of a matrix: later parts are fetched as the product goes.
-static inline void fetch_panel(const Matrix& w, int p) {
-    const char* at = (const char*)w.panel(std::min(p, w.panels - 1)).data;
-    for (int64_t byte = 0; byte < 4 * FETCH; byte += 64) __builtin_prefetch(at + byte);
-}
-
 struct Range {
     int begin, end;
     int count() const { return end - begin; }

@@ -212,13 +212,12 @@ class GvisorDriver:
             return running[0]
 
         def kill_tree() -> None:
-            if running[0].process.poll() is None:  # at its time limit; otherwise its shell has seen to it
+            # At its time limit, or when it may have killed its shell, which then ended nothing; else that has seen to it.
+            if running[0].process.poll() in (None, 137):
                 failures.append(self._killed_all())
 
         seen = None if watch is None else lambda name, data: watch(name, bytes(data))
         ended = supervise(Job(order.stdin, order.timeout), spawn, kill_tree, captures, watch=seen)
-        if ended.exit_code == 137 and not ended.timed_out:  # it may have killed its shell, which then ended nothing
-            failures.append(self._killed_all())
         failure = next((one for one in failures if one), None)
         if not self._alive():
             failure = "runsc has died during the command"

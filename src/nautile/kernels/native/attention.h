@@ -278,6 +278,7 @@ static inline void value_block(const uint32_t* const* a, const void* const* rows
         if (KIND == WIDE)
             for (int t = 0; t < T; t++) std::memcpy(&column[t], row + t * LANES * 4, 64);
         else value_pairs<T>(row, (const char*)rows[j + 1] + first, column);
+        for (int t = 0; t < T; t++) hold(column[t]);
         for (int r = 0; r < R; r++) {
             uvec x = uvec{} + a[r][KIND == WIDE ? j : j / 2];
             for (int t = 0; t < T; t++)

@@ -176,12 +176,13 @@ inline void Runner::attend(const Share& s, const Layer& layer) {
 }
 
 // The index_topk best entries of each of `count` tokens that sees more, in m->selected. With one token in the slice, members
-// share the keys and put their candidates together afterwards, each for itself. Where about a third of the keys or more would
-// be left over for float32, 8-bit scores first are not worth it: groups of tokens then score all keys in float32.
+// share the keys and put their candidates together afterwards, each for itself. A group of tokens scores up to WHOLE
+// times as many keys as it chooses in float32 throughout, where float32 is asked for: it turns keys around once for all its
+// tokens, which costs each of them less than 8-bit scores of all keys and float32 scores of what they leave over.
 inline void Runner::select_entries(const Share& s, const Layer& layer, int first, int count) {
     MemberBuffers& m = *s.m;
     const int k = (int)s_.index_topk, entries = (int)visible(layer, first + count - 1);
-    const bool bytes = byte_keys_ && !(sifts() && count >= GROUP && entries <= 4 * k), sifted = bytes && sifts();
+    const bool bytes = byte_keys_ && !(sifts() && count >= GROUP && entries <= WHOLE * k), sifted = bytes && sifts();
     const int unit = bytes ? (int)byte_keys_->rows() : KEYS, blocks = (entries + unit - 1) / unit;
     for (int i = 0; i < count; i++) {
         m.sees[i] = selects(layer, first + i) ? (int)visible(layer, first + i) : 0;

@@ -14,14 +14,20 @@
 
 namespace nautile {
 
-// Adds the share of R heads to the scores of the keys of a panel.
+// Adds the share of R heads to the scores of the keys of a panel. A function of its own: among other code its accumulators
+// would not all find a register.
 template <int KIND, int R, int T>
-static inline void head_scores(const uint32_t* q, int64_t q_stride, int64_t low, const float* w, const uint32_t* panel, int64_t step, int depth,
-                               vec* scores) {
+__attribute__((noinline)) static void head_scores(const uint32_t* q, int64_t q_stride, int64_t low, const float* w, const uint32_t* panel,
+                                                  int64_t step, int depth, vec* scores) {
     vec acc[R][T] = {};
     for (int k = 0; k < depth; k++, panel += step) {
         uvec column[T];
-        for (int t = 0; t < T; t++) std::memcpy(&column[t], panel + t * LANES, 64);
+#pragma GCC unroll 16
+        for (int t = 0; t < T; t++) {
+            std::memcpy(&column[t], panel + t * LANES, 64);
+            hold(column[t]);
+        }
+#pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
             uint32_t word = q[r * q_stride + k];
             if (KIND == WIDE) {
@@ -37,8 +43,13 @@ static inline void head_scores(const uint32_t* q, int64_t q_stride, int64_t low,
             }
         }
     }
-    for (int r = 0; r < R; r++)
-        for (int t = 0; t < T; t++) scores[t] = fma(spread(w[r]), larger(acc[r][t], vec{}), scores[t]);
+#pragma GCC unroll 16
+    for (int t = 0; t < T; t++) {
+        vec sum = scores[t];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) sum = fma(spread(w[r]), larger(acc[r][t], vec{}), sum);
+        scores[t] = sum;
+    }
 }
 
 // scores[t] = I of keys 16 t .. 16 t + 15 of a panel of `tiles` tiles for one query of `heads` operand rows.

@@ -57,6 +57,15 @@ static inline vec fma(vec a, vec b, vec c) {
 #endif
 }
 
+// Keeps a vector in a register: the compiler would rather read it again from memory for each of its uses.
+static inline void hold(uvec& v) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(v));
+#else
+    (void)v;
+#endif
+}
+
 // Sum and maximum over the lanes, always in the same tree.
 typedef float vec8 __attribute__((vector_size(32)));
 static inline float sum(vec v) {

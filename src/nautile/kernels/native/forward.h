@@ -14,7 +14,7 @@ namespace nautile {
 constexpr int SLICE = 256;  // tokens of a slice: bounds the scratch memory
 constexpr int MANY = 48;    // tokens from which work is split by tokens
 constexpr int GROUP = 8;    // tokens whose attention shares packed keys
-constexpr int WHOLE = 32;        // see select_entries
+constexpr int WHOLE = 12;        // see select_entries
 constexpr int INDEX_GROUP = 16;  // tokens that are scored against a block of indexer keys together
 
 constexpr int BLOCKS_AHEAD = 2;  // of 8-bit keys: how early they are fetched

@@ -87,15 +87,19 @@ class KeeperClient:
             if self.running:  # somebody else has been faster
                 return
             code = "from nautile.sandbox.keeper import main; main()"
-            done = subprocess.run(
-                [sys.executable, "-I", "-c", code, str(self.place)],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=_START_LIMIT,
-                check=False,
-                cwd="/",
-                start_new_session=True,
-            )
+            try:
+                done = subprocess.run(
+                    [sys.executable, "-I", "-c", code, str(self.place)],
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    timeout=_START_LIMIT,
+                    check=False,
+                    cwd="/",
+                    start_new_session=True,
+                )
+            except subprocess.TimeoutExpired:
+                why = f"the keeper did not start within {_START_LIMIT:g} s"
+                raise SubstrateUnavailable("container", why, "try again when the machine is less busy") from None
         if b"ready" not in done.stdout:
             said = done.stderr.decode("utf-8", "replace").strip().splitlines()
             why = f"the keeper did not start ({said[-1] if said else 'it said nothing'})"

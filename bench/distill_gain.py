@@ -99,7 +99,7 @@ def main() -> None:
     def measured(name: str, model: Path, kinds: tuple[str, ...]) -> Results:
         path = work / f"{name}.json"
         if not path.exists():
-            path.write_text(json.dumps(measure(model, kinds, options.seeds, workers, rollout, work / "measuring")))
+            path.write_text(json.dumps(measure(model, KINDS, options.seeds, workers, rollout, work / "measuring", kinds)))
         found: Results = json.loads(path.read_text())
         total = [right for one in found.values() for right in one]
         print(f"[{time.monotonic() - began:.0f} s] {name}: {sum(total)} of {len(total)}", flush=True)

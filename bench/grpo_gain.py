@@ -34,11 +34,16 @@ Results = dict[str, list[bool]]  # by kind, in the order of the seeds
 
 
 def measure(
-    model: Path, kinds: tuple[str, ...], seeds: int, workers: WorkerConfig, rollout: RolloutConfig, place: Path
-) -> Results:
-    """Whether each task was done, one sample a task."""
-    cases = [(kind, FIRST_SEED + index) for index in range(seeds) for kind in kinds]
-    plan = [Planned(number, number, kind, seed) for number, (kind, seed) in enumerate(cases)]
+    model: Path, among: tuple[str, ...], seeds: int, workers: WorkerConfig, rollout: RolloutConfig, place: Path,
+    kinds: tuple[str, ...] = (),
+) -> Results:  # fmt: skip
+    """Whether each task was done, one sample a task; of the tasks of all kinds ``among`` those of ``kinds`` alone, if given.
+
+    A sample's draws depend on its number among all, so a part of them has the draws that the whole has.
+    """
+    kinds = kinds or among
+    cases = [(kind, FIRST_SEED + index) for index in range(seeds) for kind in among]
+    plan = [Planned(number, number, kind, seed) for number, (kind, seed) in enumerate(cases) if kind in kinds]
     shutil.rmtree(place, ignore_errors=True)
     with RolloutWorkers(workers) as processes:
         samples = processes.roll_out(model, plan, place, rollout, {"model": str(model)})

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nautile.protocol import Tokenizer
 from nautile.train import corpus
-from nautile.train.packing import ALIGNMENT, BuildConfig, Document, Stage, _watch, build_shards, pack
+from nautile.train.packing import ALIGNMENT, BuildConfig, Document, Stage, _watch, build_shards, pack, specialist_documents
 from nautile.train.tokenizer import PAD
 
 NANO = Path(__file__).parents[2] / "src" / "nautile" / "weights" / "nano"
@@ -102,6 +103,17 @@ def test_processes_write_the_same_shards_and_failures_are_reported(tmp_path: Pat
             assert (a["ids"] == b["ids"]).all()
     with pytest.raises(RuntimeError, match="data processes"):
         build_shards(replace(config, tokenizer=str(tmp_path / "nowhere")), tmp_path / "three", processes=2)
+
+
+def test_a_specialists_conversations_are_its_kinds_and_nothing_that_is_measured() -> None:
+    tokenizer = Tokenizer.load(NANO)
+    documents = specialist_documents(tokenizer, ["reworded_last_line"], "s", 2048)
+    document = next(documents)
+    assert document == next(specialist_documents(tokenizer, ["reworded_last_line"], "s", 2048)) != next(documents)
+    assert "tail -n 1" in tokenizer.decode([token for token, own in zip(document.ids, document.loss, strict=True) if own])
+    for kind in ("fresh_last_line", "follow_chain"):
+        with pytest.raises(ValueError, match="for training"):
+            next(specialist_documents(tokenizer, [kind], "s", 2048))
 
 
 @pytest.mark.parametrize("kills", [1, 9])

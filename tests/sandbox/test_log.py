@@ -28,6 +28,7 @@ from nautile.sandbox import (
     Unsupported,
 )
 from nautile.sandbox.container import KeeperClient
+from nautile.sandbox.inside import frames
 from nautile.sandbox.log import TrajectoryLog, digest_of, load, verify
 from nautile.sandbox.view import lines, page
 from sandbox.conftest import client_code
@@ -338,6 +339,19 @@ def test_a_recorded_function_fast_forwards(place):
             sandbox.session()
     with pytest.raises(InvalidRequest, match="kind='function'"):
         Sandbox.create("container", log=place)
+
+
+@pytest.mark.usefixtures("crun", "own_keeper")
+def test_a_client_that_is_killed_before_it_is_answered_does_not_end_the_keeper(place):
+    with Sandbox.create("container", log=place) as sandbox:
+        keeper = KeeperClient()
+        for op in ("keep", "lease", "describe", "outcome", "create"):
+            with keeper.connect() as channel:  # says what it wants, and is gone
+                version = keeper.version if op != "create" else "another"
+                frames.send(
+                    channel, {"op": op, "id": sandbox.info.id, "seconds": 60.0, "version": version, "operation": "none"}
+                )
+        assert sandbox.run("echo on").stdout == "on\n"
 
 
 CLIENT = """

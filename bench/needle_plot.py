@@ -34,7 +34,7 @@ def draw(found, out):
     panels = figure.subplots(1, len(found), squeeze=False)[0]
     for panel, (variant, lengths) in zip(panels, found.items(), strict=True):
         parts = [cell["by_depth"] for cell, _ in lengths.values()]
-        share = [[column[row][0] / max(1, column[row][1]) for column in parts] for row in range(5)]
+        share = [[column[row][0] / column[row][1] if column[row][1] else float("nan") for column in parts] for row in range(5)]
         image = panel.imshow(share, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         for x, column in enumerate(parts):
             for y, (right, total) in enumerate(column):

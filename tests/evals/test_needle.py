@@ -50,6 +50,7 @@ def test_the_report_counts_by_variant_length_and_depth():
     assert cells["4096"]["by_depth"] == [[2, 2]] * 5 and cells["4096"]["passed"] == 10
     assert cells["8192"]["by_depth"] == [[2, 2]] * 4 + [[1, 2]] and cells["8192"]["total"] == 10
     assert not report.met  # nine of ten are less than 95 %
+    assert "bar" not in NeedleReport((), NeedleConfig((4096,), ("ten",)), "m", "native", 3.0, "c").to_json()
     short = NeedleConfig((4096,), ("single",))
     assert NeedleReport(outcomes[:10], short, "m", "native", 3.0, "c").met
     assert not NeedleReport(outcomes[:9], short, "m", "native", 3.0, "c").met  # all right so far, but not all

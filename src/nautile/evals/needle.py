@@ -147,7 +147,7 @@ class NeedleReport:
             "needle": {
                 variant: {str(length): self._cell(variant, length) for length in config.lengths} for variant in config.variants
             },
-            "bar": {"single": BAR, "met": self.met},
+            **({"bar": {"single": BAR, "met": self.met}} if "single" in config.variants else {}),  # others have none
             "model": self.model,
             "runner": self.runner,
             "precision": config.precision,

@@ -173,8 +173,8 @@ def needle(  # noqa: PLR0913  # one parameter an option
                     f"{variant:8} {length:>6}  {cell['passed']:3}/{cell['total']:<3} {cell['low']:6.1%} to "
                     f"{cell['high']:6.1%}   by depth {depths}"
                 )
-        bar = ("bar met" if report.met else "bar not met") if "bar" in result else "no bar for these variants"
-        typer.echo(f"{bar}, {report.seconds:.0f} s, {report.runner}")
+        judged = ("bar met" if report.met else "bar not met") if "bar" in result else "no bar for these variants"
+        typer.echo(f"{judged}, {report.seconds:.0f} s, {report.runner}")
     if not report.met:
         raise typer.Exit(1)
 

@@ -436,6 +436,19 @@ def test_layers_are_mounted_once_for_all_containers(fresh, own_keeper):
     assert len(layers) == (os.geteuid() == 0)  # an ordinary user's are stacked as they are
 
 
+def test_the_hosts_devices_stay_the_hosts(fresh):
+    """crun gives its standard streams to the container's root: they must not be files of the host."""
+    before = os.stat("/dev/null")
+    assert fresh(limits=Limits(memory=64 * 2**20, pids=37)).run("true").ok  # no spare has this size: it is made now
+    after = os.stat("/dev/null")
+    assert (after.st_uid, after.st_gid, after.st_mode) == (before.st_uid, before.st_gid, before.st_mode)
+
+
+def test_process_one_has_a_filter_of_its_own(fresh):
+    state = json.loads((KeeperClient().place / fresh().info.id / "state.json").read_text())
+    assert "Seccomp:\t2\n" in Path(f"/proc/{state['process']}/status").read_text()
+
+
 # -- the end
 
 
@@ -515,6 +528,29 @@ def test_a_killed_keeper_is_an_error_and_the_next_one_sweeps(tmp_path):
         assert leftovers(identity) == []
     assert (tmp_path / "precious").read_text() == "mine"
     sandbox.close()
+
+
+def test_a_socket_that_outlives_its_keeper_is_no_keeper(own_keeper):
+    """A fork that a keeper has just made holds its socket, until it has closed what it does not need or has been killed too."""
+    place = KeeperClient().place
+    place.mkdir(parents=True, exist_ok=True)
+    code = (
+        "import os, socket, sys, time\n"
+        "one = socket.socket(socket.AF_UNIX); one.bind(sys.argv[1]); one.listen()\n"
+        "child = os.fork()\n"
+        "if child: print(child, flush=True); os._exit(0)\n"
+        "os.close(1); os.close(2); time.sleep(60)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(place / "keeper.sock")], stdout=subprocess.PIPE, text=True, check=True
+    )
+    try:
+        assert not KeeperClient().running
+        with pytest.raises(SandboxLost, match="has ended"):
+            KeeperClient().connect(begin=False)
+    finally:
+        os.kill(int(done.stdout), signal.SIGKILL)
+        (place / "keeper.sock").unlink()
 
 
 @pytest.mark.usefixtures("crun")

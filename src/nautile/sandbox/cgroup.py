@@ -21,7 +21,19 @@ from pathlib import Path
 from nautile.sandbox.errors import LimitUnavailable
 from nautile.sandbox.limits import Limits
 
-__all__ = ["Group", "Hierarchy", "alive", "end", "enter", "hierarchies", "kill_group", "owner_name", "remove_group", "sweep"]
+__all__ = [
+    "Group",
+    "Hierarchy",
+    "alive",
+    "end",
+    "enter",
+    "hierarchies",
+    "kill_group",
+    "owner_name",
+    "remove_group",
+    "runs",
+    "sweep",
+]
 
 _WANTED = ("memory", "pids", "cpu", "freezer")
 _TOP = "nautile"
@@ -328,6 +340,14 @@ def alive(owner: str) -> bool:
         return False
     ending = fields[0] in (b"Z", b"X") or int(fields[6]) & _EXITING
     return not ending and fields[19].decode() == owner.partition(".")[2]
+
+
+def runs(process: int) -> bool:
+    """Whether there is a process of this number that is not ending."""
+    try:
+        return alive(owner_name(process))
+    except OSError:
+        return False
 
 
 def _until(file: Path, text: str, seconds: float = 5.0) -> None:

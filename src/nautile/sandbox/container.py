@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -52,16 +53,23 @@ class KeeperClient:
     def running(self) -> bool:
         """Whether there is a keeper."""
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
-            channel.connect(str(self.place / "keeper.sock"))
+            self._reach(channel)
             return True
         return False
+
+    def _reach(self, channel: socket.socket) -> None:
+        """Raises ConnectionRefusedError also where a fork of a killed keeper still holds its socket, and nobody will answer."""
+        channel.connect(str(self.place / "keeper.sock"))
+        listening = struct.unpack("iii", channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        if listening and not cgroup.runs(listening):  # 0: it cannot be seen from here
+            raise ConnectionRefusedError
 
     def connect(self, begin: bool = True) -> socket.socket:
         """A connection; starts the keeper if there is none. Raises SubstrateUnavailable, or SandboxLost unless ``begin``."""
         for _ in range(3):
             channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                channel.connect(str(self.place / "keeper.sock"))
+                self._reach(channel)
                 return channel
             except (FileNotFoundError, ConnectionRefusedError):
                 channel.close()

@@ -24,6 +24,7 @@ from nautile.sandbox.inside import frames
 from nautile.sandbox.limits import Limits
 from nautile.sandbox.orders import Orders
 from nautile.sandbox.seat import NotStarted, Seat, SeatGone, know, start
+from nautile.sandbox.seccomp_profile import first_process_profile
 from nautile.sandbox.state import SHARE, WORK, Settings, State
 
 __all__ = ["MOUNTS", "Task", "adopt", "become_crun", "carry_out", "end_first_process", "group_name", "locked"]
@@ -349,6 +350,7 @@ def _start(keeper: Path, settings: Settings, request: dict[str, Any], seat: Seat
     workspace = request["workspace"] and str(_workspace(place, settings, request["workspace"]))
     shm = Limits(**request["limits"]).disk
     description = bundle.configuration(root, keeper / "init", request["host_usr"], users, shm, workspace)
+    description["linux"]["seccomp"] = first_process_profile()
     (work / "bundle/config.json").write_text(json.dumps(description))
     if settings.crun is None or settings.mounts is None:
         raise SubstrateUnavailable("container", "crun is missing", "apt-get install crun, and nautile sandbox stop")
@@ -378,8 +380,9 @@ def _start(keeper: Path, settings: Settings, request: dict[str, Any], seat: Seat
 
 def become_crun(orders: Orders, descriptors: list[int]) -> NoReturn:
     """In the portable seat's fork: become crun. Descriptors: the program, the mount namespace without containers, trees."""
-    log, devnull = os.open(orders.places[0], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), os.open("/dev/null", os.O_RDWR)
-    for source, target in ((devnull, 0), (devnull, 1), (log, 2)):
+    log = os.open(orders.places[0], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    nothing = os.memfd_create("nothing")  # crun gives its streams to the container's root: no file of the host
+    for source, target in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
     kernel.set_namespaces(descriptors[1], kernel.CLONE_NEWNS)
     kernel.unshare(kernel.CLONE_NEWNS)

@@ -285,8 +285,8 @@ static void pipes(int client) {
  * orders, the program, the namespace, and a tree for each place after the first, which is the log. */
 static _Noreturn void become_crun(struct orders *orders, char **places, char **argv, char **environment) {
     int log = open(places[0], O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-    int nothing = open("/dev/null", O_RDWR | O_CLOEXEC);
-    if (dup2(nothing, 0) < 0 || dup2(nothing, 1) < 0 || dup2(log, 2) < 0) _exit(125);
+    int nothing = memfd_create("nothing", MFD_CLOEXEC); /* crun gives its streams to the container's root: no file of the host */
+    if (dup2(nothing, 0) < 0 || dup2(log, 1) < 0 || dup2(log, 2) < 0) _exit(125);
     must(!setns(6, CLONE_NEWNS) && !unshare(CLONE_NEWNS), "mount namespace");
     for (uint32_t tree = 1; tree < orders->places; tree++)
         must(!syscall(SYS_move_mount, 6 + tree, "", AT_FDCWD, places[tree], MOVE_MOUNT_F_EMPTY_PATH), places[tree]);

@@ -21,7 +21,7 @@ WORK = "work"  # the keeper's own file system, in memory: what of containers nob
 _SHARED = tuple(
     str.split(
         "bundle cgroup container enter filing keeper kernel layers limits native operations orders policy portable_seat proxy "
-        "seat spares state"
+        "seat seccomp_profile spares state"
     )
 )
 

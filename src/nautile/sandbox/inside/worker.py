@@ -56,14 +56,14 @@ def main() -> NoReturn:
     gc.collect()
     gc.freeze()
     gc.disable()
-    number = 0
+    turn = 0
     while True:
-        number = (number + 1) % 256
+        turn = (turn + 1) % 256
         child = os.fork()
         if not child:
             _take(calls, settings, streams)
         control.send(READY)
-        status = _see_to_its_end(child, number, control)
+        status = _see_to_its_end(child, turn, control)
         _kill_all()
         _reap()
         control.send(ENDED + status.to_bytes(4, "little"))

@@ -10,7 +10,6 @@ import errno
 import mmap
 import os
 import select
-import signal
 import time
 
 TYPE_CHECKING = False
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Any, NoReturn
 
-__all__ = ["Capture", "Forked", "Job", "Outcome", "Prepared", "attend", "execute", "forking", "supervise"]
+__all__ = ["Capture", "Job", "Outcome", "Prepared", "attend", "execute", "supervise"]
 
 _GRACE = 5.0  # seconds that killed processes may take to be gone before this is an infrastructure failure
 _CHUNK = 2**16
@@ -94,43 +93,6 @@ def execute(argv: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
     except OSError as error:
         os.write(2, f"{argv[0]}: {error.strerror}\n".encode("utf-8", "replace"))
         os._exit(127 if error.errno == errno.ENOENT else 126)
-
-
-class Forked:
-    """A child of our own. What ``supervise`` needs of anything that was started: a pidfd, ``kill``, ``collect``, ``lost``."""
-
-    lost = False  # whether nobody can say its status
-
-    def __init__(self, process: int) -> None:
-        self.process, self.pidfd = process, os.pidfd_open(process)
-
-    def kill(self) -> None:
-        """SIGKILL; the number is ours until ``collect``."""
-        os.kill(self.process, signal.SIGKILL)
-
-    def collect(self) -> int:
-        """Its wait status, once it has ended."""
-        return os.waitpid(self.process, 0)[1]
-
-
-def forking(start: Callable[[], NoReturn]) -> Callable[[int, int, int], Forked]:
-    """A ``spawn`` that forks and calls ``start`` in the child with its stdin, stdout and stderr in place."""
-
-    def spawn(stdin: int, stdout: int, stderr: int) -> Forked:
-        child = os.fork()
-        if child:
-            return Forked(child)
-        try:
-            for source, target in ((stdin, 0), (stdout, 1), (stderr, 2)):
-                if source >= 0:
-                    os.dup2(source, target)
-            start()
-        except BaseException as error:
-            os.write(2, f"sandbox: the command could not be started: {error}\n".encode("utf-8", "replace"))
-        finally:
-            os._exit(125)
-
-    return spawn
 
 
 class Prepared:

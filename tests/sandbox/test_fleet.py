@@ -208,6 +208,19 @@ def test_edges_refuse_and_others_are_asked_until_the_fleet_is_full(fleet):
             one.close()
 
 
+def test_room_that_was_just_made_is_seen(fleet):
+    """A gateway looks at its edges once a second; what it saw before the last sandboxes were closed refuses nobody."""
+    asked = Fleet(fleet.gateways[0].url, fleet.token)
+    filled = [fleet.create() for _ in range(15)]
+    deadline = time.monotonic() + 60
+    while any(edge["live"] < edge["capacity"] for edge in asked.ask("GET", "/v1/fleet")["edges"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for sandbox in filled:
+        sandbox.close()
+    fleet.create().close()
+
+
 def test_an_edge_serves_nobody_without_the_secret(fleet):
     url = fleet.edges[2].url
     for headers in ({}, {"x-nautile-secret": "guess"}, {"x-nautile-secret": b"\xff"}, {"x-nautile-project": "lab"}):

@@ -120,7 +120,7 @@ class _Service:
         self.book.admit(project, memory, self.watcher.usage())
         number, made, change = self.watcher.ledger.reserve(project, memory), None, 0
         try:
-            answer, made = await self._placed(edges, project, body, header.get("log") is not None)
+            answer, made = await self._placed(edges, header, project, body)
             change = answer.json().get("change", 0)
         finally:
             self.watcher.ledger.settle(number, made, change)
@@ -157,22 +157,40 @@ class _Service:
         answers = await asyncio.gather(*(self._ask(name, "GET", f"/v1/logs/{log}", project) for name in names))
         return next((name for name, answer in zip(names, answers, strict=True) if answer.json().get("here")), None)
 
-    async def _placed(self, edges: list[EdgeView], project: str, body: bytes, named: bool) -> tuple[httpx.Response, str | None]:
+    async def _placed(
+        self, edges: list[EdgeView], header: dict[str, Any], project: str, body: bytes
+    ) -> tuple[httpx.Response, str | None]:
         """Ask one edge after the other until one takes it, or gives an answer that another would give too."""
-        refusals = []
-        for edge in edges:
-            try:
-                answer = await self._ask(edge.name, "POST", "/v1/sandboxes", project, body)
-            except EdgeGone as error:
-                if named:  # it may have begun the log: another edge must not begin a second one
-                    raise
-                refusals.append(str(error))
-                continue
-            if answer.status_code != wire.status_of({"error": "FleetFull"}):
-                return answer, edge.name if answer.is_success else None
-            refusals.append(answer.json()["text"])
+        asked, refusals = list[str](), list[str]()
+        edges = edges or await self._fresh(asked, header)
+        while edges:
+            for edge in edges:
+                asked.append(edge.name)
+                try:
+                    answer = await self._ask(edge.name, "POST", "/v1/sandboxes", project, body)
+                except EdgeGone as error:
+                    if header.get("log") is not None:  # it may have begun the log: another edge must not begin a second one
+                        raise
+                    refusals.append(str(error))
+                    continue
+                if answer.status_code != wire.status_of({"error": "FleetFull"}):
+                    return answer, edge.name if answer.is_success else None
+                refusals.append(answer.json()["text"])
+            edges = await self._fresh(asked, header)
         said = f": {refusals[0]}" if refusals else "; none that answers offers this kind and has room"
-        raise FleetFull(f"none of {len(edges)} edges takes the sandbox{said}")
+        raise FleetFull(f"none of {len(asked)} edges takes the sandbox{said}")
+
+    async def _fresh(self, asked: list[str], header: dict[str, Any]) -> list[EdgeView]:
+        """Edges not asked yet that have room now: what the last look saw may be a second old, and refuses nobody.
+
+        None for a log or a snapshot, whose candidates do not depend on who has room.
+        """
+        image = header.get("image")
+        if header.get("log") is not None or (isinstance(image, str) and "." in image):
+            return []
+        await self.watcher.look()
+        able = order(self.watcher.seen, str(header.get("kind", "container")), self.config.choices, self.chance)
+        return [edge for edge in able if edge.name not in asked]
 
     # -- passing on
 

@@ -12,7 +12,8 @@ import contextlib
 import queue
 import threading
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
 
 from nautile.engine.core import Core
 from nautile.engine.request import EngineEvent, EngineStats, EngineStoppedError, Finished, Request, RequestError
@@ -75,9 +76,14 @@ class Driver:
 
     def stream_sync(self, request: Request) -> EventStream:
         """The same for a caller without an event loop; the request is in the queue when this returns."""
-        events: queue.SimpleQueue[EngineEvent] = queue.SimpleQueue()
-        self._tell(lambda: self._core.submit(request, events.put))
-        return EventStream(request, events, lambda: self.cancel(request.id))
+        return self.streams_sync([request])[0]
+
+    def streams_sync(self, requests: Sequence[Request]) -> list[EventStream]:
+        """Several at once. No step comes between them: an engine that was at rest batches them the same way every time."""
+        queues: list[queue.SimpleQueue[EngineEvent]] = [queue.SimpleQueue() for _ in requests]
+        pairs = list(zip(requests, queues, strict=True))
+        self._tell(*(partial(self._core.submit, request, events.put) for request, events in pairs))
+        return [EventStream(request, events, partial(self.cancel, request.id)) for request, events in pairs]
 
     def cancel(self, request_id: str) -> None:
         """End a request before the next step."""
@@ -102,7 +108,7 @@ class Driver:
 
         self._tell(guarded)
         while not done.wait(0.2):
-            if not self._thread.is_alive():
+            if not self._thread.is_alive() and not done.is_set():
                 raise EngineStoppedError("the engine is closed")
         if failure:
             raise failure[0]
@@ -115,13 +121,13 @@ class Driver:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _tell(self, command: Command) -> None:
+    def _tell(self, *commands: Command) -> None:
         with self._wake:
             if self._failure is not None:
                 raise EngineStoppedError(f"the engine stopped: {self._failure}")
             if self._closing:
                 raise EngineStoppedError("the engine is closed: make a new one")
-            self._inbox.append(command)
+            self._inbox.extend(commands)
             self._wake.notify()
 
     # In the engine's thread ---------------------------------------------------------------------------------------

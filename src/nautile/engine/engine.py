@@ -143,7 +143,7 @@ class Engine:
         requests = [Request(_ids(prompt), params) for prompt in prompts]
         for request in requests:
             self.check(request)
-        streams = [self.submit_sync(request) for request in requests]
+        streams = self._running().streams_sync(requests)
         total, done = len(requests) * params.n, 0
         completions: list[Completion] = []
         for request, stream in _started(requests, streams):

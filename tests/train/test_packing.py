@@ -138,3 +138,27 @@ def test_a_killed_process_is_started_again_and_the_others_go_on(tmp_path: Path, 
         _watch(start, 2)
     assert (tmp_path / "ended-0").exists() == (kills <= 3)
     assert (tmp_path / "ended-1").exists()
+
+
+def test_a_process_that_is_killed_between_two_looks_is_started_again() -> None:
+    class Process:
+        """What its exit status is, look by look; the last stays."""
+
+        def __init__(self, *codes: int | None) -> None:
+            self.codes = list(codes)
+
+        @property
+        def exitcode(self) -> int | None:
+            return self.codes.pop(0) if len(self.codes) > 1 else self.codes[0]
+
+        def is_alive(self) -> bool:
+            return self.exitcode is None
+
+    made: list[Process] = []
+
+    def start(index: int) -> Process:
+        made.append(Process(0) if made else Process(None, None, -signal.SIGKILL))
+        return made[-1]
+
+    _watch(start, 1)
+    assert len(made) == 2

@@ -481,17 +481,18 @@ def _watch(start: Callable[[int], multiprocessing.process.BaseProcess], count: i
     shards that are missing; an error of one ends all. Raises RuntimeError for errors, and when one is killed over and over."""
     workers, restarts, wrong = [start(index) for index in range(count)], [0] * count, False
     while True:
-        wrong = wrong or any((worker.exitcode or 0) > 0 for worker in workers)
-        for index, worker in enumerate(workers):
+        codes = [worker.exitcode for worker in workers]  # one look a round: what ends behind it is for the next
+        wrong = wrong or any((code or 0) > 0 for code in codes)
+        for index, code in enumerate(codes):
             if wrong:
-                worker.terminate()
-            elif (worker.exitcode or 0) < 0 and restarts[index] < _RESTARTS:
+                workers[index].terminate()
+            elif (code or 0) < 0 and restarts[index] < _RESTARTS:
                 restarts[index] += 1
-                workers[index] = start(index)
-        if not any(worker.is_alive() for worker in workers):
+                workers[index], codes[index] = start(index), None
+        if None not in codes:
             break
         time.sleep(0.2)
-    failed = [index for index, worker in enumerate(workers) if (worker.exitcode or 0) > 0 or (worker.exitcode and not wrong)]
+    failed = [index for index, code in enumerate(codes) if (code or 0) > 0 or (code and not wrong)]
     if failed:
         raise RuntimeError(
             f"data processes {failed} failed or were killed; a traceback is above if there was one. What is written stays; run "

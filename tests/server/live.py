@@ -38,11 +38,11 @@ class Live:
 
     def post(self, path: str, **body: Any) -> Any:
         """The JSON answer to a request, whatever its status."""
-        return httpx.post(self.url + path, json=body, timeout=20).json()
+        return httpx.post(self.url + path, json=body, timeout=60).json()
 
     def events(self, path: str, **body: Any) -> list[dict[str, Any]]:
         """The server-sent events of a streamed answer; each must carry its own name."""
-        with httpx.stream("POST", self.url + path, json={**body, "stream": True}, timeout=20) as answer:
+        with httpx.stream("POST", self.url + path, json={**body, "stream": True}, timeout=60) as answer:
             assert answer.status_code == 200, answer.read()
             assert answer.headers["content-type"].startswith("text/event-stream")
             lines = list(answer.iter_lines())
@@ -67,7 +67,7 @@ def serving(
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=3))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not server.started:
         assert thread.is_alive() and time.monotonic() < end, "the server did not start"
         time.sleep(0.01)
@@ -75,6 +75,6 @@ def serving(
         yield Live(f"http://127.0.0.1:{listener.getsockname()[1]}", engine)
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
         listener.close()
         assert not thread.is_alive(), "the server did not stop"

@@ -27,9 +27,18 @@ from nautile.engine.request import (
 )
 from nautile.protocol import Tokenizer, texts
 
-__all__ = ["Script", "ScriptedEngine", "calls", "ids_of", "v4_tokenizer"]
+__all__ = ["Gate", "Script", "ScriptedEngine", "calls", "ids_of", "pass_time", "v4_tokenizer"]
 
+PIECE = 0.02  # seconds: longer sleeps are made of these
 SPECIALS = (texts.EOS, texts.THINK_OPEN, texts.THINK_CLOSE, texts.DSML, texts.USER, texts.ASSISTANT)
+
+
+async def pass_time(seconds: float) -> None:
+    """Sleep in pieces. A machine that stands still for all of it makes one piece late, not the others: whoever else waits in
+    this loop has its turns in between."""
+    pieces = max(1, round(seconds / PIECE))
+    for _ in range(pieces):
+        await asyncio.sleep(seconds / pieces)
 
 
 @functools.cache
@@ -59,16 +68,24 @@ def calls(*invocations: tuple[str, dict[str, str]]) -> str:
     return "\n\n" + "\n".join([f"<{dsml}tool_calls>", *lines, f"</{dsml}tool_calls>"])
 
 
+@dataclass
+class Gate:
+    """Lets as many tokens through as any thread says: what a test sees before the next one does not depend on time."""
+
+    allowed: int
+
+
 @dataclass(frozen=True)
 class Script:
     """One answer. ``cached`` tokens of the prompt count as known; ``delay`` seconds pass before each token, ``wait`` before the
-    first; ``refuse`` is the text of a RequestError, ``fail`` that of an error in the middle; without ``ends`` the answer has no
-    end of sentence, and runs into the limit."""
+    first, and no token passes a ``gate`` that is closed; ``refuse`` is the text of a RequestError, ``fail`` that of an error in
+    the middle; without ``ends`` the answer has no end of sentence, and runs into the limit."""
 
     output: str | Sequence[int] = "</think>ok"
     cached: int = 0
     delay: float = 0.0
     wait: float = 0.0
+    gate: Gate | None = None
     refuse: str | None = None
     fail: str | None = None
     ends: bool = True
@@ -150,13 +167,15 @@ class ScriptedEngine:
         if script.ends:
             output.append(self.tokenizer.special(texts.EOS))
         constraint = request.constraint() if request.constraint else None
-        await asyncio.sleep(script.wait)
+        await pass_time(script.wait)
         total = len(request.prompt_ids)
         yield Prefilled(total, total, script.cached)
         self.given[request.id] = 0
         bent = False
-        for written in output[: request.sampling.max_tokens]:
-            await asyncio.sleep(script.delay)
+        for number, written in enumerate(output[: request.sampling.max_tokens]):
+            await pass_time(script.delay)
+            while script.gate is not None and number >= script.gate.allowed and request.id in self.running:
+                await asyncio.sleep(0.005)
             if request.id not in self.running:
                 yield Finished("cancelled", self._usage(request, script))
                 return

@@ -42,7 +42,7 @@ def live(server: Live) -> Live:
 
 @pytest.fixture
 def client(live: Live):
-    with anthropic.Anthropic(base_url=live.url, api_key="any", max_retries=0, timeout=20) as client:
+    with anthropic.Anthropic(base_url=live.url, api_key="any", max_retries=0, timeout=60) as client:
         yield client
 
 

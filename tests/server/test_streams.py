@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 from nautile.engine.request import EngineEvent, Request, RequestError, TokenSampled
 from nautile.server import ServerOptions
 from server.local import Local, user
-from server.scripted import Script, ScriptedEngine
+from server.scripted import Script, ScriptedEngine, pass_time
 
 CHAT, PLAIN, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"
 BODIES: dict[str, dict[str, Any]] = {
@@ -31,7 +30,7 @@ class Breaking(ScriptedEngine):
 
     async def _events(self, request: Request, script: Script) -> AsyncIterator[EngineEvent]:
         if self.early:
-            await asyncio.sleep(0.3)
+            await pass_time(0.3)
             raise self.error
         tokens = 0
         async for event in super()._events(request, script):

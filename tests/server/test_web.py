@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 
 import httpx
 import pytest
@@ -13,9 +12,10 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from nautile.server import ServerOptions
 from server.live import Live, serving
-from server.scripted import Script, calls
+from server.scripted import Gate, Script, calls
+from waiting import soon
 
-expect.set_options(timeout=20_000)
+expect.set_options(timeout=60_000)  # a busy machine
 CHROMIUM = shutil.which("chromium")
 INSTALL = "Chromium is missing; install it with: apt-get install -y --no-install-recommends chromium"
 SIZE = {"width": 1100, "height": 760}
@@ -30,7 +30,7 @@ def browser():
             pytest.fail(INSTALL)
         pytest.skip(INSTALL)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"], timeout=180_000)
         yield browser.new_context(viewport=SIZE)
         browser.close()
 
@@ -52,7 +52,7 @@ def page(browser, live):
     """The page, opened; no test may leave an error in its console."""
     faults: list[str] = []
     page = browser.new_page()
-    page.set_default_timeout(20_000)  # a busy machine
+    page.set_default_timeout(60_000)
     page.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.goto(live.url)
@@ -65,6 +65,16 @@ def page(browser, live):
 def say(page: Page, text: str) -> None:
     page.get_by_label("Message", exact=True).fill(text)
     page.keyboard.press("Enter")
+
+
+def forgive(page: Page, status: str) -> None:
+    """The browser itself writes about a refusal into the console, and that may come after the page has said it."""
+    for _ in range(600):
+        if page.faults:
+            break
+        page.wait_for_timeout(100)
+    assert page.faults and all(status in fault for fault in page.faults)
+    page.faults.clear()
 
 
 def done(page: Page, number: int = 1):
@@ -129,8 +139,8 @@ def test_calls_are_shown_and_answered_by_keyboard_alone(page, live):
 
 
 def test_stop_button_and_escape(page, live):
-    slow = Script("</think>" + "word " * 8000, delay=0.01)
-    live.engine.say(slow, slow)
+    endless = Script("</think>" + "word " * 8000, gate=Gate(40))
+    live.engine.say(endless, endless)
     say(page, "go")
     stop = page.get_by_role("button", name="Stop")
     expect(page.locator("article.model .text")).to_contain_text("word word")
@@ -143,10 +153,7 @@ def test_stop_button_and_escape(page, live):
     expect(page.locator("article.model .text").nth(1)).to_contain_text("word word")
     page.keyboard.press("Escape")
     done(page, 2)
-    end = time.monotonic() + 10
-    while len(live.engine.cancelled) < 2 and time.monotonic() < end:
-        page.wait_for_timeout(20)
-    assert len(live.engine.cancelled) == 2
+    soon(lambda: len(live.engine.cancelled) == 2)
 
 
 def test_errors_are_said(page, live):
@@ -154,8 +161,7 @@ def test_errors_are_said(page, live):
     say(page, "hi")
     expect(page.get_by_role("status")).to_have_text("the prompt does not fit")
     expect(page.get_by_label("Message", exact=True)).to_have_value("hi")  # to be sent again
-    assert all("400" in fault for fault in page.faults) and page.faults
-    page.faults.clear()
+    forgive(page, "400")
     live.engine.say(Script("</think>half", fail="the card fell off"))
     page.keyboard.press("Enter")
     expect(page.get_by_role("status")).to_have_text("the card fell off")
@@ -172,8 +178,8 @@ def test_a_server_with_keys_is_used_with_one(page):
         page.get_by_role("button", name="Send", exact=True).click()
         expect(page.locator("article.model .text")).to_have_text("come in")
         expect(page.locator("#model")).to_contain_text("scripted")
-        assert all("401" in fault for fault in page.faults) and page.faults
-        page.faults.clear()
+        page.goto("about:blank")  # before the server ends: the page looks at its figures every second
+        forgive(page, "401")
 
 
 def test_live_figures(page, live):
@@ -265,6 +271,7 @@ def test_tab_goes_through_the_controls_in_reading_order(page):
     page.keyboard.press("Tab")
     expect(page.get_by_role("link", name="Skip to the message field")).to_be_focused()
     page.keyboard.press("Enter")
+    expect(page.get_by_label("Message", exact=True)).to_be_focused()
     order = []
     for _ in range(7):
         order.append(page.evaluate("document.activeElement.id || document.activeElement.textContent.trim()"))

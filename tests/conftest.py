@@ -10,5 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("nautile", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile(
+    "nautile", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("nautile")

@@ -126,7 +126,7 @@ def test_the_endpoint_of_the_environment_is_used(hub: Hub, tmp_path: Path) -> No
     program = "from nautile.checkpoint.hub import resolve_model; print(resolve_model('someone/tiny'))"
     settings = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **settings}, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", program], env={**os.environ, **settings}, capture_output=True, text=True, timeout=300, check=True
     )
     assert Path(done.stdout.strip()).is_relative_to(tmp_path / "cache")
     assert "config.json" in hub.fetched

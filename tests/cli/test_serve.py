@@ -127,10 +127,10 @@ def test_the_shipped_model_behind_a_port(tmp_path: Path) -> None:
         assert answers[0]["usage"]["completion_tokens"] == 12 and answers[0]["choices"][0]["finish_reason"] == "length"
         assert "nautile_engine_completion_tokens_total 24.0" in metrics
         server.send_signal(signal.SIGINT)
-        assert server.wait(20) == 0
-        reader.join(10)
+        assert server.wait(60) == 0
+        reader.join(60)
         events = [json.loads(line) for line in logs]
         assert [event["event"] for event in events if event["event"] != "request"] == ["turn", "turn", "leaving"]
     finally:
         server.kill()
-        server.wait(10)
+        server.wait(60)

@@ -80,7 +80,7 @@ def rank_main(rank, ranks, directory):
     torch.set_num_threads(1)
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(ranks)})
     dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=ranks, timeout=timedelta(minutes=10)
     )
     everybody = dist.group.WORLD
     prompt = random_ids(new_model().config, PROMPT, seed=2)[None]

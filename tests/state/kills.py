@@ -137,10 +137,13 @@ def kill_at_random(directory: Path, kills: int, seed: int) -> dict[str, float]:
         if not child:
             _die(lambda: write_for_ever(sessions, journal, rng.randrange(10**6)))
         rng.random()  # the next child draws others
-        while _lines(journal) <= lines:  # until it works
+        first, wanted = 0.0, 1 + int(rng.expovariate(1 / 8))
+        while (written := _lines(journal) - lines) < wanted:  # until it has worked for a while
             assert os.waitpid(child, os.WNOHANG) == (0, 0), "the writer ended by itself"
-            time.sleep(0.002)
-        time.sleep(rng.expovariate(1 / 0.15))
+            first = first or (time.monotonic() if written > 0 else 0.0)
+            time.sleep(0.001)
+        each = (time.monotonic() - first) / wanted if first else 0.01  # seconds a line, on this machine now
+        time.sleep(2 * each * rng.random())  # anywhere in what it is doing
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), "the writer ended by itself"

@@ -278,7 +278,7 @@ def test_two_processes_on_one_directory(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for process in both:
-        out, error = process.communicate(timeout=120)
+        out, error = process.communicate(timeout=300)
         assert out == "fine\n", error
     assert not list(tmp_path.glob(".*.tmp")) and not list(tmp_path.glob("*.bad"))
 

@@ -81,8 +81,9 @@ def test_the_page_in_a_browser(tmp_path):
     target.write_text(page(run_directory(tmp_path)))
     faults = []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"], timeout=180_000)
         tab = browser.new_page(viewport={"width": 1100, "height": 900})
+        tab.set_default_timeout(60_000)  # a busy machine
         tab.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
         tab.on("pageerror", lambda error: faults.append(str(error)))
         tab.goto(target.as_uri())

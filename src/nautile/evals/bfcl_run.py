@@ -40,7 +40,7 @@ class BfclConfig:
     tasks: int | None = 100
     constrained: bool = False
     reply_tokens: int = 384  # of one turn of the model
-    tokens: int = 32_768  # of a conversation
+    tokens: int = 131_072  # of a conversation: the right calls of the longest take 74,500 of nano's
 
     def __post_init__(self) -> None:
         unknown = [category for category in self.categories if category not in CATEGORIES]

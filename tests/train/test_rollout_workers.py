@@ -2,6 +2,7 @@
 
 import os
 import signal
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,29 @@ def test_a_killed_worker_goes_on_and_nothing_is_lost(tmp_path):
         assert {len({one.answer for one in samples if one.planned.group == group}) for group in range(5)} == {1}
         with pytest.raises(RolloutError, match="no such group"):
             workers.roll_out(Path(), [Planned(0, 99, "edit_value", 0)], tmp_path, RolloutConfig(), {})
+
+
+def half_an_answer(job, config):
+    """``scripted``, but the second worker is killed in the middle of handing over, once."""
+    samples, mark = scripted(job, config), job.directory / "half"
+    if job.directory.name == "worker-01" and not mark.exists():
+        mark.touch()
+
+        def dying(self, data, *more):
+            os.write(self._handle, bytes(data)[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Connection._send = dying  # in this process only
+    return samples
+
+
+def test_a_worker_that_is_killed_in_the_middle_of_its_answer_holds_nobody_up(tmp_path):
+    plan = [one for one in PLAN if one.group != 3]
+    with RolloutWorkers(WorkerConfig(Path(), 2, seconds=60), half_an_answer, "fork") as workers:
+        for step in range(2):
+            samples = workers.roll_out(Path(), plan, tmp_path / str(step), RolloutConfig(), {})
+            assert [sample.planned for sample in samples] == plan
+            assert (tmp_path / str(step) / "worker-01" / "half").exists()
 
 
 def test_workers_and_notes_do_not_go_together():

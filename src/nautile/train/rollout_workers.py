@@ -8,6 +8,7 @@ training routes by itself, and the difference of the log-probabilities is what s
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import queue
 import time
@@ -63,22 +64,25 @@ class RolloutWorkers:
     ) -> None:
         self.config, self._work = config, work or _rolled
         self._context: Any = multiprocessing.get_context(start_method)
-        self._answers: Any = self._context.Queue()
         self._processes: list[Any] = []
         self._jobs: list[Any] = []
+        self._answers: list[Any] = []  # a pipe each: one that is killed in the middle of an answer holds nobody up
         self._number = 0
 
     def __enter__(self) -> RolloutWorkers:
         for index in range(self.config.count):
             self._jobs.append(self._context.Queue())
-            self._processes.append(self._started(index))
+            self._processes.append(None)
+            self._answers.append(None)
+            self._start(index)
         return self
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes:
             process.terminate()
-        for process in self._processes:
+        for process, answers in zip(self._processes, self._answers, strict=True):
             process.join()
+            answers.close()
 
     def roll_out(
         self,
@@ -112,42 +116,50 @@ class RolloutWorkers:
         found: dict[int, list[Sample]] = {}
         deadline, restarts = time.monotonic() + self.config.seconds, dict.fromkeys(jobs, 0)
         while len(found) < len(jobs):
-            try:
-                index, number, answer = self._answers.get(timeout=0.2)
-            except queue.Empty:
-                pass
-            else:
+            missing = sorted(set(jobs) - set(found))
+            ready = multiprocessing.connection.wait([self._answers[index] for index in missing], 0.2)
+            for index in missing:
+                answer = self._received(index) if self._answers[index] in ready else None
                 if isinstance(answer, str):
                     raise RolloutError(f"rollout worker {index} failed:\n{answer}")
-                if number == self._number:
+                if answer is not None:
                     found[index] = answer
-                continue
-            if time.monotonic() > deadline:
-                late = sorted(set(jobs) - set(found))
-                raise RolloutError(f"rollout workers {late} did not finish within {self.config.seconds:.0f} s")
-            for index in set(jobs) - set(found):
-                if not self._processes[index].is_alive():
+                elif not self._processes[index].is_alive():
                     restarts[index] += 1
                     self._revive(index, jobs[index], restarts[index])
+            if time.monotonic() > deadline and len(found) < len(jobs):
+                late = sorted(set(jobs) - set(found))
+                raise RolloutError(f"rollout workers {late} did not finish within {self.config.seconds:.0f} s")
         return list(found.values())
+
+    def _received(self, index: int) -> list[Sample] | str | None:
+        """What a worker has to say of the job under way; None for an older job's answer, and for a worker that has ended."""
+        try:
+            number, answer = self._answers[index].recv()
+        except (EOFError, OSError):  # also in the middle of an answer
+            self._processes[index].join(10)
+            return None
+        return answer if number == self._number else None
 
     def _revive(self, index: int, job: Job, restarts: int) -> None:
         code = self._processes[index].exitcode
         if restarts > _RESTARTS:
             raise RolloutError(f"rollout worker {index} died {restarts} times in one step, last with exit status {code}")
         self._jobs[index] = self._context.Queue()  # the old one may still hold a job, or be locked by the dead process
-        self._processes[index] = self._started(index)
+        self._answers[index].close()
+        self._start(index)
         self._jobs[index].put(job)
 
-    def _started(self, index: int) -> Any:
-        arguments = (index, self._jobs[index], self._answers, self.config, self._work, os.getpid())
-        process = self._context.Process(target=_serve, args=arguments, daemon=True, name=f"rollout-{index}")
-        process.start()
-        return process
+    def _start(self, index: int) -> None:
+        self._answers[index], answers = self._context.Pipe(duplex=False)
+        arguments = (self._jobs[index], answers, self.config, self._work, os.getpid())
+        self._processes[index] = self._context.Process(target=_serve, args=arguments, daemon=True, name=f"rollout-{index}")
+        self._processes[index].start()
+        answers.close()  # the worker has the only end that writes: when it ends, the reader knows
 
 
 def _serve(
-    index: int, jobs: Any, answers: Any, config: WorkerConfig, work: Callable[[Job, WorkerConfig], list[Sample]], parent: int
+    jobs: Any, answers: Any, config: WorkerConfig, work: Callable[[Job, WorkerConfig], list[Sample]], parent: int
 ) -> None:
     """A worker: job after job until the trainer ends. An error's traceback is its answer."""
     while True:
@@ -158,9 +170,10 @@ def _serve(
                 return  # the trainer was killed
             continue
         try:
-            answers.put((index, job.number, work(job, config)))
+            answer: list[Sample] | str = work(job, config)
         except Exception:
-            answers.put((index, job.number, traceback.format_exc()))
+            answer = traceback.format_exc()
+        answers.send((job.number, answer))
 
 
 def _rolled(job: Job, config: WorkerConfig) -> list[Sample]:

@@ -136,6 +136,19 @@ def test_steps_keep_to_the_budget_and_leave_no_decode_out(requests, speculate):
     assert core.idle, "something waits for ever"
 
 
+def test_choices_begin_from_a_prompt_without_a_draft_of_the_first():
+    """The last token of a prompt may be a step of its own, with a guess of what follows already there."""
+    core, collector = make_core(60, 5, speculate=True), Collector()
+    requests = [
+        Request(tuple([1 + seed % 3, 1, 2, 3] * 8)[: SNAPSHOT * chunks + 1], SamplingParams(seed=seed, n=3, max_tokens=6))
+        for seed in range(6)
+        for chunks in (1, 2)
+    ]
+    for request in requests:
+        run(core, collector, [request])
+        assert [collector.tokens(request, choice) for choice in range(3)] == [expected(request, choice) for choice in range(3)]
+
+
 def test_chunks_end_at_snapshot_boundaries():
     core, collector = make_core(budget=40), Collector()
     run(core, collector, [Request(tuple([1, 2, 3] * 11), SamplingParams(max_tokens=12, ignore_eos=True))])

@@ -154,8 +154,10 @@ class Scheduler:
         return Piece(task.sequence, ids, "all" if draft else "last")
 
     def _may_draft(self, task: Task) -> bool:
-        """A kept draft must not step over a snapshot boundary, and the last token needs none."""
-        return (task.length + 1) % self.limits.snapshot_every != 0 and len(task.ids) + 1 < task.limit
+        """A kept draft must not step over a snapshot boundary, the last token needs none, and in a state that other choices
+        are to begin from it would be a word of the first choice."""
+        whole = (task.length + 1) % self.limits.snapshot_every != 0
+        return whole and len(task.ids) + 1 < task.limit and not task.unborn
 
     def _prompt_piece(self, task: Task, budget: int, chosen: list[tuple[Task, Piece]]) -> Piece | None:
         if task not in self.running:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -200,6 +201,52 @@ def test_files_of_another_model_or_layout_are_left_alone(tmp_path: Path) -> None
     ):
         assert pool.open(row(0)).cached == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == files and not reports
+
+
+def test_several_models_on_one_directory_keep_their_files(tmp_path: Path) -> None:
+    """The same tokens in one directory: nobody writes over, sets aside or serves another's, while both run and afterwards."""
+    reports: list[str] = []
+    options = PoolOptions(blocks=24, slots=4, block_tokens=128, snapshot_every=128, disk=tmp_path)
+
+    def start(model_name: str, computed_by: str) -> StatePool:
+        pool = StatePool(model().config, dataclasses.replace(options, disk=None), fingerprint=model_name, report=reports.append)
+        pool.computed_by = computed_by
+        pool.open_disk(tmp_path)
+        return pool
+
+    who = [("tiny", ""), ("other", ""), ("tiny", "another runner")]
+    for round_ in range(2):
+        pools = [start(*one) for one in who]
+        for pool in pools:
+            sequence = pool.open(row(0))
+            assert sequence.cached == (300 if round_ else 0)
+            feed(pool, sequence, row(0)[sequence.cached : 300])
+            pool.release(sequence)
+            assert pool.cache.make_room(24) and pool.stats().nodes["disk"] == 3
+        for pool in pools:
+            assert pool.open(row(0)).cached == 300
+            pool.close()
+    assert not reports and len(list(tmp_path.iterdir())) == 9
+
+
+def test_a_file_that_cannot_be_opened_now_is_not_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many open files, say: a miss, reported, and the file is there again for the next start."""
+    filled(tmp_path)
+    reports: list[str] = []
+    pool, opened = disk_pool(tmp_path, reports), Path.open
+
+    def refuse(path: Path, *rest: object) -> object:
+        if path.suffix == ".node":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+        return opened(path, *rest)  # type: ignore[call-overload]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        assert pool.open(row(0)).cached == 0
+    assert reports and all("cannot be read" in text for text in reports) and pool.stats().set_aside == 0
+    pool.check()
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) == pool.cache.bytes["disk"]
+    assert disk_pool(tmp_path, reports).open(row(0)).cached == 300
 
 
 def test_another_interval_is_a_miss(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
+import struct
 import subprocess
 import time
 from pathlib import Path
@@ -27,7 +30,7 @@ from nautile.state import (
     StoreUnavailable,
 )
 from nautile.state import session as session_module
-from nautile.state.files import StateFile, read_header
+from nautile.state.files import MAGIC, StateFile, read_header, write_file
 from state.kills import kill_at_random
 from state.pools import close, feed, logits_of, new_pool, row
 
@@ -207,8 +210,10 @@ def test_a_damaged_step_is_computed_again(tmp_path: Path, which: int) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    pool = new_pool()
+    pool, reports = new_pool(), list[str]()
+    store = SessionStore(tmp_path, reports.append)
     resumed = store.resume("a", pool)
+    assert len(reports) == 1 and "session 'a'" in reports[0] and "set aside" in reports[0]
     assert resumed.logits is None and resumed.sequence.length == which - 128
     assert resumed.pending == row(0)[which - 128 : 300]
     assert path.with_name(path.name + ".bad").exists() and not path.exists()
@@ -297,6 +302,115 @@ def test_the_directory_is_locked_for_one_writer(tmp_path: Path, monkeypatch: pyt
     with store._lock(), pytest.raises(SessionConflict, match="locked"):
         SessionStore(tmp_path).fork("a", "b")
     assert SessionStore(tmp_path).info("a").length == 10  # readers need no lock
+
+
+def test_sessions_of_several_models_in_one_directory_keep_their_steps(tmp_path: Path) -> None:
+    """The same tokens, four states: another model, other rows, other arithmetic. Each is resumed, bit for bit its own."""
+    store, states, bits = SessionStore(tmp_path), {}, {}
+    for name, model, computed_by, rows in (
+        ("a", "tiny", "", "float32"),
+        ("b", "other", "", "float32"),
+        ("c", "tiny", "", "bfloat16"),
+        ("d", "tiny", "another runner", "float32"),
+    ):
+        states[name] = pool = new_pool(rows=rows)
+        pool.fingerprint, pool.computed_by = model, computed_by
+        sequence = pool.open(row(0))
+        feed(pool, sequence, row(0)[:300])
+        for tensor in (pool.pages.csa, pool.pages.hca):  # what another computed is never quite the same
+            tensor.add_(len(states))
+        pool.cache.forget_all()
+        store.save(name, pool, sequence)
+        bits[name] = pool.read_history(sequence, 0, 300)
+    assert len(list(store.nodes.iterdir())) == 8
+    store.delete("b")
+    for name in "acd":
+        pool = new_pool(rows=states[name].options.rows)
+        resumed = store.resume(name, pool)
+        assert resumed.pending == () and torch.equal(pool.read_history(resumed.sequence, 0, 300), bits[name]), name
+    assert len(list(store.nodes.iterdir())) == 6 and not list(tmp_path.rglob("*.bad"))
+
+
+def test_a_damaged_step_is_no_reason_not_to_rewind_or_to_export_later(tmp_path: Path) -> None:
+    store, reports = SessionStore(tmp_path), list[str]()
+    saved(store, "a", 400)
+    store.fork("a", "b")
+    path = next(path for path in store.nodes.iterdir() if read_header(path)["length"] == 256)
+    path.write_bytes(path.read_bytes()[:-1])
+    store = SessionStore(tmp_path, reports.append)
+    with pytest.raises(StoreError, match="nautile session resume a --max-tokens 0"):
+        store.export("a", tmp_path / "out")
+    assert path.with_name(path.name + ".bad").exists()
+    assert store.rewind("a", 300).state_length == 128 and len(reports) == 1
+    pool = new_pool()
+    resumed = store.resume("a", pool)
+    close(feed(pool, resumed.sequence, resumed.pending), logits_of(row(0))[128:300])
+    resumed = store.resume("b", pool)
+    feed(pool, resumed.sequence, resumed.pending)
+    store.save("b", pool, resumed.sequence)
+    store.export("b", tmp_path / "out")
+    assert store.import_(tmp_path / "out", "c").length == 400 and store.resume("c", new_pool()).pending == ()
+
+
+JUNK = [None, -1, 0, 1, 2**40, 1.5, True, "x", "../../x", [], {}, [1, "x"], [999]]
+
+
+def test_what_others_send_is_a_session_or_an_error_that_says_so(tmp_path: Path) -> None:
+    """A file with sound checksums and any field or section replaced: refused, or a session that everything works with."""
+    store = SessionStore(tmp_path / "here")
+    saved(store, "a", 300)
+    store.export("a", tmp_path / "good")
+    with StateFile(tmp_path / "good") as file:
+        fields = {key: value for key, value in file.header.items() if key not in ("kind", "file_bytes", "sections")}
+        parts = {name: file.section(name) for name in file.names()}
+    cases = [({**fields, key: junk}, parts) for key in fields for junk in JUNK]
+    cases += [({k: v for k, v in fields.items() if k != key}, parts) for key in fields]
+    cases += [(fields, {k: v for k, v in parts.items() if k != name}) for name in parts]
+    cases += [(fields, {**parts, name: change(parts[name])}) for name in parts for change in (_shorter, _twice, _ones)]
+    there, accepted, pool = SessionStore(tmp_path / "there", lambda _: None), 0, new_pool()
+    for header, sections in cases:
+        write_file(tmp_path / "sent", "session-export", header, sections)
+        try:
+            there.import_(tmp_path / "sent", "z")
+        except (SessionError, StoreError):
+            continue
+        accepted += 1
+        assert [info.problem for info in there.list()] == [None]
+        for call in (lambda: pool.release(there.resume("z", pool).sequence), lambda: there.fork("z", "y"),
+                     lambda: there.rewind("z", 130), lambda: there.export("z", tmp_path / "out")):  # fmt: skip
+            with contextlib.suppress(SessionError, StoreError):
+                call()
+        for name in [info.name for info in there.list()]:
+            there.delete(name)
+    assert 20 < accepted < len(cases) / 2 and not list(there.nodes.iterdir())
+    pool.check()
+
+
+def _shorter(section: torch.Tensor) -> torch.Tensor:
+    return section[:-1]
+
+
+def _twice(section: torch.Tensor) -> torch.Tensor:
+    return torch.cat((section, section))
+
+
+def _ones(section: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(section, 255)
+
+
+@pytest.mark.parametrize("text", [b"[]", b"null", b"no json", b"\xff", b"[" * 5000, b'{"kind": "session"}', b'{"kind": 1}'])
+def test_a_header_that_says_nothing_spoils_nothing_else(tmp_path: Path, text: bytes) -> None:
+    store = SessionStore(tmp_path)
+    saved(store, "a", 130)
+    start = struct.pack("<8sII", MAGIC, 1, len(text))
+    (tmp_path / "b.session").write_bytes(start + hashlib.blake2b(start + text, digest_size=16).digest() + text)
+    (tmp_path / "c.session").mkdir()
+    assert [info.problem is None for info in store.list()] == [True, False, False]
+    for call in (lambda: store.info("b"), lambda: store.import_(tmp_path / "b.session"), lambda: store.fork("b", "d")):
+        with pytest.raises(StoreError, match="Nautile's making"):
+            call()
+    store.rewind("a", 129)
+    assert store.resume("a", new_pool()).sequence.length == 128 and len(list(store.nodes.iterdir())) == 1
 
 
 # files of version 1 -------------------------------------------------------------------------------------------------

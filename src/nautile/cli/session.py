@@ -76,7 +76,9 @@ def save(  # noqa: PLR0913  # one parameter an option
     """
     from nautile.engine.sessions import Live  # noqa: PLC0415
 
-    engine, store = _engine(model), _store(place)
+    store = _store(place)
+    store.check_name(name)  # before the model is loaded and has taken in the text
+    engine = _engine(model)
     live = Live.begin(engine, _ids(engine, text, file, message))
     _show(store.save(name, engine.pool, live.sequence, live.logits, note=note), json_)
 
@@ -204,7 +206,7 @@ class _Printer:
 def _store(place: Path | None) -> SessionStore:
     from nautile.state import SessionStore  # noqa: PLC0415
 
-    return SessionStore(place or default_sessions())
+    return SessionStore(place or default_sessions(), lambda text: typer.echo(f"nautile: {text}", err=True))
 
 
 def _engine(model: str) -> Engine:

@@ -26,7 +26,7 @@ from nautile.engine.request import (
     RequestError,
     TokenSampled,
 )
-from nautile.engine.runners import make_runner
+from nautile.engine.runners import computed_by, make_runner
 from nautile.engine.sampling import SamplingParams
 from nautile.engine.scheduler import Limits, Scheduler
 from nautile.model import Transformer
@@ -82,6 +82,9 @@ class Engine:
         self.model.eval().requires_grad_(False)
         self.pool = self._make_pool()
         self.runner, self.runner_notes = make_runner(self.model, self.pool, self.options)
+        self.pool.computed_by = computed_by(self.runner, self.options)
+        if self.options.cache_dir is not None:
+            self.pool.open_disk(self.options.cache_dir)
         kinds = self.pool.pages.bytes_by_kind
         self._block_kinds = {name: kinds[name] for name in HISTORY}
         self._slot_kinds = {name: kinds[name] for name in TAIL}
@@ -217,7 +220,8 @@ class Engine:
 
     def _make_pool(self) -> StatePool:
         name = fingerprint(self.config, self.model.state_dict()) if self.options.cache_dir is not None else ""
-        return StatePool(self.config, self.options.pool(self.config), self.options.device, name)
+        sizes = replace(self.options.pool(self.config), disk=None)  # opened when it is known who computes
+        return StatePool(self.config, sizes, self.options.device, name)
 
     def _make_core(self) -> Core:
         options = self.options

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 from nautile.engine.native import NativeRunner, NativeUnavailable
 from nautile.engine.native_drafts import NativeDraftingRunner
 from nautile.engine.numpy_runner import NumpyRunner
 from nautile.engine.options import EngineConfig
 from nautile.engine.plan import Runner
 from nautile.engine.runner import TorchRunner
+from nautile.kernels.native import features
 from nautile.model import Transformer
 from nautile.state import StatePool
 
-__all__ = ["make_runner"]
+__all__ = ["computed_by", "make_runner"]
 
 
 def make_runner(model: Transformer, pool: StatePool, options: EngineConfig) -> tuple[Runner, tuple[str, ...]]:
@@ -30,6 +33,13 @@ def make_runner(model: Transformer, pool: StatePool, options: EngineConfig) -> t
     if options.runner == "torch" or model.embed.weight.device.type != "cpu":
         return TorchRunner(model, pool, options.speculate), ()
     return _fastest(model, pool, options)
+
+
+def computed_by(runner: Runner, options: EngineConfig) -> str:
+    """The arithmetic of a runner, for files: states that two runners compute differ in their last bits."""
+    if isinstance(runner, NativeRunner):  # bit for bit the same with any threads, batches and drafts
+        return f"native {options.precision}, {features()}"
+    return f"{type(runner).__name__}, PyTorch {torch.__version__}, {options.device}"
 
 
 def _packed(model: Transformer, pool: StatePool, options: EngineConfig) -> Runner:

@@ -18,9 +18,12 @@ from nautile.engine.engine import Engine, EngineError
 from nautile.engine.plan import Piece, Plan
 from nautile.engine.request import Finished, Request, RequestError
 from nautile.engine.sampling import SamplingParams, sample
-from nautile.state import Resumed, Sequence, SessionInfo, SessionStore, StatePool, fingerprint
+from nautile.state import PoolFull, Resumed, Sequence, SessionInfo, SessionStore, StatePool, fingerprint
+from nautile.state.session import Captured
 
 __all__ = ["EngineSessions", "Live", "know_model"]
+
+_ATTEMPTS = 3  # to find the tokens of a session still in the pool that they were taken into
 
 
 def know_model(engine: Engine) -> None:
@@ -94,26 +97,39 @@ class EngineSessions:
         own = f"of-{blake2b(partition.encode(), digest_size=16).hexdigest()}"
         return SessionStore(self.directory / own if partition else self.directory)
 
-    def save(self, name: str, ids: Many[int], partition: str = "", note: str | None = None) -> SessionInfo:
+    def save(
+        self, name: str, ids: Many[int], partition: str = "", note: str | None = None, revision: int | None = None
+    ) -> SessionInfo:
         """Take in ``ids`` and save where that leaves the model. It is safe on return.
 
+        ``revision``: of the session that is continued; raises SessionConflict when somebody else has saved it meanwhile.
         Raises RequestError for ids that cannot run, EngineError when the engine fails at them, SessionError, StoreUnavailable,
         PoolFull when the engine is too busy.
         """
         store = self.store(partition)
         self.engine.check(Request(tuple(ids), partition=partition))
         store.check_name(name)
-        if len(ids) > 1:
-            self._take_in(tuple(ids[:-1]), partition)
+        for _ in range(_ATTEMPTS):
+            if len(ids) > 1:
+                self._take_in(tuple(ids[:-1]), partition)
+            captured = self.engine.with_pool(lambda _: self._capture(store, ids, partition))
+            if captured is not None:
+                return store.put(name, captured, note=note, revision=revision)
+        raise PoolFull(f"the {len(ids):,} tokens of session {name!r} do not stay in the pool long enough to be saved")
 
-        def write(pool: StatePool) -> SessionInfo:
-            live = Live.begin(self.engine, ids, partition)
-            try:
-                return store.save(name, pool, live.sequence, live.logits, note=note)
-            finally:
-                pool.release(live.sequence)
-
-        return self.engine.with_pool(write)
+    def _capture(self, store: SessionStore, ids: Many[int], partition: str) -> Captured | None:
+        """A copy of the state after ``ids``, between two steps; None when too much of it has been evicted: computing that here
+        would hold everybody up."""
+        pool = self.engine.pool
+        sequence = pool.open(ids, partition)
+        try:
+            live = Live(self.engine, sequence)
+            if pool.options.prefix_cache and len(ids) - sequence.length > self.engine.options.token_budget:
+                return None
+            live.feed(ids[sequence.length :])
+            return store.capture(pool, sequence, live.logits)
+        finally:
+            pool.release(sequence)
 
     def load(self, name: str, partition: str = "") -> tuple[SessionInfo, tuple[int, ...]]:
         """Bring a session's state into the engine; gives its tokens, for a request that begins with them.

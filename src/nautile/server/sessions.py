@@ -126,7 +126,7 @@ async def _resumed(name: str, wanted: Resume, request: Request) -> dict[str, Any
     new, finished = await while_connected(request, _generate(service, order))
     kept = new[:-1] if new and new[-1] == service.engine.config.eos_token_id else new  # the end stays out of the timeline
     if wanted.save:
-        info = await _done(lambda: sessions.save(name, (*prompt, *kept), partition), service)
+        info = await _done(lambda: sessions.save(name, (*prompt, *kept), partition, revision=info.revision), service)
     usage = {
         "prompt_tokens": finished.usage.prompt_tokens,
         "cached_tokens": finished.usage.cached_tokens,

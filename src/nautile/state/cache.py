@@ -37,22 +37,26 @@ class CacheCounters:
     demotions: int = 0  # to a lower tier
     promotions: int = 0
     forgotten: int = 0  # nodes
-    set_aside: int = 0  # files
 
 
 class PrefixCache:
     """Nodes, their memory, and the three budgets. ``report`` is told once about everything that went wrong."""
 
-    def __init__(self, pages: Pages, store: NodeStore | None, report: Callable[[str], None]) -> None:
-        self.pages, self.store, self.report, self.options = pages, store, report, pages.options
+    def __init__(self, pages: Pages, report: Callable[[str], None]) -> None:
+        self.pages, self.report, self.options = pages, report, pages.options
+        self.store: NodeStore | None = None
         self.tree = PrefixTree(self.options.snapshot_every)
         self.costs, self.counters = RecomputeCost(), CacheCounters()
         self.clock = 0.0
         self.bytes: dict[Place, int] = {"device": 0, "host": 0, "disk": 0}  # device: tails only
         self.orphans: dict[Path, int] = {}  # files that nothing leads to any more
         self._said: set[str] = set()
-        if store is not None:
-            self._adopt_files(store)
+
+    def open_store(self, store: NodeStore) -> None:
+        """Begin the disk tier with what an earlier run left."""
+        assert self.store is None
+        self.store = store
+        self._adopt_files(store)
 
     # Finding ------------------------------------------------------------------------------------------------------
 
@@ -84,7 +88,7 @@ class PrefixCache:
         try:
             return self.store.read(node.file, node.digest)[1]
         except StoreError as error:
-            self._set_aside(str(error))
+            self._say(str(error))
             self._file_is_bad(node)
             return None
 
@@ -336,16 +340,21 @@ class PrefixCache:
             broken = next((part for part in path if not self._promote(part, with_tail=part is node)), None)
         if broken is None:
             return True
-        self.counters.set_aside += 1
         self._file_is_bad(broken)
         return False
 
     def _file_is_bad(self, node: Node) -> None:
-        """A node without its file, and what depended on it."""
-        self.bytes["disk"] -= node.file_bytes
+        """A node without its file, and what depended on it. A file that could only not be read now stays, and takes its place
+        on the disk; so do those of the nodes below it."""
+        assert node.file is not None
+        stays = node.file.exists()
+        if stays:
+            self.orphans[node.file] = node.file_bytes
+        else:
+            self.bytes["disk"] -= node.file_bytes
         node.file, node.file_bytes, node.file_tail, node.has_tail = None, 0, False, node.tail is not None
         if node.place == "disk":
-            self._forget(node)
+            self._forget(node, keep_files=stays)
         else:
             self.prune(node)
 
@@ -408,7 +417,7 @@ class PrefixCache:
     def _adopt_files(self, store: NodeStore) -> None:
         """Take up the files that an earlier run, or another process, left."""
         known: dict[bytes, Node] = {}
-        for file in store.scan(self._set_aside):
+        for file in store.scan(self._say):
             ids, root = file.name.ids, self.tree.root(file.name.partition)
             known[root.digest] = root
             parent = known.get(file.name.parent)
@@ -424,10 +433,6 @@ class PrefixCache:
             if not node.has_tail and not _has_children(node):
                 self.prune(node)
         self._fit_disk()
-
-    def _set_aside(self, text: str) -> None:
-        self.counters.set_aside += 1
-        self._say(text)
 
     def _say(self, text: str) -> None:
         if text not in self._said:

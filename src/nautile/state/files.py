@@ -107,10 +107,25 @@ def read_header(path: Path) -> dict[str, Any]:
         header = file.read(min(length, _LONGEST_HEADER))
     if len(header) != length or hashlib.blake2b(start[:16] + header, digest_size=16).digest() != digest:
         raise StoreError(f"{path} is damaged: its header does not match its checksum")
-    data: dict[str, Any] = json.loads(header)
+    data: dict[str, Any] = _fields(path, header)
     if data["file_bytes"] != size:
         raise StoreError(f"{path} is damaged: {size} bytes of {data['file_bytes']}")
     return data
+
+
+def _fields(path: Path, header: bytes) -> dict[str, Any]:
+    """What a header says, as far as every kind of file has it. Raises StoreError for what no Nautile has written."""
+    try:
+        data = json.loads(header)
+        shaped = isinstance(data, dict) and isinstance(data["kind"], str) and isinstance(data["file_bytes"], int)
+        for part in data["sections"] if shaped else ():
+            shaped &= isinstance(part["name"], str) and isinstance(part["blake2b"], str)
+            shaped &= all(isinstance(part[key], int) and part[key] >= 0 for key in ("offset", "bytes"))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StoreError(f"{path} is no state file of Nautile's making: {type(error).__name__} in its header") from None
+    if not shaped:
+        raise StoreError(f"{path} is no state file of Nautile's making: its header lacks what every file says")
+    return dict(data)
 
 
 class StateFile:
@@ -131,6 +146,8 @@ class StateFile:
         with memoryview(self._map) as whole, whole[part["offset"] : part["offset"] + part["bytes"]] as data:
             if len(data) != part["bytes"] or hashlib.blake2b(data, digest_size=16).hexdigest() != part["blake2b"]:
                 raise StoreError(f"{self.path} is damaged: section {name!r} does not match its checksum")
+            if len(data) % dtype.itemsize:
+                raise StoreError(f"{self.path}: section {name!r} of {len(data)} bytes is no list of {dtype}")
             return torch.frombuffer(bytearray(data), dtype=dtype) if len(data) else torch.empty(0, dtype=dtype)
 
     def names(self) -> list[str]:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -85,20 +86,24 @@ class StatePool:
         report: Callable[[str], None] | None = None,
     ) -> None:
         """``fingerprint`` names the model in files (see ``nautile.state.fingerprint``; needed with a disk tier). ``report`` is
-        told, once each, what went wrong on the disk; without it that is a warning."""
+        told, once each, what went wrong on the disk; without it that is a warning. ``computed_by``, set by the owner of a
+        runner, names its arithmetic in files: two runners differ in the last bits."""
         self.config, self.options = config, options or PoolOptions()
-        self.pages, self.fingerprint = Pages(config, self.options, device), fingerprint
-        report = report or _warn
-        store = None
-        if self.options.disk is not None:
-            if not fingerprint:
-                raise PoolError("a disk tier needs the model's fingerprint: files of another model must not be used")
-            try:
-                store = NodeStore(self.options.disk, layout(self.pages, fingerprint))
-            except StoreUnavailable as error:
-                report(f"{error.strerror}; the prefix cache goes on without its disk tier")
-        self.cache = PrefixCache(self.pages, store, report)
+        self.pages, self.fingerprint, self.computed_by = Pages(config, self.options, device), fingerprint, ""
+        self.cache = PrefixCache(self.pages, report or _warn)
         self._live: dict[Sequence, Node | None] = {}  # the node that each continues from
+        if self.options.disk is not None:
+            self.open_disk(self.options.disk)
+
+    def open_disk(self, directory: Path) -> None:
+        """Begin the disk tier. Files of other models, layouts or arithmetic (``computed_by``) are left alone, so that a hit is
+        what this pool's runner would compute, to the last bit."""
+        if not self.fingerprint:
+            raise PoolError("a disk tier needs the model's fingerprint: files of another model must not be used")
+        try:
+            self.cache.open_store(NodeStore(directory, layout(self.pages, self.fingerprint, self.computed_by)))
+        except StoreUnavailable as error:
+            self.cache.report(f"{error.strerror}; the prefix cache goes on without its disk tier")
 
     # Life of a sequence -------------------------------------------------------------------------------------------
 
@@ -357,7 +362,7 @@ class StatePool:
             demotions=counters.demotions,
             promotions=counters.promotions,
             forgotten=counters.forgotten,
-            set_aside=counters.set_aside,
+            set_aside=store.aside if store is not None else 0,
             disk_writable=store is not None and store.writable,
         )
 

@@ -11,15 +11,15 @@ Listing, forking, rewinding and moving need no model. ``docs/state.md`` describe
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import re
 import time
-from array import array
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,24 @@ import torch
 from torch import Tensor
 
 from nautile.state.files import StateFile, StoreError, StoreUnavailable, read_header, sync_directory, write_file
-from nautile.state.pages import Sequence
+from nautile.state.pages import PoolError, Sequence
 from nautile.state.pool import Part, StatePool
+from nautile.state.session_file import (
+    SessionContents,
+    check_fields,
+    node_layout,
+    read_contents,
+    read_span,
+    sections,
+    spans,
+)
 from nautile.state.store import NodeName, NodeStore, check_layout, layout
 
-__all__ = ["Resumed", "SessionConflict", "SessionError", "SessionInfo", "SessionStore"]
+__all__ = ["Captured", "CapturedStep", "Resumed", "SessionConflict", "SessionError", "SessionInfo", "SessionStore"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SUFFIX = ".session"
-_LAYOUT = ("model", "rows", "block_tokens", "block_bytes", "slot_bytes")
 _LOCK_SECONDS = 10.0
-_ROOT = blake2b(b"", digest_size=16).digest()
 
 
 class SessionError(ValueError):
@@ -81,28 +88,32 @@ class Resumed:
 
 
 @dataclass(frozen=True)
-class _Contents:
-    """Everything in a session's file. Spans are the k-token steps before the last part, with the tail lengths known."""
+class CapturedStep:
+    """One step of a session to be saved; without ``history`` its file is there already."""
 
-    fields: dict[str, Any]
-    ids: tuple[int, ...]
-    history: Tensor  # [blocks, block_bytes] after the last span
-    tail: Tensor | None
-    logits: Tensor | None
+    name: NodeName
+    has_tail: bool
+    history: Tensor | None = None
+    tail: Tensor | None = None
 
-    @property
-    def spans(self) -> list[NodeName]:
-        """The steps, in order."""
-        k = self.fields["snapshot_every"]
-        return _spans(self.ids, self.fields["spans"], k)
+
+@dataclass(frozen=True)
+class Captured:
+    """What ``put`` writes: copies, so that the sequence may go on meanwhile."""
+
+    contents: SessionContents
+    steps: tuple[CapturedStep, ...]
 
 
 class SessionStore:
     """The sessions of one directory."""
 
-    def __init__(self, directory: Path) -> None:
-        """Raises StoreUnavailable when the directory cannot be made."""
-        self.directory, self.nodes = Path(directory), Path(directory) / "nodes"
+    def __init__(self, directory: Path, report: Callable[[str], None] | None = None) -> None:
+        """``report`` is told of every step that was found damaged and set aside; without it that is a warning.
+
+        Raises StoreUnavailable when the directory cannot be made.
+        """
+        self.directory, self.nodes, self.report = Path(directory), Path(directory) / "nodes", report or _warn
         try:
             self.nodes.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
@@ -118,9 +129,11 @@ class SessionStore:
         """Raises SessionError when there is none of that name, StoreError when its file is damaged."""
         path = self._path(name)
         try:
-            return _info(name, read_header(path))
+            header = read_header(path)
         except FileNotFoundError:
             raise SessionError(self._missing(name)) from None
+        check_fields(path, header)
+        return _info(name, header)
 
     def check_name(self, name: str) -> None:
         """Raises SessionError when no session can be called that."""
@@ -144,52 +157,71 @@ class SessionStore:
         that is continued (0: a new one); raises SessionConflict when somebody else has saved it meanwhile. Raises SessionError
         for an empty sequence or an impossible name, StoreUnavailable when the disk refuses: the old session stays then.
         """
-        path = self._path(name)
+        self._path(name)
+        return self.put(name, self.capture(pool, sequence, logits), note=note, revision=revision)
+
+    def capture(self, pool: StatePool, sequence: Sequence, logits: Tensor | None = None) -> Captured:
+        """The first half of ``save``, which needs the pool: copies what is not on the disk yet, and writes nothing.
+
+        Raises SessionError for an empty sequence.
+        """
         if not sequence.length:
             raise SessionError("an empty sequence has no state to save")
         if not pool.fingerprint:
             raise SessionError("saving needs a pool that knows its model's fingerprint")
+        k = pool.options.snapshot_every
+        count = (sequence.length - 1) // k
+        fields = {
+            **layout(pool.pages, pool.fingerprint, pool.computed_by),
+            "snapshot_every": k,
+            "length": sequence.length,
+            "state_length": sequence.length,
+            "spans": count,
+        }
+        store = NodeStore(self.nodes, node_layout(fields))
+        steps = tuple(self._captured(pool, sequence, span, store) for span in spans(tuple(sequence.ids), count, k))
+        history = pool.read_history(sequence, count * k, sequence.length)
+        return Captured(SessionContents(fields, tuple(sequence.ids), history, pool.read_tail(sequence), logits), steps)
+
+    def put(self, name: str, captured: Captured, *, note: str | None = None, revision: int | None = None) -> SessionInfo:
+        """The second half of ``save``: it is on the disk on return. Raises as ``save``; SessionConflict, too, when another
+        process has removed files meanwhile that were counted upon: capture again."""
+        path, contents = self._path(name), captured.contents
         with self._lock():
             old = self._old(path)
             if revision is not None and revision != (old["revision"] if old else 0):
                 raise SessionConflict(f"session {name!r} is at revision {old['revision'] if old else 0}, not {revision}")
-            k = pool.options.snapshot_every
-            count = (sequence.length - 1) // k
             fields = {
-                **layout(pool.pages, pool.fingerprint),
+                **contents.fields,
                 **_dates(old),
-                "snapshot_every": k,
-                "length": sequence.length,
-                "state_length": sequence.length,
                 "revision": (old["revision"] if old else 0) + 1,
                 "note": note if note is not None else (old["note"] if old else ""),
                 "forked_from": old["forked_from"] if old else None,
-                "spans": count,
             }
-            history = pool.read_history(sequence, count * k, sequence.length)
             with self._all_or_nothing():
-                fields["snapshots"] = self._write_spans(pool, sequence, count)
-                return self._write(name, _Contents(fields, tuple(sequence.ids), history, pool.read_tail(sequence), logits))
+                fields["snapshots"] = self._write_steps(captured)
+                return self._write(name, _replace(contents, fields))
 
     def resume(self, name: str, pool: StatePool, partition: str = "") -> Resumed:
         """A live sequence that is where the session was, in a partition of the pool.
 
-        Parts that are damaged are set aside and come back as ``pending`` tokens to be computed. Raises SessionError for an
-        unknown name or a session of another model, StoreError for a damaged file, PoolFull.
+        Parts that are damaged are reported, set aside and come back as ``pending`` tokens to be computed. Raises SessionError
+        for an unknown name or a session of another model, StoreError for a damaged file, PoolFull.
         """
         info, contents = self.info(name), self._read(name)
         self._check_model(name, contents.fields, pool)
-        store, parts, reached = NodeStore(self.nodes, {key: contents.fields[key] for key in _LAYOUT}), [], 0
-        for span in contents.spans:
-            with contextlib.suppress(StoreError):
-                history, tail = store.read(store.path(span.digest), span.digest)
-                parts.append(Part(span.length, history, tail))
-                reached = span.length
-                continue
-            break
-        if reached == contents.fields["spans"] * contents.fields["snapshot_every"] and contents.tail is not None:
-            parts.append(Part(contents.fields["state_length"], contents.history, contents.tail))
-        sequence = pool.load(contents.ids, parts, partition)
+        store, parts = self._steps(contents), list[Part]()
+        try:
+            for span in contents.spans:
+                parts.append(Part(span.length, *store.find(span.digest)))
+            if contents.tail is not None:
+                parts.append(Part(contents.fields["state_length"], contents.history, contents.tail))
+        except StoreError as error:
+            self.report(f"session {name!r}: {error}")
+        try:
+            sequence = pool.load(contents.ids, parts, partition)
+        except PoolError as error:
+            raise StoreError(f"{self._path(name)} is not as a session is written: {error}") from None
         pending = contents.ids[sequence.length :]
         return Resumed(sequence, pending, None if pending else contents.logits, info)
 
@@ -219,7 +251,7 @@ class SessionStore:
             fields = {**contents.fields, "revision": contents.fields["revision"] + 1, **_dates(contents.fields)}
             if new is not None:
                 fields |= {**_dates(None), "revision": 1, "forked_from": name}
-            back = self._back_to(contents, length)
+            back = self._back_to(name, contents, length)
             info = self._write(new or name, _replace(back, fields={**fields, **_moved(back.fields)}))
             self._collect()
             return info
@@ -239,16 +271,21 @@ class SessionStore:
     def export(self, name: str, target: Path) -> int:
         """Write all of a session into one file that ``import_`` reads anywhere; gives its size.
 
-        Raises SessionError, StoreError when a part is damaged, StoreUnavailable.
+        Raises SessionError, StoreError when a part is damaged (resuming and saving the session computes it again),
+        StoreUnavailable.
         """
         contents = self._read(name)
-        store, sections = NodeStore(self.nodes, {key: contents.fields[key] for key in _LAYOUT}), _sections(contents)
+        store, parts = self._steps(contents), sections(contents)
         for index, span in enumerate(contents.spans):
-            history, tail = store.read(store.path(span.digest), span.digest)
-            sections[f"span/{index}/history"] = history
+            try:
+                history, tail = store.find(span.digest)
+            except StoreError as error:
+                cure = f"nautile session resume {name} --max-tokens 0"
+                raise StoreError(f"{error}: `{cure}` does that, then export again") from None
+            parts[f"span/{index}/history"] = history
             if tail is not None:
-                sections[f"span/{index}/tail"] = tail
-        return write_file(target, "session-export", {**contents.fields, "name": name}, sections)
+                parts[f"span/{index}/tail"] = tail
+        return write_file(target, "session-export", {**contents.fields, "name": name}, parts)
 
     def import_(self, source: Path, name: str | None = None) -> SessionInfo:
         """Take up an exported session, under its own name or another. Every byte is checked before anything is written.
@@ -259,20 +296,18 @@ class SessionStore:
             with StateFile(source) as file:
                 if file.header["kind"] != "session-export":
                     raise StoreError(f"{source} is no exported session (it is a {file.header['kind']} file)")
-                contents = _contents(file)
-                parts = [_span_part(file, index, contents.fields) for index in range(contents.fields["spans"])]
-                own = str(file.header["name"])
+                contents = read_contents(file)
+                parts = [read_span(file, index, contents.fields) for index in range(contents.fields["spans"])]
+                own = str(file.header.get("name"))
         except FileNotFoundError:
             raise SessionError(f"{source} does not exist") from None
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise StoreError(f"{source} is not as a session is written: {error}") from None
         name = name or own
         with self._lock():
             self._check_free(name)
-            store = NodeStore(self.nodes, {key: contents.fields[key] for key in _LAYOUT})
+            store = self._steps(contents)
             with self._all_or_nothing():
                 for span, (history, tail) in zip(contents.spans, parts, strict=True):
-                    if not self._has_node(span.digest, contents.fields, tail is not None):
+                    if not store.has(span.digest, tail is not None):
                         store.write(span, history, tail)
                 return self._write(name, _replace(contents, fields={**contents.fields, "revision": 1}))
 
@@ -293,6 +328,7 @@ class SessionStore:
 
     def _check_model(self, name: str, fields: Mapping[str, Any], pool: StatePool) -> None:
         wanted = layout(pool.pages, pool.fingerprint)
+        del wanted["computed_by"]  # a session moves between machines: it goes on from the values that it has
         if fields["model"] != wanted["model"]:
             raise SessionError(f"session {name!r} belongs to another model: its state means nothing to this one")
         try:
@@ -303,7 +339,7 @@ class SessionStore:
     def _info_or_problem(self, name: str) -> SessionInfo:
         try:
             return self.info(name)
-        except (SessionError, StoreError, KeyError, TypeError) as error:
+        except (SessionError, StoreError, OSError) as error:
             return SessionInfo(name, problem=str(error))
 
     def _old(self, path: Path) -> dict[str, Any] | None:
@@ -316,72 +352,79 @@ class SessionStore:
             path.replace(path.with_name(path.name + ".bad"))
             return None
 
-    def _read(self, name: str) -> _Contents:
+    def _read(self, name: str) -> SessionContents:
         path = self._path(name)
         try:
             with StateFile(path) as file:
                 if file.header["kind"] != "session":
                     raise StoreError(f"{path} is no session (it is a {file.header['kind']} file)")
-                return _contents(file)
+                return read_contents(file)
         except FileNotFoundError:
             raise SessionError(self._missing(name)) from None
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise StoreError(f"{path} is not as a session is written: {error}") from None
 
-    def _write(self, name: str, contents: _Contents) -> SessionInfo:
-        size = write_file(self._path(name), "session", {**contents.fields, "name": name}, _sections(contents))
-        return _info(name, {**contents.fields, "file_bytes": size, "sections": [{"name": key} for key in _sections(contents)]})
+    def _steps(self, contents: SessionContents) -> NodeStore:
+        """Where the steps of a session are."""
+        return NodeStore(self.nodes, node_layout(contents.fields))
 
-    def _write_spans(self, pool: StatePool, sequence: Sequence, count: int) -> tuple[int, ...]:
-        """Node files of the first ``count`` steps, those that are not there yet; gives the lengths that have a tail."""
-        k = pool.options.snapshot_every
-        store, tails = NodeStore(self.nodes, layout(pool.pages, pool.fingerprint)), []
-        for span in _spans(tuple(sequence.ids), count, k):
-            known = self._has_node(span.digest, store.layout, with_tail=True)
-            tail = None if known else pool.snapshot(sequence, span.length)
-            if not known and (tail is not None or not self._has_node(span.digest, store.layout, with_tail=False)):
-                store.write(span, pool.read_history(sequence, span.length - k, span.length), tail)
-            if known or tail is not None:
-                tails.append(span.length)
-        return tuple(tails)
+    def _write(self, name: str, contents: SessionContents) -> SessionInfo:
+        parts = sections(contents)
+        size = write_file(self._path(name), "session", {**contents.fields, "name": name}, parts)
+        return _info(name, {**contents.fields, "file_bytes": size, "sections": [{"name": key} for key in parts]})
 
-    def _has_node(self, digest: bytes, fields: Mapping[str, Any], with_tail: bool) -> bool:
-        try:
-            header = read_header(self.nodes / (digest.hex() + ".node"))
-            check_layout(self.nodes, header, {key: fields[key] for key in _LAYOUT})
-        except (FileNotFoundError, StoreError, KeyError, ValueError):
-            return False
-        return not with_tail or any(part["name"] == "tail" for part in header["sections"])
+    def _captured(self, pool: StatePool, sequence: Sequence, span: NodeName, store: NodeStore) -> CapturedStep:
+        """One step, as far as the disk lacks it."""
+        if store.has(span.digest, with_tail=True):
+            return CapturedStep(span, has_tail=True)
+        tail = pool.snapshot(sequence, span.length)
+        if tail is None and store.has(span.digest, with_tail=False):
+            return CapturedStep(span, has_tail=False)
+        history = pool.read_history(sequence, span.length - pool.options.snapshot_every, span.length)
+        return CapturedStep(span, tail is not None, history, tail)
 
-    def _back_to(self, contents: _Contents, length: int) -> _Contents:
-        """The last snapshot at or before ``length``, and the tokens up to there to be computed again."""
+    def _write_steps(self, captured: Captured) -> Many[int]:
+        """Node files of the steps that are not there yet; gives the lengths that have a tail."""
+        store = self._steps(captured.contents)
+        for step in captured.steps:
+            if step.history is not None:
+                store.write(step.name, step.history, step.tail)
+            elif not store.has(step.name.digest, step.has_tail):
+                raise SessionConflict(f"another process has removed steps in {self.nodes}: try again")
+        return [step.name.length for step in captured.steps if step.has_tail]
+
+    def _back_to(self, name: str, contents: SessionContents, length: int) -> SessionContents:
+        """The last snapshot at or before ``length`` that can be read, and the tokens up to there to be computed again."""
         if length >= contents.fields["state_length"]:
             logits = contents.logits if length == contents.fields["length"] else None
-            return _Contents(
+            return SessionContents(
                 {**contents.fields, "length": length}, contents.ids[:length], contents.history, contents.tail, logits
             )
-        k = contents.fields["snapshot_every"]
-        store = NodeStore(self.nodes, {key: contents.fields[key] for key in _LAYOUT})
-        base = max((at for at in contents.fields["snapshots"] if at <= length), default=0)
-        history, tail = torch.empty(0, contents.fields["block_bytes"], dtype=torch.uint8), None
-        if base:
-            span = contents.spans[base // k - 1]
-            history, tail = store.read(store.path(span.digest), span.digest)
-        spans = max(0, base // k - 1)
-        kept = [at for at in contents.fields["snapshots"] if at <= spans * k]
-        fields = {**contents.fields, "length": length, "state_length": base, "spans": spans, "snapshots": kept}
-        return _Contents(fields, contents.ids[:length], history, tail, None)
+        k, store, steps = contents.fields["snapshot_every"], self._steps(contents), contents.spans
+        known = [at for at in contents.fields["snapshots"] if at <= length]
+        base, history, tail = 0, torch.empty(0, contents.fields["block_bytes"], dtype=torch.uint8), None
+        for at in reversed(known):
+            try:
+                (history, tail), base = store.find(steps[at // k - 1].digest), at
+                break
+            except StoreError as error:
+                self.report(f"session {name!r}: {error}")
+        before = max(0, base // k - 1)
+        kept = [at for at in known if at <= before * k]
+        fields = {**contents.fields, "length": length, "state_length": base, "spans": before, "snapshots": kept}
+        return SessionContents(fields, contents.ids[:length], history, tail, None)
 
     def _collect(self) -> None:
         """Remove node files that no session refers to. While a session cannot be read, nothing is removed."""
-        needed = set()
+        needed = set[Path]()
         for path in self.directory.glob(f"*{_SUFFIX}"):
             try:
-                needed |= {span.digest.hex() for span in self._read(path.name.removesuffix(_SUFFIX)).spans}
-            except (StoreError, SessionError, KeyError, TypeError):
+                contents = self._read(path.name.removesuffix(_SUFFIX))
+            except (StoreError, SessionError, OSError):
                 return
+            store = self._steps(contents)
+            for span in contents.spans:
+                needed |= {store.path(span.digest), store.old_path(span.digest)}
         for path in self.nodes.glob("*.node"):
-            if path.stem not in needed:
+            if path not in needed:
                 path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
@@ -416,42 +459,6 @@ class SessionStore:
             yield
 
 
-def _spans(ids: Many[int], count: int, k: int) -> list[NodeName]:
-    spans, parent = [], _ROOT
-    for index in range(count):
-        own = tuple(ids[index * k : (index + 1) * k])
-        digest = blake2b(parent + array("I", own).tobytes(), digest_size=16).digest()
-        spans.append(NodeName("", digest, parent, (index + 1) * k, own))
-        parent = digest
-    return spans
-
-
-def _sections(contents: _Contents) -> dict[str, Tensor]:
-    sections = {"ids": torch.tensor(contents.ids, dtype=torch.int32), "history": contents.history}
-    if contents.tail is not None:
-        sections["tail"] = contents.tail
-    if contents.logits is not None:
-        sections["logits"] = contents.logits.detach().float().flatten()
-    return sections
-
-
-def _contents(file: StateFile) -> _Contents:
-    """Raises StoreError when anything in the file is not as it was written."""
-    names = file.names()
-    fields = {key: value for key, value in file.header.items() if key not in ("kind", "file_bytes", "sections", "name")}
-    ids = tuple(file.section("ids", torch.int32).tolist())
-    tail = file.section("tail") if "tail" in names else None
-    logits = file.section("logits", torch.float32) if "logits" in names else None
-    if len(ids) != fields["length"]:
-        raise StoreError(f"{file.path} holds {len(ids)} tokens and says {fields['length']}")
-    return _Contents(fields, ids, file.section("history").view(-1, fields["block_bytes"]), tail, logits)
-
-
-def _span_part(file: StateFile, index: int, fields: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-    history = file.section(f"span/{index}/history").view(-1, fields["block_bytes"])
-    return history, file.section(f"span/{index}/tail") if f"span/{index}/tail" in file.names() else None
-
-
 def _info(name: str, header: Mapping[str, Any]) -> SessionInfo:
     return SessionInfo(
         name=name,
@@ -478,5 +485,9 @@ def _moved(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {key: fields[key] for key in ("length", "state_length", "spans", "snapshots")}
 
 
-def _replace(contents: _Contents, fields: dict[str, Any]) -> _Contents:
-    return _Contents(fields, contents.ids, contents.history, contents.tail, contents.logits)
+def _replace(contents: SessionContents, fields: dict[str, Any]) -> SessionContents:
+    return dataclasses.replace(contents, fields=fields)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=3)

@@ -40,7 +40,7 @@ def tokenizer(out: Annotated[Path, typer.Option(help="Directory for tokenizer.js
 
 @app.command()
 def data(
-    stage: Annotated[str, typer.Argument(help="pretrain, practice or sft")],
+    stage: Annotated[str, typer.Argument(help="pretrain, practice, functions, sft or long")],
     out: Annotated[Path, typer.Option(help="Directory for the shards.")],
     tokens: int = 50_000_000,
     length: int = 2048,

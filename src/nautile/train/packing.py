@@ -26,7 +26,7 @@ import numpy as np
 
 from nautile.agent.tools import SYSTEM_PROMPT, TOOLS
 from nautile.protocol import Tokenizer
-from nautile.train import copying, corpus, needles, procedural, vocabulary
+from nautile.train import copying, corpus, functions, needles, procedural, vocabulary
 from nautile.train.environments import TRAINED, environment
 from nautile.train.environments.tool import ToolEnvironment
 from nautile.train.tasks import HELD_OUT_START, Lexicon, Pool
@@ -42,6 +42,8 @@ __all__ = [
     "build",
     "build_shards",
     "copying_documents",
+    "function_documents",
+    "functions_documents",
     "long_documents",
     "needle_documents",
     "pack",
@@ -56,9 +58,10 @@ ALIGNMENT = 128  # documents start at multiples of this
 SHARD_TOKENS = 1 << 20
 NANO = Path(__file__).parents[1] / "weights" / "nano"
 _RESTARTS = 3  # of a data process that was killed
+_OFFER = 4096  # longer rows have room for more than eight functions
 _SHARD_SECONDS = 120  # a shard takes 15 to 40; one that takes longer hangs
 MANIFEST = "corpus.json"  # in a directory of pretraining shards: the files they were made of, with their licences
-Stage = Literal["pretrain", "practice", "sft", "long", "specialist"]
+Stage = Literal["pretrain", "practice", "functions", "sft", "long", "specialist"]
 
 
 @dataclass(frozen=True)
@@ -242,6 +245,30 @@ def needle_documents(tokenizer: Tokenizer, lexicon: Lexicon, seed: str, longest:
         yield Document(ids[:longest], bytes(loss)[:longest])
 
 
+def function_documents(tokenizer: Tokenizer, lexicon: Lexicon, seed: str, longest: int) -> Iterator[Document]:
+    """Endless conversations about functions that were never seen before; loss on the model's own tokens. One that is longer
+    than ``longest`` tokens is left out: its request would be cut off."""
+    rng = random.Random(f"functions:{seed}")
+    while True:
+        wide = replace(lexicon, share=rng.uniform(0.1, 0.6)) if rng.random() < 0.5 else None
+        talk = functions.random_talk(Pool(rng, lexicon=wide), 8 if longest <= _OFFER else 24)
+        ids, loss, _ = tokenise(talk.messages, talk.tools, tokenizer, talk.thinking)
+        if len(ids) <= longest:
+            yield Document(ids, bytes(loss))
+
+
+def functions_documents(maker: TraceMaker, seed: str, longest: int) -> Iterator[Document]:
+    """Unknown functions, traces, copying exercises and needles, 40 to 46 to 6 to 8 by tokens."""
+    yield from _mixed(
+        (
+            (function_documents(maker.tokenizer, maker.lexicon, seed, longest), 0.40),
+            (trace_documents(maker, f"functions:{seed}", 0.65, longest), 0.46),
+            (copying_documents(maker.tokenizer, maker.lexicon, f"functions:{seed}", longest), 0.06),
+            (needle_documents(maker.tokenizer, maker.lexicon, f"functions:{seed}", longest), 0.08),
+        )
+    )
+
+
 def practice_documents(maker: TraceMaker, seed: str, longest: int) -> Iterator[Document]:
     """Traces, copying exercises and needles, 74 to 12 to 14 by tokens; loss on the model's own tokens and on copies."""
     yield from _mixed(
@@ -348,6 +375,8 @@ class _Writer:
             documents = trace_documents(self.maker, seed, config.without_system, config.sequence_length)
         elif config.stage == "practice":
             documents = practice_documents(self.maker, f"{config.seed}:{shard}", config.sequence_length)
+        elif config.stage == "functions":
+            documents = functions_documents(self.maker, f"{config.seed}:{shard}", config.sequence_length)
         elif config.stage == "long":
             documents = long_documents(self.maker, f"{config.seed}:{shard}", config.sequence_length)
         elif config.stage == "specialist":

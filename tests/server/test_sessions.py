@@ -30,7 +30,9 @@ class Kept:
     def store(self, partition: str) -> None:
         """Not used by what is tested here."""
 
-    def save(self, name: str, ids: Sequence[int], partition: str = "", note: str | None = None) -> SessionInfo:
+    def save(
+        self, name: str, ids: Sequence[int], partition: str = "", note: str | None = None, revision: int | None = None
+    ) -> SessionInfo:
         """Keep the ids."""
         self._touched()
         self.saved.append(tuple(ids))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
@@ -13,6 +15,8 @@ from nautile.engine import Engine, EngineConfig
 from nautile.engine.sessions import EngineSessions
 from nautile.server import ServerOptions, Service, create_app
 from nautile.state import SessionStore
+from nautile.state import session as session_module
+from nautile.state import store as store_module
 
 pytestmark = pytest.mark.skipif(not list(shipped_model().glob("*.safetensors")), reason="the shipped model has no weights here")
 TEXT = "def add(a, b):\n    return a + b\n\n\n" * 24
@@ -54,6 +58,42 @@ def test_a_timeline_survives_the_server(tmp_path: Path) -> None:
         assert [one["name"] for one in http.get("/v1/sessions").json()["data"]] == ["a", "b", "c", "d"]
         assert http.delete("/v1/sessions/d").json() == {"name": "d", "deleted": True}
     assert [info.name for info in SessionStore(tmp_path).list()] == ["a", "b", "c"]  # the command line sees them too
+
+
+def test_a_turn_on_a_session_that_somebody_else_went_on_with_overwrites_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that resume at once: the first answer stays what the session is, the second is told."""
+    with serve(tmp_path) as http:
+        http.put("/v1/sessions/a", json={"prompt": [0, 5, 6]})
+        sessions = http.app.state.service.sessions  # type: ignore[attr-defined]
+        load = sessions.load
+
+        def overtaken(name: str, partition: str) -> object:
+            found = load(name, partition)
+            sessions.save(name, (*found[1], 7), partition)
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sessions, "load", overtaken)
+            answer = http.post("/v1/sessions/a/resume", json={"max_tokens": 2})
+        assert answer.status_code == 503 and "revision 2, not 1" in answer.json()["error"]["message"]
+        assert http.get("/v1/sessions/a").json()["length"] == 4
+
+
+def test_the_engine_goes_on_while_a_session_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written in the engine's thread: syncing a disk would hold every decode up."""
+    write, threads = session_module.write_file, list[str]()
+
+    def noting(*arguments: Any) -> int:
+        threads.append(threading.current_thread().name)
+        return write(*arguments)
+
+    monkeypatch.setattr(session_module, "write_file", noting)
+    monkeypatch.setattr(store_module, "write_file", noting)
+    with serve(tmp_path) as http:
+        assert http.put("/v1/sessions/a", json={"prompt": TEXT}).json()["snapshots"] == [256]
+    assert len(threads) == 2 and "nautile-engine" not in threads
 
 
 def test_keys_have_sessions_of_their_own(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -79,7 +79,7 @@ def _examine_server(url: str, api_key: str) -> Iterator[Finding]:
         yield Finding("server", "ok", f"{name} answers")
         yield _server_hits(client, name)
         yield _server_needle(client, name)
-        yield from _server_metrics(client)
+        yield from _server_metrics(client, name)
 
 
 def _ask(client: httpx.Client, model: str, text: str, tokens: int = 12) -> tuple[str, int, int, float]:
@@ -134,24 +134,90 @@ def _server_needle(client: httpx.Client, model: str) -> Finding:
     return Finding("needle", "ok", text if found else "this model does not find the needle at any residue", "", figures)
 
 
-def _server_metrics(client: httpx.Client) -> Iterator[Finding]:
+def _server_metrics(client: httpx.Client, model: str) -> Iterator[Finding]:
+    """What the server counts: drafts, bytes of the state, and what repeated work does to its memory and times."""
     from nautile.engine.doctor import Finding  # noqa: PLC0415
 
-    answer = client.get("/metrics")
-    if answer.status_code != 200:
-        yield Finding("metrics", "warn", f"/metrics answers {answer.status_code}", "drafts and bytes cannot be checked")
+    figures = _figures(client)
+    if "nautile_engine_prompt_tokens_total" not in figures:
+        fix = "drafts, bytes and memory cannot be checked: is it a Nautile server, and does nothing stand before it?"
+        yield Finding("metrics", "warn", "/metrics does not give the engine's figures", fix)
         return
-    figures = {
-        parts[0]: float(parts[1])
-        for line in answer.text.splitlines()
-        if not line.startswith("#") and len(parts := line.rsplit(" ", 1)) == 2
-    }
-    drafted = figures.get("nautile_engine_drafted_tokens_total", 0)
-    accepted = figures.get("nautile_engine_accepted_tokens_total", 0)
+    drafted, accepted = (figures.get(f"nautile_engine_{kind}_tokens_total", 0) for kind in ("drafted", "accepted"))
     if not drafted:
         yield Finding("drafts", "n/a", "the server does not speculate")
     else:
         fix = "" if accepted else "leave speculation off: no draft was ever accepted"
         yield Finding("drafts", "ok" if accepted else "bad", f"{accepted:.0f} of {drafted:.0f} accepted", fix)
-    total, limit = figures.get("nautile_state_bytes_total", 0), figures.get("nautile_state_bytes_limit", 0)
-    yield Finding("state bytes", "ok" if total <= limit else "bad", f"{total / 2**20:,.1f} MiB of {limit / 2**20:,.1f} MiB")
+    yield _server_bytes(client, model)
+    yield _server_steady(client, model)
+
+
+def _figures(client: httpx.Client) -> dict[str, float]:
+    answer = client.get("/metrics")
+    lines = answer.text.splitlines() if answer.status_code == 200 else []
+    parts = [line.rsplit(" ", 1) for line in lines if not line.startswith("#") and " " in line]
+    return {name: float(value) for name, value in parts}
+
+
+def _taken_in(figures: Mapping[str, float]) -> float:
+    """Prompt tokens so far: tells whether somebody else used the server meanwhile."""
+    return figures["nautile_engine_prompt_tokens_total"]
+
+
+def _server_bytes(client: httpx.Client, model: str) -> Finding:
+    """What a new prompt adds to the blocks in use, against the planner's formula."""
+    from nautile.engine.doctor import Finding, needle_text  # noqa: PLC0415
+
+    before = _figures(client)
+    _, prompt, cached, _ = _ask(client, model, f"# doctor {time.time_ns()}\n" + needle_text(90, 2))
+    after = _figures(client)
+    block = after.get("nautile_state_block_tokens", 0)
+    planned = after.get("nautile_state_plan_bytes_per_token", 0) * block
+    kinds = [f'nautile_state_bytes{{kind="{kind}"}}' for kind in ("csa", "index", "hca")]
+    grown = sum(after.get(kind, 0) - before.get(kind, 0) for kind in kinds)
+    total, limit = after.get("nautile_state_bytes_total", 0), after.get("nautile_state_bytes_limit", 0)
+    figures = {"prompt": prompt, "bytes": grown, "formula_of_a_block": planned, "total": total, "limit": limit}
+    if total > limit:
+        text = f"{total / 2**20:,.1f} MiB of state where {limit / 2**20:,.1f} are allowed"
+        return Finding("state bytes", "bad", text, "report this: the pool is larger than its limit", figures)
+    if not planned or cached or _taken_in(after) - _taken_in(before) != prompt:
+        return Finding("state bytes", "warn", "others use the server: not measured", "run again when it is idle", figures)
+    least, most = (-(-tokens // block) * planned for tokens in (prompt, prompt + 12))
+    text = f"{grown:,.0f} bytes for {prompt} tokens in blocks of {block:.0f}, formula {least:,.0f}"
+    if grown < least:
+        fix = "the cache is full, or off: restart the server, or give it more --memory"
+        return Finding("state bytes", "warn", f"{text}: something else was forgotten meanwhile", fix, figures)
+    if grown > most + 1:
+        return Finding("state bytes", "bad", text, "report this: the pool and `nautile plan` disagree", figures)
+    return Finding("state bytes", "ok", text, "", figures)
+
+
+def _server_steady(client: httpx.Client, model: str) -> Finding:
+    """The same work again and again: the server's memory must stay, and no answer may suddenly take long."""
+    from nautile.engine.doctor import GROWTH, Finding, needle_text  # noqa: PLC0415
+
+    texts = [f"# steady {number}\n" + needle_text(20, number) for number in range(2)]
+
+    def work() -> float:
+        began = time.perf_counter()
+        for text in texts:
+            _ask(client, model, text)
+        return time.perf_counter() - began
+
+    for _ in range(3):
+        work()
+    before, seconds, after = _figures(client), [work() for _ in range(6)], _figures(client)
+    resident = "process_resident_memory_bytes"
+    growth, slowest = after.get(resident, 0) - before.get(resident, 0), max(seconds) / sorted(seconds)[len(seconds) // 2]
+    figures = {"growth_bytes": growth, "slowest_over_median": round(slowest, 2)}
+    text = f"{growth / 2**20:+.1f} MiB after warm-up; slowest round {slowest:.1f} times the median"
+    if resident not in after:
+        fix = "the system does not say how much memory the server takes: look yourself"
+        return Finding("after warm-up", "warn", f"slowest round {slowest:.1f} times the median", fix, figures)
+    if growth > GROWTH:
+        fix = "run again when the server is idle; if it grows again, report this with the model"
+        return Finding("after warm-up", "bad", text, fix, figures)
+    if slowest > 5:
+        return Finding("after warm-up", "warn", text, "something compiles or the machine is busy: run again", figures)
+    return Finding("after warm-up", "ok", text, "", figures)

@@ -31,6 +31,7 @@ __all__ = [
     "WorkspaceBytes",
     "decode_flops",
     "gqa8_kv_bytes",
+    "history_bytes",
     "kv_bytes",
     "make_plan",
     "parse_bytes",
@@ -269,6 +270,12 @@ def kv_bytes(config: ModelConfig, context: int, batch: int = 1, dtype: KVFormat 
         index_tails=batch * 2 * csa * 8 * 2 * ci * _FP32,
         spare=batch * spare * (len(ratios) * row + widths * _FP32),
     )
+
+
+def history_bytes(config: ModelConfig, tokens: int, rows: RowName) -> int:
+    """Bytes that ``tokens`` tokens of one sequence take in the blocks of a pool with rows of this format."""
+    formats: dict[RowName, KVFormat] = {"float32": "fp32", "bfloat16": "bf16", "packed": "packed"}
+    return kv_bytes(config, tokens, dtype=formats[rows]).history
 
 
 def workspace_bytes(config: ModelConfig, context: int, chunk: int = 512, batch: int = 1) -> WorkspaceBytes:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from nautile.engine.costs import kv_bytes
+from nautile.engine.costs import history_bytes
 from nautile.engine.engine import Engine
 from nautile.engine.fast import choose_dtype, computes_in
 from nautile.engine.options import EngineConfig
@@ -24,10 +24,10 @@ from nautile.model import Transformer
 from nautile.protocol import Tokenizer
 from nautile.state import StatePool
 
-__all__ = ["Finding", "examine", "needle_text", "resident_bytes"]
+__all__ = ["GROWTH", "Finding", "examine", "needle_text", "resident_bytes"]
 
 Verdict = Literal["ok", "warn", "bad", "n/a"]
-_GROWTH = 16 << 20  # bytes of resident memory that repeated work may add: allocators round up
+GROWTH = 16 << 20  # bytes of resident memory that repeated work may add: allocators round up
 _ANSWER = SamplingParams(max_tokens=12, ignore_eos=True)
 
 
@@ -148,9 +148,7 @@ def _state_bytes(engine: Engine) -> Finding:
         pool.release(sequence, keep=False)
         return blocks * pool.pages.block_bytes
 
-    formats: dict[str, Literal["fp32", "bf16", "packed"]] = {"float32": "fp32", "bfloat16": "bf16", "packed": "packed"}
-    rows = formats[engine.options.rows]
-    planned = kv_bytes(engine.config, tokens, dtype=rows).history
+    planned = history_bytes(engine.config, tokens, engine.options.rows)
     taken = engine.with_pool(taken_by_one)
     each = taken / tokens
     figures = {"tokens": tokens, "bytes": taken, "formula": planned, "tail_bytes": engine.pool.pages.slot_bytes}
@@ -175,7 +173,7 @@ def _steady(engine: Engine) -> Finding:
     growth, slowest = resident_bytes() - before, max(seconds) / sorted(seconds)[len(seconds) // 2]
     figures = {"growth_bytes": growth, "slowest_over_median": round(slowest, 2)}
     text = f"{growth / 2**20:+.1f} MiB after warm-up; slowest round {slowest:.1f} times the median"
-    if growth > _GROWTH:
+    if growth > GROWTH:
         return Finding("after warm-up", "bad", text, "memory grows with repeated work: report this with the model", figures)
     if slowest > 5:
         return Finding("after warm-up", "warn", text, "something compiles or the machine is busy: run again", figures)

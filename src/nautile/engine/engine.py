@@ -88,6 +88,7 @@ class Engine:
         kinds = self.pool.pages.bytes_by_kind
         self._block_kinds = {name: kinds[name] for name in HISTORY}
         self._slot_kinds = {name: kinds[name] for name in TAIL}
+        self._planned = self._planned_bytes()
         self._core = self._make_core()
         self._driver: Driver | None = None
         self._lock = threading.Lock()
@@ -223,6 +224,13 @@ class Engine:
         sizes = replace(self.options.pool(self.config), disk=None)  # opened when it is known who computes
         return StatePool(self.config, sizes, self.options.device, name)
 
+    def _planned_bytes(self) -> float:
+        """Bytes of history a token, by the formula of ``nautile plan``."""
+        from nautile.engine.costs import history_bytes  # noqa: PLC0415  # as above
+
+        size = self.options.block_tokens
+        return history_bytes(self.config, size, self.options.rows) / size
+
     def _make_core(self) -> Core:
         options = self.options
         limits = Limits(
@@ -238,7 +246,14 @@ class Engine:
     def _described(self, stats: EngineStats) -> EngineStats:
         kinds = self._bytes_used()
         limit = self.options.pool_bytes + self.options.snapshot_bytes
-        return replace(stats, bytes_by_kind=kinds, bytes_total=sum(kinds.values()), bytes_limit=limit)
+        return replace(
+            stats,
+            bytes_by_kind=kinds,
+            bytes_total=sum(kinds.values()),
+            bytes_limit=limit,
+            bytes_per_token=self._planned,
+            block_tokens=self.options.block_tokens,
+        )
 
     def _bytes_used(self) -> dict[str, int]:
         """Bytes of the blocks and slots that are not free, by kind, and of the snapshots."""

@@ -130,6 +130,8 @@ class EngineStats:
     bytes_by_kind: dict[str, int] = field(default_factory=dict)
     bytes_total: int = 0
     bytes_limit: int = 0
+    bytes_per_token: float = 0.0  # of history, by the planner's formula
+    block_tokens: int = 0
 
 
 class AsyncEngine(Protocol):

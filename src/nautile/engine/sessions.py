@@ -137,14 +137,15 @@ class EngineSessions:
         Raises SessionError, StoreError, PoolFull.
         """
         store = self.store(partition)
+        fetched = store.fetch(name, self.engine.pool)  # beside the engine, which goes on meanwhile
 
-        def read(pool: StatePool) -> tuple[SessionInfo, tuple[int, ...]]:
-            resumed = store.resume(name, pool, partition)
+        def enter(pool: StatePool) -> tuple[SessionInfo, tuple[int, ...]]:
+            resumed = store.start(fetched, pool, partition)
             ids = (*resumed.sequence.ids, *resumed.pending)
             pool.release(resumed.sequence)
             return resumed.info, ids
 
-        return self.engine.with_pool(read)
+        return self.engine.with_pool(enter)
 
     def _take_in(self, ids: tuple[int, ...], partition: str) -> None:
         """Prefill through the scheduler, so that other requests go on meanwhile; the state stays as a cached prefix."""

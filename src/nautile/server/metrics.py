@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -32,6 +32,7 @@ class Metrics:
             "nautile_time_per_output_token_seconds", "Mean between tokens of a turn", buckets=_EACH, registry=self.registry
         )
         self.registry.register(_EngineFigures(stats))
+        ProcessCollector(registry=self.registry)  # resident memory, among others
         self.registry.register(_MemoryFigures(memory))
 
     def render(self) -> bytes:
@@ -53,6 +54,8 @@ class _EngineFigures(Collector):
             "nautile_waiting": ("Requests that wait for the engine", stats.waiting),
             "nautile_state_bytes_total": ("Bytes of all state", stats.bytes_total),
             "nautile_state_bytes_limit": ("Bytes that state may take", stats.bytes_limit),
+            "nautile_state_plan_bytes_per_token": ("Bytes of history a token, by the planner", stats.bytes_per_token),
+            "nautile_state_block_tokens": ("Tokens of a block of history", stats.block_tokens),
             "nautile_cache_hit_rate": ("Prompt tokens not computed again", stats.cached_tokens / max(stats.prompt_tokens, 1)),
             "nautile_draft_acceptance": ("Drafted tokens accepted", stats.accepted_tokens / max(stats.drafted_tokens, 1)),
         }

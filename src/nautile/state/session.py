@@ -40,7 +40,7 @@ from nautile.state.session_file import (
 )
 from nautile.state.store import NodeName, NodeStore, check_layout, layout
 
-__all__ = ["Captured", "CapturedStep", "Resumed", "SessionConflict", "SessionError", "SessionInfo", "SessionStore"]
+__all__ = ["Captured", "CapturedStep", "Fetched", "Resumed", "SessionConflict", "SessionError", "SessionInfo", "SessionStore"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SUFFIX = ".session"
@@ -103,6 +103,15 @@ class Captured:
 
     contents: SessionContents
     steps: tuple[CapturedStep, ...]
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What ``start`` puts into a pool: copies of the files' sections."""
+
+    info: SessionInfo
+    contents: SessionContents
+    parts: tuple[Part, ...]
 
 
 class SessionStore:
@@ -208,6 +217,10 @@ class SessionStore:
         Parts that are damaged are reported, set aside and come back as ``pending`` tokens to be computed. Raises SessionError
         for an unknown name or a session of another model, StoreError for a damaged file, PoolFull.
         """
+        return self.start(self.fetch(name, pool), pool, partition)
+
+    def fetch(self, name: str, pool: StatePool) -> Fetched:
+        """The first half of ``resume``: reads and checks everything for such a pool, which it does not touch."""
         info, contents = self.info(name), self._read(name)
         self._check_model(name, contents.fields, pool)
         store, parts = self._steps(contents), list[Part]()
@@ -218,12 +231,17 @@ class SessionStore:
                 parts.append(Part(contents.fields["state_length"], contents.history, contents.tail))
         except StoreError as error:
             self.report(f"session {name!r}: {error}")
+        return Fetched(info, contents, tuple(parts))
+
+    def start(self, fetched: Fetched, pool: StatePool, partition: str = "") -> Resumed:
+        """The second half of ``resume``, which changes the pool. Raises PoolFull, StoreError for state of wrong sizes."""
+        contents = fetched.contents
         try:
-            sequence = pool.load(contents.ids, parts, partition)
+            sequence = pool.load(contents.ids, fetched.parts, partition)
         except PoolError as error:
-            raise StoreError(f"{self._path(name)} is not as a session is written: {error}") from None
+            raise StoreError(f"{self._path(fetched.info.name)} is not as a session is written: {error}") from None
         pending = contents.ids[sequence.length :]
-        return Resumed(sequence, pending, None if pending else contents.logits, info)
+        return Resumed(sequence, pending, None if pending else contents.logits, fetched.info)
 
     # Timelines ----------------------------------------------------------------------------------------------------
 

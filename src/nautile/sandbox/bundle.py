@@ -12,11 +12,20 @@ from typing import Any
 from nautile.sandbox.errors import SubstrateUnavailable
 from nautile.sandbox.function import MASKED, MASKED_DIRECTORIES
 
-__all__ = ["TENANT", "configuration", "init_program", "skeleton"]
+__all__ = ["TENANT", "configuration", "furnish", "init_program", "share", "skeleton"]
 
 TENANT = 1000  # user and group id of commands inside
 _LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _BOUND = ("/etc/alternatives", "/etc/ld.so.cache", "/etc/ssl/certs")
+_DEVICES = ("full", "null", "random", "tty", "urandom", "zero")
+_DEVICE_LINKS = {
+    "core": "/proc/kcore",
+    "fd": "/proc/self/fd",
+    "ptmx": "pts/ptmx",
+    "stderr": "/proc/self/fd/2",
+    "stdin": "/proc/self/fd/0",
+    "stdout": "/proc/self/fd/1",
+}
 _PASSWD = (
     "root:x:0:0:root:/root:/bin/sh\nagent:x:1000:1000:agent:/workspace:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"
 )
@@ -26,22 +35,28 @@ _GROUP = "root:x:0:\ntty:x:5:\nagent:x:1000:\nnogroup:x:65534:\n"
 def init_program() -> bytes:
     """An ELF program that ignores SIGCHLD, so that orphans need no collecting, and then sleeps for ever.
 
-    It is process 1 of a container, it needs nothing of an image, and it costs two pages.
+    It is process 1 of a container and needs nothing of an image. It gives its stack back, which it never uses, with the page
+    tables that lead there: what stays is the page that it runs from. (Where the kernel seals the vDSO the call is refused, and
+    it sleeps with them.) Its arguments go with the stack: it is known by its name, ``init``.
     """
     if platform.machine() != "x86_64":
         why = f"there is no first process for {platform.machine()} yet"
         raise SubstrateUnavailable("container", why, "use kind='function'")
     code = bytes.fromhex(
-        "488d351f000000"  # lea rsi, [rip+31]   the action below
+        "488d3539000000"  # lea rsi, [rip+57]   the action below
         "bf11000000"  # mov edi, 17             SIGCHLD
         "31d2"  # xor edx, edx
         "41ba08000000"  # mov r10d, 8
         "b80d000000"  # mov eax, 13             rt_sigaction
         "0f05"  # syscall
+        "bf00000010"  # mov edi, 0x10000000     above this program
+        "48be00f0ffefff7f0000"  # mov rsi, 0x7fffeffff000: up to the end of the address space
+        "b80b000000"  # mov eax, 11             munmap
+        "0f05"  # syscall
         "b822000000"  # mov eax, 34             pause
         "0f05"  # syscall
         "ebf7"  # jmp to the mov
-        "9090"  # alignment
+        "660f1f440000"  # alignment
     )
     action = struct.pack("<QQQQ", 1, 0, 0, 0)  # SIG_IGN
     base, offset = 0x400000, 64 + 56
@@ -148,3 +163,44 @@ def configuration(
             "readonlyPaths": ["/proc/sys"],
         },
     }
+
+
+def furnish(place: Path) -> None:
+    """Make what every container of a keeper sees and none can change: process 1 and /dev in ``place``, an empty directory."""
+    devices = place / "dev"
+    for directory in (place, devices, devices / "pts", devices / "shm", place / "nothing"):
+        directory.mkdir()
+        directory.chmod(0o755)
+    for name in _DEVICES:  # the places at which the host's devices are mounted
+        (devices / name).touch()
+    for name, target in _DEVICE_LINKS.items():
+        (devices / name).symlink_to(target)
+    (devices / "init").write_bytes(init_program())
+    (devices / "init").chmod(0o755)
+
+
+def share(told: dict[str, Any], place: Path, shm: Path) -> dict[str, Any]:
+    """The same configuration with fewer file systems of its own.
+
+    /dev and the directories that hide others are those of ``furnish`` in ``place``, read-only; /dev/shm is the directory
+    ``shm``. For each file system that is mounted anywhere the kernel keeps a word in every memory group, so what n containers
+    need grows with n times the file systems of each.
+    """
+    read_only = ["bind", "ro", "nosuid", "nodev"]
+
+    def bind(source: str | Path, target: str, options: list[str]) -> dict[str, Any]:
+        return {"destination": target, "type": "bind", "source": str(source), "options": options}
+
+    replaced = {
+        "/dev": [
+            bind(place / "dev", "/dev", read_only),
+            *(bind(f"/dev/{name}", f"/dev/{name}", ["bind", "ro", "nosuid", "noexec"]) for name in _DEVICES),
+        ],
+        "/dev/shm": [bind(shm, "/dev/shm", ["bind", "rw", "nosuid", "nodev", "noexec"])],
+        "/dev/init": [],  # it is in /dev
+    }
+    mounts = [new for old in told["mounts"] for new in replaced.get(old["destination"], [old])]
+    masked = told["linux"]["maskedPaths"]
+    hidden = [path for path in masked if os.path.isdir(path)]
+    mounts += [bind(place / "nothing", path, [*read_only, "noexec"]) for path in hidden]
+    return {**told, "mounts": mounts, "linux": {**told["linux"], "maskedPaths": [one for one in masked if one not in hidden]}}

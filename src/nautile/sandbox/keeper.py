@@ -4,9 +4,10 @@ It is a fork server of its own, in a private mount namespace: a request is one c
 mounts is seen by nobody else and vanishes with it. Containers that were used lately have a seat (seat.py), and some seats wait
 for the next containers; a client asks a seat directly. Its only state besides leases and seats is in its directory:
 
-    keeper.sock  keeper.log  init  skeleton/  layers/N/          for all
+    keeper.sock  keeper.log  shared/  skeleton/  layers/N/       for all
     ID/  state.json  pid  group  operations/
-    work/GROUP/  fs/ (tmpfs: upper, work; below it root/, the overlay)  bundle/  crun/        seen by the keeper alone
+    work/GROUP/  fs/ (tmpfs: upper, work, shm; below it root/, the overlay)        seen by the keeper alone
+                 bundle/  crun/        only until it runs
 
 A lease is a connection that a client holds open for a sandbox; when it breaks, the sandbox is closed. A sandbox without a
 lease outlives its client and ends at its time to live.
@@ -34,7 +35,7 @@ from nautile.sandbox import bundle, cgroup, enter, kernel, native, seat
 from nautile.sandbox.errors import SandboxError, SandboxLost, SubstrateUnavailable
 from nautile.sandbox.guest.kernel import cache_directory
 from nautile.sandbox.inside import frames
-from nautile.sandbox.operations import MOUNTS, Task, adopt, become_crun, carry_out, end_first_process, give, group_name
+from nautile.sandbox.operations import MOUNTS, SHARED, Task, adopt, become_crun, carry_out, end_first_process, give, group_name
 from nautile.sandbox.seat import Seat, know, open_seat
 from nautile.sandbox.spares import (
     SPARE_IDLE,
@@ -126,13 +127,11 @@ class Keeper:
                 entry.unlink(missing_ok=True)
 
     def _furnish(self) -> None:
-        init = self.place / "init"
-        init.write_bytes(bundle.init_program())
-        init.chmod(0o755)
         layer = self.place / "skeleton"
         layer.mkdir()
         os.umask(0o022)
         bundle.skeleton(layer)
+        bundle.furnish(self.place / SHARED)
         if self.root:
             os.chown(layer / "workspace", bundle.TENANT, bundle.TENANT)
         os.umask(0o077)

@@ -22,6 +22,7 @@ __all__ = [
     "set_namespaces",
     "unmount",
     "unshare",
+    "without_programs",
 ]
 
 CLONE_NEWNS = 0x00020000
@@ -42,7 +43,7 @@ _OPEN_TREE, _MOVE_MOUNT, _CLONE3, _OPENAT2, _MOUNT_SETATTR = 428, 429, 435, 437,
 _CLONE_PIDFD, _CLONE_INTO_CGROUP, _SIGCHLD = 0x1000, 0x2_0000_0000, 17
 _CAPSET = {"x86_64": 126, "aarch64": 91}
 _AT_EMPTY_PATH, _AT_RECURSIVE, _OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 0x1000, 0x8000, 1, 4
-_MOUNT_ATTR_IDMAP, _MOUNT_ATTR_RDONLY = 0x00100000, 0x1
+_MOUNT_ATTR_IDMAP, _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOEXEC = 0x00100000, 0x1, 0x8
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS, _PR_CAPBSET_DROP, _PR_SET_SECCOMP, _PR_CAP_AMBIENT = 4, 38, 24, 22, 47
 _PR_SET_CHILD_SUBREAPER = 36
 _LAST_CAPABILITY = 63
@@ -127,6 +128,13 @@ def idmap(source: str, target: str, users: int, *, writable: bool = False) -> No
 def open_tree(source: str) -> int:
     """A descriptor of a copy of the mount at ``source``, which is nowhere yet."""
     return _syscall("open_tree", _OPEN_TREE, -100, os.fsencode(source), _OPEN_TREE_CLONE | os.O_CLOEXEC)
+
+
+def without_programs(tree: int) -> None:
+    """Nothing in what ``open_tree`` gave can be executed, wherever it is put."""
+    attributes = struct.pack("<QQQQ", _MOUNT_ATTR_NOEXEC, 0, 0, 0)
+    buffer = ctypes.create_string_buffer(attributes, len(attributes))
+    _syscall("mount_setattr", _MOUNT_SETATTR, tree, b"", _AT_EMPTY_PATH, buffer, len(attributes))
 
 
 def move_mount(tree: int, target: str) -> None:

@@ -27,8 +27,9 @@ from nautile.sandbox.seat import NotStarted, Seat, SeatGone, know, start
 from nautile.sandbox.seccomp_profile import first_process_profile
 from nautile.sandbox.state import SHARE, WORK, Settings, State
 
-__all__ = ["MOUNTS", "Task", "adopt", "become_crun", "carry_out", "end_first_process", "group_name", "locked"]
+__all__ = ["MOUNTS", "SHARED", "Task", "adopt", "become_crun", "carry_out", "end_first_process", "group_name", "locked"]
 
+SHARED = "shared"  # what all containers have in common and none can change
 MOUNTS = "mounts"  # the directory of mount points of callers' directories; only empty ones are removed from it
 
 _CRUN_LIMIT = 20.0  # seconds
@@ -203,13 +204,15 @@ def _file_system(keeper: Path, settings: Settings, request: dict[str, Any], limi
     """Mount the writable layer, in memory and of bounded size, over the read-only ones, at ``fs/root`` in ``place``."""
     place.mkdir()
     place.chmod(0o711)  # the container's users must be able to pass through
-    for name in ("fs", "root", "bundle"):
+    for name in ("fs", "root", "shm", "bundle"):
         (place / name).mkdir()
     options = f"size={limits.disk},nr_inodes={limits.inodes},mode=0711"
     kernel.mount("nautile", str(place / "fs"), "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
     for name in ("upper", "work", "root"):
         (place / "fs" / name).mkdir()
         (place / "fs" / name).chmod(0o755)
+    (place / "fs/shm").mkdir()
+    (place / "fs/shm").chmod(0o1777)
     lowers = [Path(one) for one in request["layers"]]
     if request["host_usr"]:
         lowers.insert(0, keeper / "skeleton")
@@ -345,18 +348,15 @@ def _user_namespace(users: str, groups: str) -> int:
 
 def _start(keeper: Path, settings: Settings, request: dict[str, Any], seat: Seat, work: Path) -> int:
     """Let crun make the container; the host's number of its process 1."""
-    place, root = keeper / request["id"], work / "root"
-    users = [{"containerID": 0, "hostID": settings.base or 0, "size": SHARE if settings.base is not None else 1}]
+    place = keeper / request["id"]
     workspace = request["workspace"] and str(_workspace(place, settings, request["workspace"]))
-    shm = Limits(**request["limits"]).disk
-    description = bundle.configuration(root, keeper / "init", request["host_usr"], users, shm, workspace)
-    description["linux"]["seccomp"] = first_process_profile()
-    (work / "bundle/config.json").write_text(json.dumps(description))
+    _describe(keeper, settings, request, work, workspace)
     if settings.crun is None or settings.mounts is None:
         raise SubstrateUnavailable("container", "crun is missing", "apt-get install crun, and nautile sandbox stop")
     argv = ["crun", "--root", str(work / "crun"), "--cgroup-manager", "disabled", "run", "--detach"]
     argv += ["--bundle", str(work / "bundle"), "--pid-file", str(place / "pid"), request["id"]]
-    trees = {str(work / "fs/root"): str(root)} | ({workspace: workspace} if workspace and settings.base is not None else {})
+    trees = {str(work / "fs/root"): str(work / "root"), str(work / "fs/shm"): str(work / "shm")}
+    trees |= {workspace: workspace} if workspace and settings.base is not None else {}
     orders = Orders(
         tuple(argv),
         (str(work / "crun.log"), *trees.values()),
@@ -365,6 +365,7 @@ def _start(keeper: Path, settings: Settings, request: dict[str, Any], seat: Seat
     )
     with contextlib.ExitStack() as stack:
         moved = [stack.enter_context(_opened(kernel.open_tree(tree))) for tree in trees]
+        kernel.without_programs(moved[1])
         try:
             status = start(seat.control, "c", orders, [settings.crun, settings.mounts, *moved]).wait(_CRUN_LIMIT)
         except (SeatGone, NotStarted) as error:
@@ -375,7 +376,19 @@ def _start(keeper: Path, settings: Settings, request: dict[str, Any], seat: Seat
         if status is None:
             why = f"crun did not finish within {_CRUN_LIMIT:g} s"
         raise SubstrateUnavailable("container", why, "nautile sandbox doctor")
+    for made in ("bundle", "crun"):  # in memory, and read by nobody any more
+        shutil.rmtree(work / made, ignore_errors=True)
     return int((place / "pid").read_text())
+
+
+def _describe(keeper: Path, settings: Settings, request: dict[str, Any], work: Path, workspace: str | None) -> None:
+    """Write what crun reads."""
+    users = [{"containerID": 0, "hostID": settings.base or 0, "size": SHARE if settings.base is not None else 1}]
+    shm = Limits(**request["limits"]).disk
+    description = bundle.configuration(work / "root", keeper / SHARED, request["host_usr"], users, shm, workspace)
+    description = bundle.share(description, keeper / SHARED, work / "shm")
+    description["linux"]["seccomp"] = first_process_profile()
+    (work / "bundle/config.json").write_text(json.dumps(description))
 
 
 def become_crun(orders: Orders, descriptors: list[int]) -> NoReturn:

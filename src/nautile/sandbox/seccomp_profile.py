@@ -1,6 +1,6 @@
 """Which system calls the first process of a container may make, as the OCI configuration says it (``linux.seccomp``).
 
-Commands are no children of that process, and have a filter of their own (seccomp.py). It runs two calls of ours and sleeps;
+Commands are no children of that process, and have a filter of their own (seccomp.py). It makes two calls and sleeps;
 before that crun, which loads the filter as the last thing, closes what it has open and executes it. All else fails with EPERM.
 """
 
@@ -14,7 +14,7 @@ from nautile.sandbox.errors import SubstrateUnavailable
 
 __all__ = ["FIRST_PROCESS", "RUNTIME", "first_process_profile"]
 
-FIRST_PROCESS = ("rt_sigaction", "pause")  # what bundle.init_program calls
+FIRST_PROCESS = ("rt_sigaction", "munmap", "pause")  # what bundle.init_program calls
 RUNTIME = ("close", "execve")  # what crun still calls when the filter is there
 _ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64"}
 

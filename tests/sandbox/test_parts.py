@@ -1,10 +1,12 @@
 """The parts that need no sandbox: the filter's arithmetic, cgroups of both versions, policies, frames, layers, the view."""
 
+import errno
 import io
 import itertools
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import stat
@@ -26,6 +28,7 @@ from nautile.sandbox.inside import frames
 from nautile.sandbox.inside.supervise import Capture
 from nautile.sandbox.orders import Orders
 from nautile.sandbox.seat import Seat
+from nautile.sandbox.session import Session
 from nautile.sandbox.spares import Spare, Spares, kind_of
 from nautile.sandbox.state import Settings, State
 
@@ -134,6 +137,52 @@ def test_a_group_is_made_while_another_process_removes_the_last_one(tmp_path):
         (tmp_path / f"v{version}").mkdir()
         group = cgroups.Group.make("one", owner="1.2", found=found)
         assert len(gone) == 3 and all(place.is_dir() for place in group.places)
+
+
+def test_a_group_that_vanishes_while_it_is_made_is_made_again(tmp_path):
+    """Between the opening of a file of its owner's directory and the writing, which the kernel then refuses with ENODEV."""
+    asked = []
+
+    class Place(type(tmp_path)):
+        def write_text(self, *arguments, **options):
+            asked.append(self.name)
+            if len(asked) == 1:
+                raise OSError(errno.ENODEV, "No such device")
+            return super().write_text(*arguments, **options)
+
+    found = [cgroups.Hierarchy(Place(tmp_path), 2, frozenset({"pids"}))]
+    group = cgroups.Group.make("one", owner="1.2", found=found)
+    assert len(asked) > 1 and all(place.is_dir() for place in group.places)
+
+
+@pytest.mark.parametrize("moment", ["listed", "killed"])
+def test_two_may_sweep_at_once(tmp_path, moment):
+    """The other one has removed what is left just before this one lists it, or as it ends what is inside."""
+
+    class Place(type(tmp_path)):
+        def is_dir(self):
+            found = super().is_dir()
+            if moment == "listed" and self.name == "nautile":
+                shutil.rmtree(self)
+            return found
+
+        def iterdir(self):
+            if moment == "listed":
+                shutil.rmtree(self, ignore_errors=True)
+            return super().iterdir()
+
+        def exists(self):
+            found = super().exists()
+            if moment == "killed" and self.name == "freezer.state":
+                shutil.rmtree(self.parent)
+            return found
+
+    dead = tmp_path / "nautile/999999999.1"
+    dead.mkdir(parents=True)
+    (dead / "cgroup.procs").write_text("999999999\n")
+    (dead / "freezer.state").touch()
+    cgroups.sweep([cgroups.Hierarchy(Place(tmp_path), 1, frozenset({"freezer"}))])
+    assert not dead.exists()
 
 
 def test_an_owner_is_alive_only_as_itself():
@@ -406,6 +455,21 @@ def test_a_skeleton_has_no_user_data(tmp_path):
     )
 
 
+# -- sessions
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_the_exit_code_of_a_program_that_has_closed_its_side_is_waited_for(ended):
+    """What it has left is killed before its exit code is told, which takes as long as it takes."""
+    (mine, keeper), (terminal, program) = socket.socketpair(), socket.socketpair()
+    session = Session(mine, terminal.detach())
+    with keeper, program:
+        if ended:
+            program.close()
+            threading.Timer(0.5, frames.send, [keeper, {"exit_code": 5}]).start()
+        assert session.close() == (5 if ended else -1)
+
+
 # -- a container's process 1
 
 
@@ -419,7 +483,7 @@ def test_a_process_that_ends_is_not_alive_before_it_is_collected():
         assert cgroups.alive(name)
         assert not cgroups.alive(f"{child}.1") and not cgroups.alive("x") and not cgroups.alive("")
         os.kill(child, signal.SIGKILL)
-        select.select([pidfd], [], [], 30)  # it has ended; nobody has collected it
+        assert select.select([pidfd], [], [], 60)[0]  # it has ended; nobody has collected it
         assert os.path.exists(f"/proc/{child}") and not cgroups.alive(name)
         with pytest.raises(SandboxLost, match="has died"):
             step_inside(pidfd, 1000)

@@ -39,6 +39,7 @@ _WANTED = ("memory", "pids", "cpu", "freezer")
 _TOP = "nautile"
 _PERIOD = 100_000  # microseconds of a cpu quota's period
 _ATTEMPTS = 100  # at making a group while others remove theirs
+_REMOVED = (errno.ENOENT, errno.ENODEV)  # of a file whose group was removed before it was opened, or after that
 _REMEDY = (
     "run as root, or in a delegated cgroup (systemd-run --user --scope -p Delegate=yes COMMAND), or pass "
     "limits=Limits(allow_unenforced=True) to go without"
@@ -230,8 +231,8 @@ def _make_directory(hierarchy: Hierarchy, mine: Path, target: Path) -> None:
                 if hierarchy.version == 2 and hierarchy.controllers and place != target:
                     (place / "cgroup.subtree_control").write_text(" ".join(f"+{one}" for one in sorted(hierarchy.controllers)))
             return
-        except FileNotFoundError:  # another process has just removed its last group, and the empty directory above it
-            if not attempts_left:
+        except OSError as error:  # another process has just removed its last group, and the empty directory above it
+            if error.errno not in _REMOVED or not attempts_left:
                 raise
 
 
@@ -269,13 +270,8 @@ def enter(entrance: Path) -> None:
 
 def kill_group(place: Path) -> None:
     """Kill every process in a group directory and below it, and wait for their end."""
-    if (place / "cgroup.kill").exists():
-        try:
-            (place / "cgroup.kill").write_text("1")
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENODEV):
-                raise
-            return  # it has just been removed, which nothing that is inside lets happen
+    if (place / "cgroup.kill").exists() and not _written(place / "cgroup.kill", "1"):
+        return  # it has just been removed, which nothing that is inside lets happen
     deadline = time.monotonic() + 5.0
     pause = 0.0002
     while (left := _members(place)) and time.monotonic() < deadline:
@@ -283,10 +279,21 @@ def kill_group(place: Path) -> None:
             for process in left:  # a fork that races with this is caught by the next round; the pids limit bounds the rounds
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
-            if (place / "freezer.state").exists():
-                (place / "freezer.state").write_text("THAWED")
+            if (place / "freezer.state").exists() and not _written(place / "freezer.state", "THAWED"):
+                return
         time.sleep(pause)
         pause = min(pause * 2, 0.02)
+
+
+def _written(file: Path, text: str) -> bool:
+    """Write to a group's file; False if somebody else has just removed the group, as two who sweep at once may."""
+    try:
+        file.write_text(text)
+    except OSError as error:
+        if error.errno not in _REMOVED:
+            raise
+        return False
+    return True
 
 
 def _members(place: Path) -> list[int]:
@@ -318,7 +325,10 @@ def sweep(found: Iterable[Hierarchy] | None = None) -> int:
     swept = 0
     for hierarchy in hierarchies() if found is None else found:
         top = hierarchy.base / _TOP
-        for owner in top.iterdir() if top.is_dir() else ():
+        owners: list[Path] = []
+        with contextlib.suppress(FileNotFoundError):  # the last group of all may be removed at any moment
+            owners = list(top.iterdir())
+        for owner in owners:
             if owner.is_dir() and not alive(owner.name):
                 kill_group(owner)
                 remove_group(owner)

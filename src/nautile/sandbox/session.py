@@ -14,6 +14,7 @@ from nautile.sandbox.inside import frames
 __all__ = ["Session"]
 
 _MOST = 16 * 2**20  # bytes that ``until`` reads at most
+_ENDING = 10.0  # seconds in which the exit code of a program that has closed its side must come: what it left is killed first
 
 
 class Session:
@@ -74,10 +75,16 @@ class Session:
         """Kill it with everything it started; its exit code, -1 if it had not ended by itself."""
         if self._code is None:
             self._code = -1
-            self._channel.settimeout(0.2)
+            self._channel.settimeout(_ENDING if self._hung_up() else 0.2)
             with contextlib.suppress(OSError, frames.BrokenFrameError):
                 message = frames.receive(self._channel)
                 self._code = int(message[0]["exit_code"]) if message is not None else -1
             self._channel.close()
             os.close(self._descriptor)
         return self._code
+
+    def _hung_up(self) -> bool:
+        """Whether nobody holds the other side any more: the program has ended, or is about to."""
+        poll = select.poll()
+        poll.register(self._descriptor, 0)
+        return bool(poll.poll(0))

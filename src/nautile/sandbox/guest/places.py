@@ -28,7 +28,10 @@ def sweep() -> int:
         match = _NAME.fullmatch(entry.name)
         if match is None or cgroup.alive(match[1]):
             continue
-        found = entry.stat(follow_symlinks=False)
+        try:
+            found = entry.stat(follow_symlinks=False)
+        except FileNotFoundError:  # somebody else sweeps, too
+            continue
         if found.st_uid == os.geteuid() and stat.S_ISDIR(found.st_mode):
             shutil.rmtree(entry.path, ignore_errors=True)
             count += 1

@@ -7,13 +7,14 @@ what comes and puts it where it belongs.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from nautile.sandbox.errors import SandboxLost
 
@@ -58,21 +59,26 @@ class Stream:
         self._events: deque[tuple[int, bytes]] = deque()
         self._given = {OUT: WINDOW, ERR: WINDOW}  # what the guest may still send
         self._owed = {OUT: 0, ERR: 0}
+        self._counting = threading.Lock()  # one thread may receive while another feeds or takes
 
     def _arrived(self, kind: int, data: bytes) -> None:
         if kind in (OUT, ERR):
-            self._given[kind] -= len(data)
+            with self._counting:
+                self._given[kind] -= len(data)
             if self._given[kind] < 0 or (not data and self.number < _CONNECTIONS):
                 raise SandboxLost("the guest sent more than it may")
         elif kind == TAKEN:
-            if len(data) != 4 or (count := int.from_bytes(data, "little")) > WINDOW - self.room:
-                raise SandboxLost("the guest took more than it was given")
-            self.room += count
+            with self._counting:
+                if len(data) != 4 or (count := int.from_bytes(data, "little")) > WINDOW - self.room:
+                    raise SandboxLost("the guest took more than it was given")
+                self.room += count
             return
         elif kind == EXIT:
             if len(data) != _EXIT.size:
                 raise SandboxLost("the guest sent an end that is none")
             self.ended = Ended(data)
+        elif kind != FAILED:
+            raise SandboxLost(f"the guest sent a frame of kind {kind} of a program")
         self._events.append((kind, data))
 
     def next(self, deadline: float) -> tuple[int, bytes] | None:
@@ -85,9 +91,10 @@ class Stream:
         if kind in self._owed and data:
             self._owed[kind] += len(data)
             if self._owed[kind] >= WINDOW // 2 and self.ended is None:
-                self.link.send(CREDIT, self.number, struct.pack("<IB", self._owed[kind], kind == ERR))
-                self._given[kind] += self._owed[kind]
-                self._owed[kind] = 0
+                credit, self._owed[kind] = self._owed[kind], 0
+                with self._counting:  # before it is told: the guest may be fast
+                    self._given[kind] += credit
+                self.link.send(CREDIT, self.number, struct.pack("<IB", credit, kind == ERR))
         return kind, data
 
     @property
@@ -97,10 +104,11 @@ class Stream:
 
     def feed(self, data: memoryview) -> int:
         """Send as much input as fits; how much that was."""
-        count = min(self.room, len(data))
+        with self._counting:  # before it is sent: the guest may be fast
+            count = min(self.room, len(data))
+            self.room -= count
         for at in range(0, count, PIECE):
             self.link.send(DATA, self.number, data[at : min(at + PIECE, count)])
-        self.room -= count
         return count
 
     def feed_all(self, data: bytes | memoryview, seconds: float = _PATIENCE) -> None:
@@ -136,7 +144,7 @@ class Link:
         channel.setblocking(False)
         self._streams: dict[int, Stream] = {}
         self._answers: deque[tuple[int, bytes]] = deque()
-        self._serial = 0
+        self.serial = 0  # of the last stream
         self._sending, self._receiving = threading.RLock(), threading.Lock()
         self._arrival = threading.Condition()
         self.lost: str | None = None
@@ -167,7 +175,7 @@ class Link:
 
     def continue_from(self, other: Link) -> None:
         """Be the channel to a copy of another machine, whose agent still ends streams that the other has begun."""
-        self._serial = other._serial
+        self.serial = other.serial
 
     def hold(self) -> None:
         """Nothing is begun or said until ``go_on``; everything written is on the disk."""
@@ -177,6 +185,16 @@ class Link:
     def go_on(self) -> None:
         """See ``hold``."""
         self.send(GO_ON, 0)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """``hold`` until it is left, and no thread of ours says anything either: no frame is on its way."""
+        with self._sending:
+            self.hold()
+            try:
+                yield
+            finally:
+                self.go_on()
 
     def _answer(self, wanted: int, seconds: float) -> bytes:
         deadline = time.monotonic() + seconds
@@ -208,8 +226,8 @@ class Link:
         head = struct.pack("<BBHHHII", kind, terminal is not None, rows, columns, 0, len(words), len(pairs))
         data = memoryview(head + b"".join(one + b"\0" for one in texts))
         with self._sending:
-            self._serial = self._serial % (_CONNECTIONS - 1) + 1
-            stream = self._streams[self._serial] = Stream(self, self._serial)
+            self.serial = self.serial % (_CONNECTIONS - 1) + 1
+            stream = self._streams[self.serial] = Stream(self, self.serial)
             if len(data) > REQUEST:
                 stream._arrived(FAILED, b"Argument list too long")
                 return stream

@@ -254,7 +254,8 @@ class Edge:
         with self._lock:
             self.held[held.id] = held
             self.change += 1
-        return self._attached(held, 0) if log is not None else self.describe(held)
+            change = self.change  # its own: by the time it is described there may have been others
+        return {**(self._attached(held, 0) if log is not None else self.describe(held)), "change": change}
 
     def _make(self, wish: Wish) -> Sandbox:
         if wish.kind == "function":
@@ -325,8 +326,9 @@ class Edge:
         if recorded is None:
             return self._admitted(wish, child, None)
         first = recorded.log.contents.inherited
-        self._admitted(wish, child, log)
-        return self._attached(self.find(f"{self.config.name}.{child.info.id}", wish.project), first, again=False)
+        change = self._admitted(wish, child, log)["change"]
+        held = self.find(f"{self.config.name}.{child.info.id}", wish.project)
+        return {**self._attached(held, first, again=False), "change": change}
 
     # -- finding
 

@@ -58,7 +58,6 @@ def listen(address: str) -> tuple[socket.socket, str]:
 def _serve(app: Any, listener: socket.socket) -> None:
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, timeout_keep_alive=75)
     server = uvicorn.Server(config)
-    signal.signal(signal.SIGTERM, _leave)  # uvicorn raises the signal again when it has ended
     with contextlib.suppress(KeyboardInterrupt, SystemExit):
         server.run([listener])
 
@@ -81,8 +80,9 @@ def serve_edge(config: EdgeConfig, address: str, secret: str | None, leave: bool
     found, lost = edge.adopt()
     if found or lost:
         print(f"found {found} sandboxes again, {lost} are lost", file=sys.stderr)
-    print(f"ready {url}", flush=True)
+    signal.signal(signal.SIGTERM, _leave)  # uvicorn raises the signal again when it has ended
     try:
+        print(f"ready {url}", flush=True)
         _serve(edge_server.application(edge, secret), listener)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ending takes a moment; it is not to be cut short by the second request
@@ -121,5 +121,6 @@ def serve_gateway(config: gateway.GatewayConfig, edges: Edges, address: str, sec
     edges.now()
     app = gateway.application(config, Watcher(edges, secret))
     listener, url = listen(address)
+    signal.signal(signal.SIGTERM, _leave)
     print(f"ready {url}", flush=True)
     _serve(app, listener)

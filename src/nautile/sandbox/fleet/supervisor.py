@@ -109,6 +109,9 @@ class Supervisor:
         process.terminate()
         if self._watcher is not None:
             self._watcher.join(max(deadline - time.monotonic(), 0.1))
+            process = self._process  # the watcher may have been about to start it again
+            assert process is not None
+            process.terminate()
         try:
             process.wait(max(deadline - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:

@@ -82,9 +82,12 @@ class Watcher:
             _log.warning("edge %s: %s %s", url, type(error).__name__, error)
             return
         earlier = self._answers.get(view.name)
-        if earlier is not None and earlier[0].url != url and time.monotonic() - earlier[1] < self.patience:
-            _log.error("edges at %s and %s are both named %s: the second is left out", earlier[0].url, url, view.name)
-            return
+        if earlier is not None and time.monotonic() - earlier[1] < self.patience:
+            if earlier[0].url != url:
+                _log.error("edges at %s and %s are both named %s: the second is left out", earlier[0].url, url, view.name)
+                return
+            if view.change < earlier[0].change:  # two looks at once: this answer was given first and came last
+                return
         self._answers[view.name] = (view, time.monotonic())
         self.ledger.answered(view.name, view.change)
 

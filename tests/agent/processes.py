@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+_PATIENCE = 60.0  # seconds for what happens at once on a machine that has time
+
+
+def nap(number: int) -> str:
+    """A command that no other test of this machine runs at the same time: it sleeps for two hours."""
+    return f"sleep {number}.{os.getpid():07}"
 
 
 def running(command: str) -> bool:
@@ -19,10 +28,19 @@ def running(command: str) -> bool:
     return False
 
 
+def began(*commands: str) -> bool:
+    """Whether processes run these commands; a new one may take a moment to be itself."""
+    return _soon(lambda: all(map(running, commands)))
+
+
 def gone(*commands: str) -> bool:
     """Whether no process runs these commands; a killed one may take a moment to vanish."""
-    deadline = time.monotonic() + 5
-    while any(map(running, commands)):
+    return _soon(lambda: not any(map(running, commands)))
+
+
+def _soon(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + _PATIENCE
+    while not condition():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.01)

@@ -1,18 +1,19 @@
 """The loop with a scripted model: what is fed to the model, what is run, what is logged, how it ends and goes on."""
 
 import dataclasses
+import fcntl
 import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
 
-from agent.processes import gone
+from agent.processes import gone, nap
 from agent.scripted import ScriptedEngine, answer, call, client, make_tokenizer
 from nautile.agent.client import ClientError, EngineClient
 from nautile.agent.loop import Agent, AgentError, Budget, OutcomeUnknownError, Unattended, last_run
@@ -23,6 +24,7 @@ from nautile.agent.workbench import InProcess
 from nautile.engine import SamplingParams
 from nautile.protocol import encode, texts
 from nautile.sandbox import SandboxError, open_sandbox
+from waiting import soon
 
 
 @pytest.fixture
@@ -213,12 +215,12 @@ def test_steps_and_tokens_are_bounded(place, state):
 
 def test_a_tool_that_never_ends_is_killed_and_the_run_goes_on(place, state):
     worker = agent(
-        place, state, call("run", command="sleep 7301 & sleep 7302"), answer("gone"),
+        place, state, call("run", command=f"{nap(7311)} & {nap(7312)}"), answer("gone"),
         sandbox=open_sandbox(place), budget=Budget(tool_seconds=0.4),
     )  # fmt: skip
     outcome = worker.run("Wait.")
     assert outcome.results[0].output == "[killed after 0.4 s]" and outcome.answer == "gone"
-    assert gone("sleep 7301", "sleep 7302")
+    assert gone(nap(7311), nap(7312))
 
 
 def test_a_sandbox_that_fails_is_an_error_the_model_sees(place, state):
@@ -365,7 +367,17 @@ def test_a_state_that_cannot_be_written_is_named(place):
         agent(place, place / "notes" / "state").run("List.")
 
 
-def test_records_survive_the_file(state):
+def test_the_log_of_a_run_that_was_killed_as_it_started_a_tool_is_waited_for(state):
+    """What is about to become the tool holds the lock for a moment longer than the run."""
+    Journal.create(state, Begun("t", "/d", "m", 1.0)).close()
+    (path,) = state.glob("*")
+    held = os.open(path, os.O_RDWR)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    threading.Timer(0.1, os.close, [held]).start()
+    Journal.open(path).close()
+
+
+def test_records_survive_the_file(state, monkeypatch):
     reply = client(call("run", command='a \u2028 b\n"')).open([], TOOLS).reply(500, lambda event: None)
     records = [
         Replied(0, reply),
@@ -377,7 +389,8 @@ def test_records_survive_the_file(state):
     with Journal.create(state, Begun("t", "/d", "m", 1.0)) as journal:
         for record in records:
             journal.append(record)
-        with pytest.raises(JournalError, match="still going on"):
+        with monkeypatch.context() as hurried, pytest.raises(JournalError, match="still going on"):
+            hurried.setattr("nautile.agent.trajectory._HANDING_OVER", 0.05)
             Journal.open(journal.path)
     with Journal.open(journal.path) as journal:
         assert journal.records[1:] == records
@@ -388,31 +401,29 @@ _KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from agent.processes import gone
 from agent.scripted import answer, call, client
 from nautile.agent.loop import Agent
 from nautile.agent.tools import TOOLS
 from nautile.sandbox import open_sandbox
 root, state = Path(sys.argv[2]), Path(sys.argv[3])
-turns = [call("run", command=f"echo {n} >> log; sleep 0.02") for n in range(40)]
-print("ready", flush=True)
+turns = [call("run", command=sys.argv[4].replace("N", str(n))) for n in range(40)]
 Agent(client(*turns, answer("done")), TOOLS, open_sandbox(root), state=state).run("Log.")
 """
 
 
 def test_a_killed_run_loses_nothing_and_repeats_nothing(place, state):
     tests = Path(__file__).parent.parent
-    process = subprocess.Popen([sys.executable, "-c", _KILLED, tests, place, state], stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"ready\n"
-    time.sleep(0.4)
+    command = "echo N >> log; until [ N -lt 20 -o -e go ]; do sleep 0.01; done"  # it cannot get beyond half of them
+    process = subprocess.Popen([sys.executable, "-c", _KILLED, tests, place, state, command])
+    soon(lambda: any(path.read_bytes().count(b'"kind": "returned"') >= 5 for path in state.glob("*")))
     process.send_signal(signal.SIGKILL)
     process.wait()
-    process.stdout.close()
+    (place / "go").touch()
     path = last_run(state, place)
     with Journal.open(path) as journal:
         finished = sum(isinstance(record, Returned) for record in journal.records)
         replied = sum(isinstance(record, Replied) for record in journal.records)
-    turns = [call("run", command=f"echo {n} >> log; sleep 0.02") for n in range(40)]
+    turns = [call("run", command=command.replace("N", str(n))) for n in range(40)]
     resumed = agent(place, state, *turns[replied:], answer("done"), front=Unattended(reruns=False), budget=Budget(steps=99))
     assert resumed.resume(path).answer == "done"
     lines = (place / "log").read_text().split()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.processes import gone, running
+from agent.processes import began, gone, nap
 from nautile.agent import toolbox
 from nautile.sandbox import (
     BubblewrapMissingError,
@@ -44,14 +44,14 @@ def free(place):
     return open_sandbox(place / "work", unconfined=True)
 
 
-def shell(sandbox, command, time_limit=20.0):
+def shell(sandbox, command, time_limit=60.0):
     request = {"tool": "run", "arguments": {"command": command}, "time_limit": time_limit}
-    return sandbox.call(PROGRAM, request, time_limit=time_limit + 10)["output"]
+    return sandbox.call(PROGRAM, request, time_limit=time_limit + 60)["output"]
 
 
 def test_tools_work_inside(confined, place):
     request = {"tool": "edit", "arguments": {"path": "notes", "old": "two", "new": "three"}}
-    assert confined.call(PROGRAM, request, time_limit=20) == {"ok": True, "output": "edited notes line 2"}
+    assert confined.call(PROGRAM, request, time_limit=60) == {"ok": True, "output": "edited notes line 2"}
     assert (place / "work" / "notes").read_text() == "one\nthree\n"
     assert shell(confined, "echo made > made; awk 'BEGIN {print 6 * 7}'; pwd") == "42\n/workspace"
     assert (place / "work" / "made").read_text() == "made\n"
@@ -76,7 +76,7 @@ def test_a_link_out_of_the_workspace_leads_nowhere(confined, free):
     assert shell(free, "cat link") == "hidden"
     request = {"tool": "read", "arguments": {"path": "link"}}
     for sandbox in (confined, free):
-        assert sandbox.call(PROGRAM, request, time_limit=20)["output"] == "error: link is outside the workspace"
+        assert sandbox.call(PROGRAM, request, time_limit=60)["output"] == "error: link is outside the workspace"
 
 
 def test_only_the_workspace_can_be_written(confined):
@@ -97,7 +97,7 @@ def test_the_environment_stays_outside(confined, free, monkeypatch):
 def test_there_is_no_network(confined, free):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        script = f"import socket; socket.create_connection(('127.0.0.1', {port}), 3); print('connected')"
+        script = f"import socket; socket.create_connection(('127.0.0.1', {port}), 60); print('connected')"
         command = f'{os.path.realpath(sys._base_executable)} -I -S -c "{script}"'
         assert shell(free, command) == "connected"
         assert "ConnectionRefusedError" in shell(confined, command)
@@ -111,16 +111,16 @@ def test_processes_of_the_host_cannot_be_seen(confined):
 @pytest.mark.parametrize("name", ["confined", "free"])
 def test_the_time_limit_ends_everything(name, request):
     sandbox = request.getfixturevalue(name)
-    assert shell(sandbox, "setsid sleep 7201 & sleep 7202", 0.4) == "[killed after 0.4 s]"
-    assert gone("sleep 7201", "sleep 7202")
+    assert shell(sandbox, f"setsid {nap(7201)} & {nap(7202)}", 0.4) == "[killed after 0.4 s]"
+    assert gone(nap(7201), nap(7202))
 
 
 def test_a_tool_that_does_not_answer_is_killed(confined, tmp_path):
     (tmp_path / "tool.py").write_text("import time; time.sleep(7203)")
-    began = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(SandboxError, match=r"did not answer within 0.5 s and was killed"):
         confined.call(tmp_path / "tool.py", {}, time_limit=0.5)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - start < 120
 
 
 @pytest.mark.parametrize(
@@ -136,24 +136,21 @@ def test_a_tool_that_does_not_answer_is_killed(confined, tmp_path):
 def test_answers_are_not_trusted(confined, tmp_path, program, error):
     (tmp_path / "tool.py").write_text(program)
     with pytest.raises(SandboxError, match=error):
-        confined.call(tmp_path / "tool.py", {}, time_limit=20)
+        confined.call(tmp_path / "tool.py", {}, time_limit=60)
 
 
 def test_a_killed_caller_leaves_nothing(place):
     """The sandbox dies with the process that opened it, even one that is killed without warning."""
-    request = json.dumps({"tool": "run", "arguments": {"command": "sleep 7204"}, "time_limit": 60})
+    request = json.dumps({"tool": "run", "arguments": {"command": nap(7204)}, "time_limit": 600})
     script = (
         "import json; from pathlib import Path; from nautile.sandbox import open_sandbox; "
-        f"open_sandbox(Path({str(place / 'work')!r})).call(Path({str(PROGRAM)!r}), json.loads({request!r}), time_limit=60)"
+        f"open_sandbox(Path({str(place / 'work')!r})).call(Path({str(PROGRAM)!r}), json.loads({request!r}), time_limit=600)"
     )
     caller = subprocess.Popen([sys.executable, "-c", script])
-    deadline = time.monotonic() + 10
-    while not running("sleep 7204"):
-        assert time.monotonic() < deadline and caller.poll() is None
-        time.sleep(0.02)
+    assert began(nap(7204)) and caller.poll() is None
     caller.kill()
     caller.wait()
-    assert gone("sleep 7204")
+    assert gone(nap(7204))
 
 
 def test_a_directory_that_is_not_one(place):

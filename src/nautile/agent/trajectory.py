@@ -27,6 +27,7 @@ __all__ = [
 ]  # fmt: skip
 
 _VERSION = 1
+_HANDING_OVER = 2.0  # seconds in which the log of a killed run must be free
 
 Status = Literal["answered", "no_answer", "reply_budget", "step_budget", "token_budget", "interrupted"]
 
@@ -133,7 +134,7 @@ class Journal:
         """Take up a log again; a last line that is not whole is cut off. Raises JournalError."""
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor)
             data = path.read_bytes()
             whole = data.rfind(b"\n") + 1
             records = list(_parsed(path, data[:whole]))
@@ -182,6 +183,18 @@ class Journal:
         """How the run stopped, if it did and has not been resumed since; Undone does not count."""
         last = next((record for record in reversed(self.records) if not isinstance(record, Undone)), None)
         return last if isinstance(last, Ended) else None
+
+
+def _lock(descriptor: int) -> None:
+    """Lock a log. One whose run was killed while it started a tool is held until that program has begun: a moment longer."""
+    deadline = time.monotonic() + _HANDING_OVER
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
 
 
 def _parsed(path: Path, data: bytes) -> Iterator[Record]:

@@ -35,9 +35,9 @@ def test_swe_rex_runs_its_sessions_commands_and_files_in_a_sandbox(tmp_path):
             _ = place.runtime
         await place.start()
         runtime = place.runtime
-        assert isinstance(runtime, rex.AbstractRuntime) and await place.is_alive()
+        assert isinstance(runtime, rex.AbstractRuntime) and await place.is_alive(timeout=60.0)
         await runtime.write_file(rex.WriteFileRequest(path="/workspace/rc", content="export FROM_RC=1\n"))
-        await runtime.create_session(rex.CreateBashSessionRequest(startup_source=["/workspace/rc"]))
+        await runtime.create_session(rex.CreateBashSessionRequest(startup_source=["/workspace/rc"], startup_timeout=60.0))
         with pytest.raises(exceptions.SessionExistsError):
             await runtime.create_session(rex.CreateBashSessionRequest())
         say = lambda command, **more: runtime.run_in_session(rex.BashAction(command=command, **more))  # noqa: E731

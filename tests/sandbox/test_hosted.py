@@ -26,6 +26,7 @@ from nautile.sandbox.guest.host import Host, Outcomes
 from nautile.sandbox.guest.hosted import HostedDriver, hosts_directory
 from nautile.sandbox.guest.wish import MachineWish
 from nautile.sandbox.inside import frames
+from waiting import soon
 
 ABLE = Capabilities(files=True, session=True, pause=True, snapshot=True, fork=True, pack_diff=True, network=False)
 WISH = MachineWish("microvm", Image(), Limits(), NetworkPolicy())
@@ -45,7 +46,7 @@ class Played:
         if watch is not None:
             for _ in range(int(order.argv[1]) if len(order.argv) > 1 else 1):
                 watch("stdout", b"x" * 60_000)
-        assert self.gate.wait(20)
+        assert self.gate.wait(60)
         failure = "microvm: the machine has ended" if self.ended else None
         out = f"{len(self.ran)}".encode()
         return RunResult(7, out.decode(), "e", False, False, failure, seconds=0.5, stdout_bytes=out, stderr_bytes=b"e")
@@ -89,12 +90,12 @@ def hosts(tmp_path, monkeypatch):
     yield start
     for host, thread in running:
         host.stop()
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
     assert list(hosts_directory().iterdir()) == []
 
 
-def order(*argv, operation=None, timeout=10.0):
+def order(*argv, operation=None, timeout=60.0):
     return Order(argv, b"", timeout, None, {}, operation=operation)
 
 
@@ -105,22 +106,15 @@ def sent(identity, **request):
         frames.send(channel, {"id": identity, "version": 1, **request})
 
 
-def until(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 def test_a_command_whose_client_died_is_run_once_and_its_outcome_waits(hosts):
     _, machine, _ = hosts()
     machine.gate.clear()
-    run = {"op": "run", "operation": "a", "argv": ["x", "40"], "timeout": 9.0, "cwd": None, "environment": {}, "watch": True}
+    run = {"op": "run", "operation": "a", "argv": ["x", "40"], "timeout": 60.0, "cwd": None, "environment": {}, "watch": True}
     sent("m-1", **run)  # it reads nothing of 2 MB of output
-    until(lambda: machine.ran)
+    soon(lambda: machine.ran)
     again = HostedDriver.attach("m-1", 60.0)
     threading.Timer(0.05, machine.gate.set).start()
-    found = again.outcome("a", 10.0)
+    found = again.outcome("a", 60.0)
     assert (found.exit_code, found.stdout, found.stderr, found.seconds) == (7, "1", "e", 0.5)
     assert again.run(order("x", operation="a"), None) == found  # asked for again: given, not run
     assert again.outcome("b", 10.0) == "never"
@@ -140,12 +134,12 @@ def test_under_a_machine_that_dies_nothing_is_known(hosts):
     results = []
     client = threading.Thread(target=lambda: results.append(driver.run(order("x", operation="a"), None)))
     client.start()
-    until(lambda: machine.ran)
+    soon(lambda: machine.ran)
     machine.ended = True
     machine.gate.set()
-    client.join(20)
+    client.join(60)
     assert results[0].infrastructure_error == "microvm: the machine has ended"
-    thread.join(20)  # its host does not wait for ``keep`` to be over
+    thread.join(60)  # its host does not wait for ``keep`` to be over
     assert machine.closed
     for action in (lambda: HostedDriver.attach("m-1", 60.0), lambda: driver.outcome("a", 1.0), lambda: driver.read("f", 9)):
         with pytest.raises(SandboxLost, match="gone"):
@@ -168,7 +162,7 @@ def test_an_outcome_that_nobody_knows_is_never_taken_for_one_that_never_began(mo
 def test_a_machine_lives_for_its_time_after_the_last_request(hosts):
     driver, machine, thread = hosts(keep=60.0)
     driver.keep_alive(0.05)
-    thread.join(20)
+    thread.join(60)
     assert machine.closed and not (hosts_directory() / "m-1").exists()
 
 
@@ -177,13 +171,13 @@ def test_a_command_keeps_its_machine_alive(hosts):
     machine.gate.clear()
     client = threading.Thread(target=lambda: driver.run(order("x"), None))
     client.start()
-    until(lambda: machine.ran)
+    soon(lambda: machine.ran)
     machine_host = HostedDriver.attach("m-1", 0.01)
     time.sleep(0.1)  # ten times as long as it may be left alone
     assert thread.is_alive() and machine_host.outcome("none", 1.0) == "never"
     machine.gate.set()
-    client.join(20)
-    thread.join(20)
+    client.join(60)
+    thread.join(60)
     assert machine.closed
 
 
@@ -215,7 +209,7 @@ def test_a_fork_is_found_by_its_own_name_and_lives_on_without_the_first(hosts):
     with pytest.raises(SandboxLost, match="m-1 is gone"):
         driver.read("f", 9)
     again.close()
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive()
 
 
@@ -243,7 +237,7 @@ def test_all_hosts_can_be_ended(hosts, monkeypatch):
     (hosts_directory() / "m-1/owner").write_text(hosted.cgroup.owner_name())
     monkeypatch.setattr(os, "kill", lambda process, number: told.append((process, number)) or hosts.first.stop())
     assert hosted.stop_hosts() == 1 and told == [(os.getpid(), signal.SIGTERM)]
-    thread.join(20)
+    thread.join(60)
     assert machine.closed
 
 

@@ -5,7 +5,6 @@ import errno
 import os
 import signal
 import tempfile
-import time
 from pathlib import Path
 
 import pyseccomp
@@ -13,6 +12,7 @@ import pytest
 
 from nautile.sandbox import SubstrateUnavailable, bundle, kernel
 from nautile.sandbox.seccomp_profile import FIRST_PROCESS, first_process_profile
+from waiting import soon
 
 
 def compiled(profile):
@@ -67,10 +67,7 @@ def call_of(process):
 
 def test_the_first_process_gets_to_its_sleep_and_has_the_filter(init):
     with started(compiled(first_process_profile()), init) as process:
-        deadline = time.monotonic() + 20
-        while call_of(process) != "34":  # pause
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
+        soon(lambda: call_of(process) == "34")  # pause
         status = Path(f"/proc/{process}/status").read_text()
         assert "Seccomp:\t2" in status and "Name:\tinit" in status
         os.kill(process, signal.SIGSTOP)  # as a freezer does; it goes on sleeping after that

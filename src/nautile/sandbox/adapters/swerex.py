@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Shell", "deployment"]
 
 _FOREVER = 86_400.0  # seconds of a command for which no time limit was given
+_REST = 60.0  # seconds for the rest of a line whose beginning has come
 
 
 class Shell:
@@ -42,7 +43,7 @@ class Shell:
         said = self._terminal.until(f"{mark}:", timeout or _FOREVER)
         output, _, status = said.partition(f"{mark}:")
         while ":" not in status:
-            more = self._terminal.read(5.0)
+            more = self._terminal.read(_REST)
             if not more:
                 raise SandboxError("the shell has ended")
             status += more.decode("utf-8", "replace")

@@ -11,6 +11,7 @@ import hashlib
 import torch
 
 from nautile.engine.plan import Plan
+from nautile.engine.sampling import Chosen, choose
 from nautile.state.pages import PoolFull, Sequence
 
 VOCABULARY = 24
@@ -175,16 +176,14 @@ def hash_logits(ids: list[int], eos_share: float) -> torch.Tensor:
     return logits
 
 
-def solo(prompt: tuple[int, ...], sampling, choice: int, eos_share: float) -> list[int]:
+def solo(prompt: tuple[int, ...], sampling, choice: int, eos_share: float) -> list[Chosen]:
     """What a request gives on its own, written down without any engine."""
-    from nautile.engine.sampling import choose  # noqa: PLC0415
-
-    ids = list(prompt)
-    while len(ids) < len(prompt) + sampling.max_tokens:
+    ids, found = list(prompt), list[Chosen]()
+    while len(found) < sampling.max_tokens:
         row = hash_logits(ids, eos_share)
         output = ids[len(prompt) :]
-        token = choose(row, sampling, len(ids), choice=choice, prompt=prompt, output=output).token
-        ids.append(token)
-        if token == EOS and not sampling.ignore_eos:
+        found.append(choose(row, sampling, len(ids), choice=choice, prompt=prompt, output=output))
+        ids.append(found[-1].token)
+        if ids[-1] == EOS and not sampling.ignore_eos:
             break
-    return ids[len(prompt) :]
+    return found

@@ -37,6 +37,11 @@ class Collector:
     def tokens(self, request, choice=0):
         return [e.token for e in self.events[request.id] if isinstance(e, TokenSampled) and e.choice == choice]
 
+    def chosen(self, request, choice=0):
+        """Tokens with their log-probabilities."""
+        events = [e for e in self.events[request.id] if isinstance(e, TokenSampled) and e.choice == choice]
+        return [(e.token, e.logprob, e.top) for e in events]
+
     def ends(self, request):
         return [e for e in self.events[request.id] if isinstance(e, Finished)]
 
@@ -52,8 +57,12 @@ def run(core, collector, requests, *, limit=3000):
     assert core.idle, "something waits for ever"
 
 
-def expected(request, choice=0, sampling=None):
-    return solo(request.prompt_ids, sampling or request.sampling, choice, EOS_SHARE)
+def expected(request, choice=0):
+    return [chosen.token for chosen in expected_chosen(request, choice)]
+
+
+def expected_chosen(request, choice=0):
+    return solo(request.prompt_ids, request.sampling, choice, EOS_SHARE)
 
 
 PROMPTS = st.lists(st.integers(1, 3), min_size=1, max_size=30).map(tuple)  # few tokens: prefixes are often shared
@@ -64,7 +73,12 @@ SAMPLINGS = st.builds(
     top_k=st.sampled_from([0, 5]),
     seed=st.integers(0, 5),
     max_tokens=st.integers(1, 25),
+    min_p=st.sampled_from([0.0, 0.0, 0.1]),
     presence_penalty=st.sampled_from([0.0, 0.5]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, -0.5]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 1.3]),
+    logit_bias=st.sampled_from([{}, {}, {5: 3.0, 7: -2.0}]),
+    logprobs=st.sampled_from([None, None, 0, 3]),
     n=st.sampled_from([1, 1, 1, 3]),
     ignore_eos=st.booleans(),
 )
@@ -102,12 +116,13 @@ def test_every_request_gets_the_tokens_it_would_get_alone(arrivals, blocks, slot
         ends = collector.ends(request)
         assert sorted(end.choice for end in ends) == list(range(request.sampling.n))
         for end in ends:
-            tokens, whole = collector.tokens(request, end.choice), expected(request, end.choice)
+            found, whole = collector.chosen(request, end.choice), expected_chosen(request, end.choice)
+            tokens = [token for token, _, _ in found]
             assert end.usage.completion_tokens == len(tokens)
             if end.reason == "cancelled":
-                assert request.id in cancelled and tokens == whole[: len(tokens)]
+                assert request.id in cancelled and found == whole[: len(tokens)]
             else:
-                assert tokens == whole
+                assert found == whole
                 stopped = tokens[-1] == EOS and not request.sampling.ignore_eos
                 assert end.reason == ("stop" if stopped else "length")
     assert not core.pool.live and core.pool.free_slots == slots

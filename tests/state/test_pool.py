@@ -222,6 +222,19 @@ def test_a_hit_is_bit_for_bit_what_was_computed() -> None:
             pool.check()
 
 
+def test_a_prompt_that_parts_late_from_a_known_one_computes_less_than_k_more() -> None:
+    pool = new_pool()
+    sequence = pool.open(row(0))
+    feed(pool, sequence, row(0)[:400])
+    pool.release(sequence)
+    for same in (128, 129, 255, 256, 383, 399):
+        ids = (*row(0)[:same], (row(0)[same] + 1) % 90, *row(1)[:20])
+        parted = pool.open(ids)
+        assert parted.cached == same // 128 * 128
+        close(feed(pool, parted, ids[parted.cached :]), logits_of(ids)[parted.cached :])
+        pool.release(parted, keep=False)
+
+
 @pytest.mark.parametrize("length", [1, 126, 130, 250])
 def test_forks_write_into_blocks_of_their_own(length: int) -> None:
     pool = new_pool()

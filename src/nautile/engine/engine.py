@@ -16,6 +16,7 @@ import torch
 
 from nautile.engine.core import Core, ModelLimits
 from nautile.engine.driver import Driver, EventStream
+from nautile.engine.memory import check_host_memory, free_host_memory
 from nautile.engine.options import EngineConfig
 from nautile.engine.request import (
     EngineEvent,
@@ -33,7 +34,7 @@ from nautile.model import Transformer
 from nautile.protocol import Prompt, Tokenizer
 from nautile.state import StatePool
 from nautile.state.fingerprint import fingerprint
-from nautile.state.pages import HISTORY, TAIL
+from nautile.state.pages import HISTORY, TAIL, Pages
 
 if TYPE_CHECKING:
     from nautile.config import ModelConfig
@@ -222,6 +223,11 @@ class Engine:
     def _make_pool(self) -> StatePool:
         name = fingerprint(self.config, self.model.state_dict()) if self.options.cache_dir is not None else ""
         sizes = replace(self.options.pool(self.config), disk=None)  # opened when it is known who computes
+        wanted = sizes.snapshot_bytes + sizes.host_bytes
+        if torch.device(self.options.device).type == "cpu":  # a GPU gives all of its memory at once, or says no
+            pages = Pages(self.config, sizes, "meta")
+            wanted += sizes.blocks * pages.block_bytes + sizes.slots * pages.slot_bytes
+        check_host_memory(wanted, "pool_bytes, snapshot_bytes and host_bytes", free_host_memory())
         return StatePool(self.config, sizes, self.options.device, name)
 
     def _planned_bytes(self) -> float:

@@ -1,7 +1,8 @@
-"""A gVisor checkpoint on the disk, and the sandbox that is made ahead to go on from it.
+"""A gVisor checkpoint on the disk, and the sandbox that is made ahead to go on from one.
 
-Most of a restore is starting runsc, which needs nothing of the checkpoint. So whoever has gone on from a checkpoint once finds
-the next sandbox started, empty and waiting: one at most, of the limits that were asked for last. It ends with the checkpoint.
+Most of a restore is starting runsc, which needs nothing of the checkpoint. So whoever takes a checkpoint has the next sandbox
+started meanwhile, empty and waiting, and whoever has used it the one after it: one at most for a sandbox and all that descends
+from it, of the limits that were asked for last. It ends with the last of them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from nautile.sandbox.errors import SandboxError
 from nautile.sandbox.image import Image, TemporaryLayer
 from nautile.sandbox.limits import Limits
 
-__all__ = ["Checkpoint"]
+__all__ = ["Ahead", "Checkpoint"]
+
+_SERIAL = "serial"  # the file with the number of the last stream
 
 
 class _Closing(Protocol):
@@ -28,7 +31,7 @@ _T = TypeVar("_T", bound=_Closing)
 
 
 class _Spare(Generic[_T]):
-    """One thing that is made in a thread. It knows no checkpoint, so that a checkpoint can end."""
+    """One thing that is made in a thread. It knows nobody who uses it, so that they can end."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -80,23 +83,39 @@ class _Spare(Generic[_T]):
             self._thread.join()
 
 
-class Checkpoint(TemporaryLayer, Generic[_T]):
-    """A checkpoint's directory; it ends with the last image or sandbox that uses it."""
+class Ahead(Generic[_T]):
+    """The place for one sandbox that is made ahead. What is in it ends when nobody refers to this any more."""
 
-    def __init__(self, place: Path) -> None:
-        super().__init__(place)
+    def __init__(self) -> None:
         self._spare: _Spare[_T] = _Spare()
-        self._end = weakref.finalize(self, self._spare.end)
-
-    @classmethod
-    def of(cls, image: Image) -> Checkpoint[_T] | None:
-        """The checkpoint that an image goes on from."""
-        return next((one for one in image.held if isinstance(one, Checkpoint) and one.place == image.memory), None)
+        weakref.finalize(self, self._spare.end)
 
     def take(self, limits: Limits) -> _T | None:
         """The sandbox that was made ahead, if there is one of these limits."""
         return self._spare.take(limits)
 
     def prepare(self, limits: Limits, make: Callable[[], _T]) -> None:
-        """Let the next one be made in the background."""
+        """Let the next one be made in the background, unless there is one."""
         self._spare.prepare(limits, make)
+
+
+class Checkpoint(TemporaryLayer, Generic[_T]):
+    """A checkpoint's directory; it ends with the last image or sandbox that uses it."""
+
+    def __init__(self, place: Path, ahead: Ahead[_T]) -> None:
+        super().__init__(place)
+        self.ahead = ahead
+
+    @classmethod
+    def of(cls, image: Image) -> Checkpoint[_T] | None:
+        """The checkpoint that an image goes on from."""
+        return next((one for one in image.held if isinstance(one, Checkpoint) and one.place == image.memory), None)
+
+    def remember(self, serial: int) -> None:
+        """Keep the number of the last stream that its sandbox has begun: it may still be there."""
+        (self.place / _SERIAL).write_text(str(serial))
+
+    @staticmethod
+    def remembered(place: Path) -> int:
+        """That number."""
+        return int((place / _SERIAL).read_text())

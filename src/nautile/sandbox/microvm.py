@@ -59,7 +59,7 @@ def disks_of(substrate: str, image: Image) -> Disks:
     return Disks(image)
 
 
-class MicroVMDriver(GuestDriver):
+class MicroVMDriver(GuestDriver[Emulator]):
     """One microVM."""
 
     def __init__(self, emulator: Emulator, info: Info, limits: Limits, image: Image, disks: Disks) -> None:

@@ -241,6 +241,10 @@ class Emulator:
         self.monitor.ask("stop")
         self.monitor.save(state)
 
+    def stop(self) -> None:
+        """Let the machine stand still."""
+        self.monitor.ask("stop")
+
     def go_on(self) -> None:
         """After ``save`` or ``stop``."""
         self.monitor.ask("cont")

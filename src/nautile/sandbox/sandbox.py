@@ -286,7 +286,7 @@ class _Order:
             raise Unsupported("function", "network", "workers have none", "use kind='container'")
 
     def _check_runsc(self, has_log: bool) -> None:
-        for asked, feature in ((self.policy.rules, "network"), (self.workspace, "workspace"), (has_log, "trajectory log")):
+        for asked, feature in ((self.workspace, "workspace"), (has_log, "trajectory log")):
             if asked:
                 raise Unsupported("container", feature, "runtime='runsc' has none in this version", "leave runtime out")
 
@@ -334,7 +334,7 @@ class _Order:
         if self.runtime == "runsc":
             from nautile.sandbox.gvisor import GvisorDriver  # noqa: PLC0415
 
-            return GvisorDriver.create(identity, self.image, self.limits)
+            return GvisorDriver.create(identity, self.image, self.limits, self.policy)
         from nautile.sandbox.container import ContainerDriver  # noqa: PLC0415
 
         return ContainerDriver.create(identity, self.image, self.limits, self.policy, self.workspace, keep=keep)

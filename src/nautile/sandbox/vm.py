@@ -42,7 +42,7 @@ class DiskImage(Image):
         return cls((), host_usr=False, disk=path.absolute())
 
 
-class VMDriver(GuestDriver):
+class VMDriver(GuestDriver[Emulator]):
     """One virtual machine."""
 
     def __init__(self, emulator: Emulator, info: Info, limits: Limits, image: Image, disks: Disks, chain: Chain) -> None:

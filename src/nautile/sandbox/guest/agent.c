@@ -1,4 +1,5 @@
-/* Process 1 of a virtual machine: starts commands for the host and gives it files, over one virtio-serial port.
+/* Process 1 of a virtual machine: starts commands for the host and gives it files, over one virtio-serial port. Started as
+ * "agent gvisor", process 1 of a gVisor sandbox, with the channel as stdin: gvisor.h.
  *
  * The tenant lives in namespaces and a control group of its own, as user 1000 without a capability, behind the same system
  * call filter as in a container. This program holds no descriptor that the tenant could reach, runs nothing of the tenant's,
@@ -64,7 +65,7 @@ struct frame { uint32_t size; uint8_t type, zero[3]; uint32_t stream; };
 
 struct stream {
     uint32_t id;
-    bool used, pty, connection, in_done, ended, dying, discard, stuck;
+    bool used, pty, connection, packing, in_done, ended, dying, discard, stuck;
     pid_t pid;
     int in, out, err, group, status;
     uint32_t credit[2];             /* for stdout and stderr */
@@ -80,7 +81,10 @@ static struct {
     uint64_t disk, open_files;
     const char *own;                /* where a disk of the machine's own is mounted, if it has one */
     bool ready, held;          /* held: nothing is said or begun until the host goes on: a copy is being made */
-} self = {.port = -1, .init = -1, .listener = -1};
+    bool gvisor;
+    const char *groups, *upper, *terminals; /* where they are: a group for each stream, what was changed, devpts */
+} self = {.port = -1, .init = -1, .listener = -1,
+          .groups = "/sys/fs/cgroup/tenant", .upper = "/upper/fs", .terminals = "/root/dev/pts"};
 static struct stream streams[STREAMS];
 static uint8_t *outgoing;
 static size_t outgoing_size, outgoing_room;
@@ -226,8 +230,8 @@ static const char *fail_step;
 
 struct plan {
     const char *memory, *pids, *disk, *inodes, *open_files, *layers, *own, *proxy, *seconds, *entropy, *hostname, *boot_id;
-    const char *masked[96];
-    int masks;
+    const char *masked[96], *bound[16];
+    int masks, binds;
 };
 
 /* A disk with a system on it: the whole disk or its first partition that can be mounted. */
@@ -414,7 +418,7 @@ static int start_inner(const struct plan *plan) {
 
 /* The payload: name=value, each ended by a NUL; last "filter=" and the program of the system call filter. */
 static int read_plan(char *data, size_t size, struct plan *plan) {
-    *plan = (struct plan){"0", "64", "0", "0", "1024", "1", "0", "0", "", "", "sandbox", "", {0}, 0};
+    *plan = (struct plan){"0", "64", "0", "0", "1024", "1", "0", "0", "", "", "sandbox", "", {0}, {0}, 0, 0};
     struct { const char *name, **value; } fields[] = {
         {"memory", &plan->memory}, {"pids", &plan->pids}, {"disk", &plan->disk}, {"inodes", &plan->inodes},
         {"open_files", &plan->open_files}, {"layers", &plan->layers}, {"own", &plan->own}, {"proxy", &plan->proxy},
@@ -434,14 +438,18 @@ static int read_plan(char *data, size_t size, struct plan *plan) {
         for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
             if (!strcmp(at, fields[i].name)) *fields[i].value = equals + 1;
         if (!strcmp(at, "mask") && plan->masks < 96) plan->masked[plan->masks++] = equals + 1;
+        if (!strcmp(at, "bind") && plan->binds < 16) plan->bound[plan->binds++] = equals + 1;
         at = stop + 1;
     }
     return 0;
 }
 
+#include "gvisor.h"
+
 static int configure(char *data, size_t size) {
     struct plan plan;
     TRY(read_plan(data, size, &plan));
+    if (self.gvisor) return gvisor_configure(&plan);
     put_text("/proc/sys/user/max_user_namespaces", "0");
     put_text("/proc/sys/kernel/modules_disabled", "1");
     put_text("/proc/sys/kernel/kptr_restrict", "2");
@@ -461,6 +469,7 @@ static int configure(char *data, size_t size) {
 /* -- inside: what runs as the tenant */
 
 static int step_inside(int group) {
+    if (self.gvisor) return gvisor_step_inside(group);
     TRY(write(group, "0", 1));
     TRY(setns(self.init, CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS));
     sigset_t none;
@@ -532,6 +541,7 @@ enum { NOT_PLAIN = 1001, IS_ROOT, TOO_MANY, TOO_DEEP };
 
 static int open_beneath(int directory, const char *path, uint64_t flags) {
     struct open_how how = {.flags = flags | O_CLOEXEC, .resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS};
+    if (self.gvisor) return open_stepwise(directory, path, flags);
     return syscall(SYS_openat2, directory, path, &how, sizeof how);
 }
 
@@ -723,7 +733,16 @@ static void download(int directory, const char *name, const char *relative, int 
 /* What the tenant has changed, as root: every name of the upper directory with all that a layer keeps. */
 struct change { uint32_t mode, uid, gid, rdev; uint64_t size, inode; int64_t mtime; uint32_t links, name, target, attributes; };
 
-static void pack(int directory, const char *prefix, int depth) {
+/* Whether a whiteout or the mark of an opaque directory hides nothing: below a directory that hides everything (``covered``),
+ * or where nothing is. gVisor makes those too. */
+static bool hides_nothing(const char *relative, bool covered) {
+    struct stat below;
+    char path[4200];
+    snprintf(path, sizeof path, "/%s", relative);
+    return covered || (self.gvisor && lstat(path, &below));
+}
+
+static void pack(int directory, const char *prefix, int depth, bool covered) {
     size_t count;
     if (depth > DEEPEST) refuse(TOO_DEEP);
     char **names = names_in(directory, 10000000, &count);
@@ -733,6 +752,11 @@ static void pack(int directory, const char *prefix, int depth) {
         size_t used = 0;
         if (asprintf(&relative, "%s%s%s", prefix, *prefix ? "/" : "", names[i]) < 0) _exit(4);
         if (fstatat(directory, names[i], &found, AT_SYMLINK_NOFOLLOW)) refuse(errno);
+        bool hides = covered;
+        if (S_ISCHR(found.st_mode) && !found.st_rdev && hides_nothing(relative, covered)) {
+            free(relative), free(names[i]);
+            continue;
+        }
         if (S_ISLNK(found.st_mode)) link[readlinkat(directory, names[i], link, sizeof link - 1)] = 0;
         int file = -1;
         if (S_ISREG(found.st_mode) || S_ISDIR(found.st_mode)) {
@@ -740,7 +764,8 @@ static void pack(int directory, const char *prefix, int depth) {
             ssize_t size = flistxattr(file, listing, sizeof listing);
             for (char *name = listing; size > 0 && name < listing + size; name += strlen(name) + 1) {
                 bool opaque = !strcmp(name, "trusted.overlay.opaque");
-                if (!opaque && strncmp(name, "user.", 5)) continue;
+                hides |= opaque;
+                if (opaque ? hides_nothing(relative, covered) : strncmp(name, "user.", 5)) continue;
                 uint32_t length = strlen(name) + 1, room = sizeof attributes - used;
                 if (room < length + 4) refuse(E2BIG);
                 ssize_t value = fgetxattr(file, name, attributes + used + length + 4, room - length - 4);
@@ -755,7 +780,7 @@ static void pack(int directory, const char *prefix, int depth) {
         snprintf(place, sizeof place, "%s", "c");
         put(place, 1), put(&head, sizeof head), put(relative, head.name), put(link, head.target), put(attributes, used);
         if (S_ISREG(found.st_mode)) copy_out(file, true);
-        if (S_ISDIR(found.st_mode)) pack(file, relative, depth + 1);
+        if (S_ISDIR(found.st_mode)) pack(file, relative, depth + 1, hides);
         if (file >= 0) close(file);
         free(relative), free(names[i]);
     }
@@ -806,12 +831,18 @@ static _Noreturn void serve_files(uint8_t kind, char **words, uint32_t argc) {
     _exit(0);
 }
 
+/* Stop the tenant, or let it go on. */
+static void freeze(bool frozen) {
+    if (self.gvisor) gvisor_freeze(frozen);
+    else put_text("/sys/fs/cgroup/tenant/cgroup.freeze", frozen ? "1" : "0");
+}
+
 static _Noreturn void serve_pack(void) {
-    int upper = open("/upper/fs", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    put_text("/sys/fs/cgroup/tenant/cgroup.freeze", "1");
+    int upper = open(self.upper, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    freeze(true);
     if (upper < 0) refuse(errno);
     sync();
-    pack(upper, "", 0);
+    pack(upper, "", 0, false);
     put("z", 1);
     _exit(0);
 }
@@ -841,17 +872,18 @@ static uint64_t oom_kills(void) {
 }
 
 static void group_path(const struct stream *one, const char *file, char *path, size_t room) {
-    snprintf(path, room, "/sys/fs/cgroup/tenant/r%u/%s", one->id, file);
+    snprintf(path, room, "%s/r%u/%s", self.groups, one->id, file);
 }
 
 static int open_terminal(struct stream *one, int ends[3], uint16_t rows, uint16_t columns) {
     struct winsize size = {.ws_row = rows, .ws_col = columns};
     char text[64];
     int number, unlock = 0;
-    int master = open("/root/dev/pts/ptmx", O_RDWR | O_NOCTTY | O_CLOEXEC | O_NONBLOCK);
+    snprintf(text, sizeof text, "%s/ptmx", self.terminals);
+    int master = open(text, O_RDWR | O_NOCTTY | O_CLOEXEC | O_NONBLOCK);
     TRY(master);
     ioctl(master, TIOCSPTLCK, &unlock), ioctl(master, TIOCGPTN, &number), ioctl(master, TIOCSWINSZ, &size);
-    snprintf(text, sizeof text, "/root/dev/pts/%d", number);
+    snprintf(text, sizeof text, "%s/%d", self.terminals, number);
     TRY(chown(text, TENANT, 5));
     ends[0] = open(text, O_RDWR | O_NOCTTY | O_CLOEXEC);
     TRY(ends[0]);
@@ -879,11 +911,12 @@ static _Noreturn void become(struct stream *one, const struct order *order, char
     setsid();
     for (int i = 0; i < 3; i++) dup2(ends[i], i);
     if (order->kind == PACK) serve_pack();
-    if (step_inside(one->group) || become_tenant()) {
+    bool entered = !step_inside(one->group);
+    close_range(3, INT32_MAX, 0); /* before it is the tenant, who could look at its own; gVisor takes no larger number */
+    if (!entered || become_tenant()) {
         dprintf(2, "sandbox: the command could not be started: %s: %s\n", fail_step, strerror(errno));
         _exit(125);
     }
-    close_range(3, ~0u, 0);
     if (order->kind != EXECUTE) serve_files(order->kind, words, order->argc);
     run_program(words, order->argc, order->envc, order->pty);
 }
@@ -897,7 +930,7 @@ static int start(struct stream *one, const struct order *order, char **words) {
     TRY(one->group = open(path, O_WRONLY | O_CLOEXEC));
     if (order->pty) TRY(open_terminal(one, ends, order->rows, order->columns));
     else TRY(open_pipes(one, ends));
-    one->oom = oom_kills();
+    one->oom = oom_kills(), one->packing = order->kind == PACK;
     one->pid = fork();
     if (!one->pid) become(one, order, words, ends);
     for (int i = 0; i < 3; i++)
@@ -940,8 +973,9 @@ static void kill_tree(struct stream *one, bool discard) {
         one->discard = true, one->killed = now();
         return;
     }
-    group_path(one, "cgroup.kill", path, sizeof path);
-    put_text(path, "1");
+    group_path(one, self.gvisor ? "" : "cgroup.kill", path, sizeof path);
+    if (self.gvisor) job_is_gone(path);
+    else put_text(path, "1");
     if (one->pid > 0 && !one->ended) kill(one->pid, SIGKILL); /* one that has not entered its group yet, or packs */
     if (!one->killed) one->killed = now();
     one->dying = true;
@@ -954,7 +988,8 @@ static void shut(int *file) {
 
 static bool tree_is_gone(struct stream *one) {
     char path[128], text[256];
-    group_path(one, "cgroup.events", path, sizeof path);
+    group_path(one, self.gvisor ? "" : "cgroup.events", path, sizeof path);
+    if (self.gvisor) return job_is_gone(path);
     return get_text(path, text, sizeof text) < 0 || strstr(text, "populated 0");
 }
 
@@ -986,7 +1021,7 @@ static void collect(void) {
             if (streams[i].used && streams[i].pid == pid) {
                 streams[i].ended = true, streams[i].status = status;
                 kill_tree(&streams[i], false);
-                put_text("/sys/fs/cgroup/tenant/cgroup.freeze", "0");
+                if (streams[i].packing) freeze(false);
             }
 }
 
@@ -1065,9 +1100,15 @@ static void hold(bool held) {
     close(upper);
 }
 
-/* Everything of the tenant's is killed: a copy of a machine goes on with its files alone. */
+/* Everything of the tenant's is killed: a copy of a machine goes on with its files alone. One of a gVisor sandbox keeps its
+ * processes. */
 static void refresh(char *data, size_t size) {
     hold(false);
+    for (int i = 0; self.gvisor && i < STREAMS; i++) {
+        streams[i].discard = true; /* it goes on, and nobody hears it any more */
+        if (streams[i].used && streams[i].connection) kill_tree(&streams[i], true);
+    }
+    if (self.gvisor) return;
     char seconds[32] = "", entropy[80] = "";
     if (size < 100) memcpy(seconds, data, size < 31 ? size : 31);
     char *space = strchr(seconds, ' ');
@@ -1105,7 +1146,7 @@ static void handle(const struct frame *head, uint8_t *data) {
         return emit(REFRESHED, 0, "", 0);
     case ADJUST: {
         struct plan plan;
-        if (!self.ready || read_plan((char *)data, head->size, &plan) || adjust(&plan))
+        if (!self.ready || read_plan((char *)data, head->size, &plan) || (self.gvisor ? gvisor_adjust : adjust)(&plan))
             return say(FAILED, 0, "%s: %s", fail_step ? fail_step : "adjust", strerror(errno));
         if (!atoi(plan.proxy)) shut(&self.listener);
         return emit(READY, 0, "", 0);
@@ -1136,11 +1177,13 @@ static void hear(void) {
         size_t want = sizeof head;
         if (have >= sizeof head) {
             memcpy(&head, buffer, sizeof head);
+            if (head.size > PIECE && self.gvisor) _exit(1);
             if (head.size > PIECE) reboot(RB_AUTOBOOT); /* not our host: nothing can be trusted any more */
             want += head.size;
         }
         if (have < want) {
             ssize_t count = read(self.port, buffer + have, want - have);
+            if (!count && self.gvisor) _exit(0); /* the client has ended, and so does the sandbox */
             if (count <= 0) return;
             have += count;
             continue;
@@ -1175,7 +1218,7 @@ static void turn(void) {
         }
     }
     if (poll(polled, count, wait) < 0) return;
-    if (polled[0].revents & POLLHUP && !(polled[0].revents & POLLIN)) usleep(1000); /* the host is away */
+    if (polled[0].revents & POLLHUP && !(polled[0].revents & POLLIN)) self.gvisor ? _exit(0) : (void)usleep(1000); /* the host is away */
     for (int i = 3; i < count; i++) {
         struct stream *one = what[i].one;
         if (!polled[i].revents || !one->used) continue;
@@ -1194,14 +1237,15 @@ static void turn(void) {
     flush();
 }
 
-int main(void) {
+int main(int argc, char **argv) {
     sigset_t caught;
-    bool first = getpid() == 1;
-    if (first) mount_early(), load_modules();
+    self.gvisor = argc > 1 && !strcmp(argv[1], "gvisor");
+    if (getpid() == 1 && !self.gvisor) mount_early(), load_modules();
     sigemptyset(&caught), sigaddset(&caught, SIGCHLD), sigaddset(&caught, SIGPIPE);
     sigprocmask(SIG_BLOCK, &caught, NULL);
     self.signals = signalfd(-1, &caught, SFD_CLOEXEC | SFD_NONBLOCK);
-    self.port = find_port();
+    self.port = self.gvisor ? fcntl(0, F_DUPFD_CLOEXEC, 3) : find_port();
+    if (self.gvisor) fcntl(self.port, F_SETFL, O_NONBLOCK);
     if (self.port < 0) {
         dprintf(2, "nautile: no port to the host\n");
         return 1;

@@ -17,6 +17,7 @@ from nautile.sandbox.guest import kernel
 __all__ = ["Boot", "agent", "prepare"]
 
 _SOURCE = Path(__file__).with_name("agent.c")
+_INCLUDED = Path(__file__).with_name("gvisor.h")
 _FLAGS = ("-static", "-Os", "-s", "-std=gnu11", "-fstack-protector-strong", "-D_FORTIFY_SOURCE=2")
 _TRANSPORTS = {
     "mmio": ("virtio_mmio", "virtio_console", "virtio_blk", "erofs", "overlay"),
@@ -61,7 +62,8 @@ def agent(substrate: str, cache: Path | None = None) -> Path:
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         raise SubstrateUnavailable(substrate, "there is no C compiler for the guest agent", "apt-get install gcc libc6-dev")
-    key = hashlib.sha256(_SOURCE.read_bytes() + " ".join(_FLAGS).encode() + os.fsencode(compiler)).hexdigest()[:16]
+    told = " ".join(_FLAGS).encode() + os.fsencode(compiler)
+    key = hashlib.sha256(_SOURCE.read_bytes() + _INCLUDED.read_bytes() + told).hexdigest()[:16]
     target = place / f"agent-{key}"
     if target.exists():
         return target

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from nautile.sandbox import layers
 from nautile.sandbox.container import _walk as walk_host
@@ -28,10 +28,9 @@ from nautile.sandbox.image import Image, TemporaryLayer
 from nautile.sandbox.limits import Limits
 from nautile.sandbox.policy import NetworkPolicy
 from nautile.sandbox.proxy import ENVIRONMENT as PROXIED
-from nautile.sandbox.qemu import Emulator
 from nautile.sandbox.result import Capabilities, Entry, Info, RunResult
 
-__all__ = ["GuestDriver", "Machine", "identity_of", "settings_of"]
+__all__ = ["GuestDriver", "Host", "Machine", "identity_of", "settings_of"]
 
 _GRACE = 15.0  # seconds that a guest may take to kill a command
 _LARGEST = 2**34  # bytes of a packed layer
@@ -59,6 +58,28 @@ def settings_of(limits: Limits, layer_count: int, *, own: int, proxy: bool) -> d
     }
 
 
+class Host(Protocol):
+    """What runs a guest: an emulator, or runsc."""
+
+    link: wire.Link
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has died."""
+
+    def stop(self) -> None:
+        """Let the guest stand still."""
+
+    def go_on(self) -> None:
+        """After ``stop``."""
+
+    def close(self) -> None:
+        """End it: nothing of it stays."""
+
+
+_Host = TypeVar("_Host", bound=Host)
+
+
 class Machine(Environment, Protocol):
     """A driver of a virtual machine."""
 
@@ -74,12 +95,12 @@ class Machine(Environment, Protocol):
         """The files as they are now, as an image whose top layer is in ``place``, which the caller keeps while it is used."""
 
 
-class GuestDriver:
-    """One machine. ``capabilities`` and ``fork`` are its substrate's."""
+class GuestDriver(Generic[_Host]):
+    """One machine, or what has the same agent. ``capabilities`` and ``fork`` are its substrate's."""
 
     capabilities = Capabilities(files=True, session=True, pause=True, snapshot=True, fork=True, pack_diff=True, network=False)
 
-    def __init__(self, emulator: Emulator, info: Info, limits: Limits, image: Image) -> None:
+    def __init__(self, emulator: _Host, info: Info, limits: Limits, image: Image) -> None:
         self._emulator, self.info, self._limits, self._image = emulator, info, limits, image
         self._paused = False
         self._workspace: Workspace | None = None
@@ -95,7 +116,7 @@ class GuestDriver:
         self._workspace = Workspace(place, self._limits.disk)
         self._workspace.give(self._link)
 
-    def _share_network(self, copy: GuestDriver) -> None:
+    def _share_network(self, copy: GuestDriver[_Host]) -> None:
         if self._network is not None:
             copy.give_network(self._network.policy)
 
@@ -239,7 +260,7 @@ class GuestDriver:
 
     def pause(self) -> None:
         """See ``Sandbox.pause``: the whole machine stands still."""
-        self._emulator.monitor.ask("stop")
+        self._emulator.stop()
         self._paused = True
 
     def resume(self) -> None:

@@ -198,10 +198,11 @@ def export(
 
 def _configuration(name: str) -> ModelConfig:
     """A preset, or what a config.json says."""
-    from nautile.config import ConfigError, ModelConfig  # noqa: PLC0415
+    from nautile.config import ConfigError  # noqa: PLC0415
+    from nautile.train.stages import configuration  # noqa: PLC0415
 
     try:
-        return ModelConfig.from_json(Path(name)) if name.endswith(".json") else ModelConfig.preset(name)
+        return configuration(name)
     except ConfigError as error:
         raise typer.BadParameter(str(error), param_hint="--preset") from None
 

@@ -19,12 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nautile.config import ModelConfig
 from nautile.model import Transformer
 from nautile.protocol import Tokenizer
 from nautile.train.needles import haystack, random_pool
 from nautile.train.spans import block_in_spans
-from nautile.train.stages import load_weights
+from nautile.train.stages import configuration, load_weights
 from nautile.train.traces import tokenise
 
 __all__ = ["Trial", "far_trials", "right_tokens"]
@@ -87,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("weights", type=Path)
     parser.add_argument("--tokenizer", type=Path, default=Path(__file__).parents[1] / "weights" / "nano")
-    parser.add_argument("--preset", default="nano")
+    parser.add_argument("--preset", default="nano", help="nano, or the config.json of the weights")
     parser.add_argument("--lengths", default="4096,8192,16384,32768,65536")
     parser.add_argument("--trials", type=int, default=25)
     parser.add_argument("--span", type=int, default=4096)
@@ -95,7 +94,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_weights(ModelConfig.preset(options.preset), options.weights, device).eval()
+    model = load_weights(configuration(options.preset), options.weights, device).eval()
     tokenizer, began = Tokenizer.load(options.tokenizer), time.monotonic()
     rows = []
     for length in map(int, options.lengths.split(",")):

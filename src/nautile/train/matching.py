@@ -29,7 +29,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nautile.config import ModelConfig
 from nautile.kernels.topk import topk_mask
 from nautile.model import Transformer
 from nautile.model.attention import Attention, _indexer_divergence
@@ -42,8 +41,10 @@ from nautile.train.data import batches
 from nautile.train.loop import StageConfig, learning_rate, quantisation_aware
 from nautile.train.losses import Batch
 from nautile.train.optimizer import Optimizers
+from nautile.train.run_state import write_state
 from nautile.train.spans import _prepared, _Row, block_in_spans
-from nautile.train.stages import DENSE, load_weights, save_weights
+from nautile.train.stages import DENSE, configuration, load_weights
+from nautile.train.vocabulary import check_same, record
 
 __all__ = ["MatchConfig", "Matched", "match", "recall", "widened"]
 
@@ -61,6 +62,7 @@ class MatchConfig:
     attention_lr: float = 3e-3
     hold: float = 3.0
     span: int = 4096
+    sparse: bool = False  # inputs as the network gives them with the indexer it began with, not as dense attention does
     seed: int = 0
 
 
@@ -225,10 +227,10 @@ def match(
     Rows in which no query has a choice are passed over. ``report`` gets the row's number, the seconds and each layer.
     """
     frozen = copy.deepcopy(model).requires_grad_(False)
-    frozen.config = dense = model.config.replace(index_topk=DENSE)
+    shape = model.config if config.sparse else model.config.replace(index_topk=DENSE)
     for module in frozen.modules():
         if isinstance(module, Attention | Block):
-            module.config = dense
+            module.config = shape
     quantisation_aware(model, True)
     model.requires_grad_(False)
     layers: list[Block] = list(model.layers)  # type: ignore[arg-type]
@@ -237,13 +239,12 @@ def match(
     generator = torch.Generator().manual_seed(config.seed)
     began, done = time.monotonic(), 0
     for batch in rows:
+        over = max((time.monotonic() - began) / config.seconds, done / config.rows if config.rows else 0.0)
+        if over >= 1:
+            break
         far = _far_queries(batch, config.index_topk)
         if len(far) == 0:
             continue
-        elapsed = time.monotonic() - began
-        over = max(elapsed / config.seconds, done / config.rows if config.rows else 0.0)
-        if over >= 1:
-            break
         draw = lambda far=far: far[torch.randint(len(far), (config.queries,), generator=generator).to(far.device)]  # noqa: E731
         found = _one_row(frozen, pupils, batch, draw, config.span, learning_rate(over, done, schedule))
         done += 1
@@ -275,7 +276,7 @@ def _one_row(
 
 
 def main() -> None:
-    """Match the layers of a model; leaves OUT/weights.safetensors, OUT/config.json and OUT/log.jsonl."""
+    """Match the layers of a model; leaves OUT/checkpoint.pt, OUT/config.json and OUT/log.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", type=Path, help="of the stage long")
     parser.add_argument("out", type=Path)
@@ -289,10 +290,10 @@ def main() -> None:
     parser.add_argument("--index-head-dim", type=int, help="first make the indexer as wide as the attention's heads")
     parser.add_argument("--first-shard", type=int, default=0)
     parser.add_argument("--span", type=int, default=4096)
+    parser.add_argument("--sparse", action="store_true", help="inputs of sparse attention, as the model is used")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    named = Path(options.preset)
-    shape = ModelConfig.from_json(named) if options.preset.endswith(".json") else ModelConfig.preset(options.preset)
+    known, shape = check_same(options.shards, options.init), configuration(options.preset)
     model = load_weights(shape, options.init, device)
     if options.index_head_dim not in (None, shape.index_head_dim):
         model = widened(model, options.index_head_dim)
@@ -300,7 +301,7 @@ def main() -> None:
     options.out.joinpath("config.json").write_text(json.dumps(model.config.to_json(), indent=1) + "\n", encoding="utf-8")
     config = MatchConfig(
         model.config.index_topk, options.seconds, options.rows, options.queries, attention_lr=options.attention_lr,
-        hold=options.hold, span=options.span,
+        hold=options.hold, span=options.span, sparse=options.sparse,
     )  # fmt: skip
     with (options.out / "log.jsonl").open("a", encoding="utf-8") as log:
 
@@ -316,7 +317,11 @@ def main() -> None:
 
         feed = (batch for batch, _, _ in batches(options.shards, 1, torch.device(device), (options.first_shard, 0)))
         done = match(model, feed, config, report)
-    save_weights(model, options.out / "weights.safetensors")
+    if done == 0:
+        parser.error(f"no query of these rows sees more than {model.config.index_topk} entries: longer rows are needed")
+    write_state(options.out / "checkpoint.pt", {"model": model.state_dict(), "config": model.config.to_json()})
+    if known is not None:
+        record(options.out, known)
     print(f"{done} rows -> {options.out}")
 
 

@@ -24,7 +24,7 @@ from nautile.train import packing
 from nautile.train.data import batches
 from nautile.train.loop import Progress, StageConfig, Trainer
 
-__all__ = ["DENSE", "STAGES", "build_in_background", "load_weights", "run_stage", "save_weights"]
+__all__ = ["DENSE", "STAGES", "build_in_background", "configuration", "load_weights", "run_stage", "save_weights"]
 
 DENSE = 1 << 20  # an index_topk that leaves no entry out
 
@@ -115,6 +115,11 @@ def save_weights(model: Transformer, path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     save_file(state, temporary)
     temporary.replace(path)
+
+
+def configuration(name: str) -> ModelConfig:
+    """A preset, or what a config.json says. Raises ConfigError."""
+    return ModelConfig.from_json(Path(name)) if name.endswith(".json") else ModelConfig.preset(name)
 
 
 def load_weights(config: ModelConfig, path: Path | None, device: str, seed: int = 0) -> Transformer:

@@ -1,4 +1,4 @@
-"""One answer: full, chunked, decoded, batched, cached, preempted, rewound, forked and speculated give the same tokens.
+"""One answer: full, chunked, decoded, batched, cached, preempted, rewound, forked, resumed and speculated give the same tokens.
 
 The oracle is the network without a state: one full pass over prompt and output, and the sampling rule at every position. Each
 way to an output is held to it token for token, greedy and seeded, at lengths around every multiple of 4, 128 and the block.
@@ -7,6 +7,8 @@ way to an output is held to it token for token, greedy and seeded, at lengths ar
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -22,6 +24,7 @@ from nautile.engine import Engine, EngineConfig, Finished, Request, SamplingPara
 from nautile.engine.plan import Piece, Plan
 from nautile.engine.runners import make_runner
 from nautile.engine.sampling import choose
+from nautile.engine.sessions import EngineSessions, Live
 from nautile.state import StatePool
 from oracles.random_models import random_ids, tiny_network
 
@@ -34,19 +37,28 @@ FEW = (1, 4, 129, 255, 256, 257, 513)  # for the runners whose steps take long; 
 LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 126, 127, 128, 129, 130, 254, 255, 256, 257, 258, 383, 384, 385, 510, 511, 512, 513, 514)
 
 
+def network():
+    return tiny_network((0, 4, 128, 4), seed=3)
+
+
+def prompts(model):
+    """By length: the ends of one text."""
+    whole = tuple(random_ids(model.config, max(LENGTHS), seed=1).tolist())
+    return {length: whole[-length:] for length in LENGTHS}
+
+
 @pytest.fixture(scope="module")
 def model():
-    return tiny_network((0, 4, 128, 4), seed=3)
+    return network()
 
 
 @pytest.fixture(scope="module")
 def answers(model):
     """By kind of sampling and prompt: one prompt at a time, nothing cached. Held to the oracle by the first test."""
     engine = Engine(model, replace(BASE, runner="native", max_running=1, prefix_cache=False))
-    whole = random_ids(model.config, max(LENGTHS), seed=1).tolist()
-    prompts = [tuple(whole[-length:]) for length in LENGTHS]
     found = {
-        name: {prompt: engine.generate([prompt], by_name(name))[0].ids for prompt in prompts} for name in ("greedy", "seeded")
+        name: {prompt: engine.generate([prompt], by_name(name))[0].ids for prompt in prompts(model).values()}
+        for name in ("greedy", "seeded")
     }
     engine.close()
     return found
@@ -169,7 +181,8 @@ def test_speculated(model, answers, case, name):
     config, lengths = case
     engine = Engine(model, replace(config, speculate=True))
     check(engine, answers, name, lengths)
-    check(engine, answers, name, lengths)
+    again = check(engine, answers, name, lengths)  # drafts and hits go together
+    assert all(c.reused_tokens >= (c.prompt_tokens - 1) // BLOCK * BLOCK for c in again)
     assert engine.stats().drafted_tokens > 50
     engine.close()
 
@@ -217,6 +230,52 @@ def test_served_from_host_memory_and_from_disk(model, answers, case, tmp_path):
     assert sum(c.reused_tokens > 0 for c in again) > len(again) // 2
     restarted.close()
     fresh.close()
+
+
+_SAVES = """
+import itertools, sys
+sys.path.insert(0, {tests!r})
+from engine.test_one_answer import *
+model = network()
+engine = Engine(model, replace(BASE, runner="native", cache_dir=Path(sys.argv[1]) / "cache"))
+sessions = EngineSessions(engine, Path(sys.argv[1]) / "sessions")
+beside = engine.submit_sync(Request((1, 2), replace(SEEDED, max_tokens=4000)))
+for length in itertools.cycle(map(int, sys.argv[2:])):
+    sessions.save(f"at{{length}}", prompts(model)[length])
+    print(length, flush=True)
+"""
+
+
+@pytest.mark.parametrize("lengths", [FEW, pytest.param(LENGTHS, marks=pytest.mark.slow)], ids=["few", "all"])
+def test_resumed_after_the_process_was_killed(model, answers, tmp_path, lengths):
+    """Sessions of every length, saved under load by a process that dies of SIGKILL while it saves; each goes on as it would
+    have: from its logits at once, and as an ordinary request beside others."""
+    code = _SAVES.format(tests=str(Path(__file__).parents[1]))
+    command = [sys.executable, "-c", code, str(tmp_path), *map(str, lengths)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    acknowledged = [int(child.stdout.readline()) for _ in range(len(lengths) + 2)]
+    child.kill()
+    child.wait()
+    child.stdout.close()
+    assert set(acknowledged) == set(lengths)
+    engine = Engine(model, replace(BASE, runner="native", cache_dir=tmp_path / "cache"))
+    sessions = EngineSessions(engine, tmp_path / "sessions")
+    store = sessions.store("")
+    assert all(info.problem is None for info in store.list()) and not list(tmp_path.rglob("*.bad"))
+    for length, prompt in prompts(model).items():
+        if length not in lengths:
+            continue
+        for params, expected in ((GREEDY, answers["greedy"]), (SEEDED, answers["seeded"])):
+            live = Live.resume(engine, store.resume(f"at{length}", engine.pool))
+            tokens = [token for token, _ in zip(live.generate(params), expected[prompt], strict=False)]
+            assert live.recomputed == 0 and tokens == expected[prompt][: len(tokens)] and len(tokens) > 2
+            engine.pool.release(live.sequence)
+    loaded = [sessions.load(f"at{length}")[1] for length in lengths]
+    assert loaded == [prompts(model)[length] for length in lengths]
+    check(engine, answers, "greedy", lengths)
+    assert all(c.reused_tokens >= (c.prompt_tokens - 1) // BLOCK * BLOCK for c in check(engine, answers, "seeded", lengths))
+    engine.close()
 
 
 @pytest.mark.parametrize("name", RUNNERS)
@@ -305,9 +364,11 @@ ARRIVALS = st.lists(
 
 
 @pytest.fixture(scope="module")
-def crowded(model):
-    """A pool of few blocks and slots, kept between examples so that what they leave behind is met again."""
-    engine = Engine(model, replace(BASE, runner="native", max_running=3, pool_bytes=1_900_000, token_budget=60))
+def crowded(model, tmp_path_factory):
+    """A pool of few blocks and slots with drafts and all tiers, kept between examples so that what they leave behind is met
+    again."""
+    sizes = replace(BASE, max_running=3, pool_bytes=1_900_000, token_budget=60, snapshot_bytes=200_000, host_bytes=200_000)
+    engine = Engine(model, replace(sizes, runner="native", speculate=True, cache_dir=tmp_path_factory.mktemp("cache")))
     yield engine
     engine.close()
 

@@ -27,16 +27,18 @@ POINTERS = {
 TYPES = {name: f"*{kind}" for kind, names in POINTERS.items() for name in names.split()}
 SCALARS = (
     "stride tokens together near_count far_count heads splits tiles near_tiles far_tiles k per maxima inner hidden top pairs "
-    "most experts size"
+    "most experts size blocks"
 )
-TYPES |= dict.fromkeys(SCALARS.split(), "i32") | {"rows": "i32", "scale": "fp32", "limit": "fp32"}
+TYPES |= dict.fromkeys(SCALARS.split(), "i32") | {"table": "*i64", "rows": "i32", "scale": "fp32", "limit": "fp32"}
 WORDS = dict.fromkeys(["near", "far", "w1", "w3", "w2", "wa", "sa", "wb", "sb"], "*i32")  # kernels that read words
 PLAIN, NUMBER, FLOATS = {"near": "*bf16", "far": "*bf16"}, {"count": "i32"}, {"out": "*fp32"}
 BLOCK = {"C": 512, "PLAIN": 448, "BLOCK_H": 0, "BLOCK_N": 0}
 PACKED = {**BLOCK, "PACKED": True, "NEAR_STRIDE": 584, "FAR_STRIDE": 584}
 UNPACKED = {**BLOCK, "PACKED": False, "NEAR_STRIDE": 512, "FAR_STRIDE": 512}
-HOPPER = {"STRIDE": 146, "W": 8, "R": 72}
-SCORE, FEW = {"HEADS": 64, "GROUP": 128, "PDL": 90}, {"WORDS": 32, "ROWS": 32, "PDL": 90}
+HOPPER = {"STRIDE": 146, "W": 8, "R": 72, "SERIAL": False, "HALF": False}
+SERIAL = {**HOPPER, "R": 80, "SERIAL": True, "N": 64, "S": 2}
+SCORE, FEW = {"HEADS": 64, "GROUP": 128, "PDL": 90}, {"WORDS": 32, "ROWS": 32, "SPLIT": 1, "PDL": 90}
+CUT = {"WORDS": 16, "ROWS": 64, "SPLIT": 2, "ONE": True, "PDL": 90}
 PREPARE = {"PAIRS": 256, "BLOCKS": 256, "EXPERTS": 256, "WAYS": 2, "PDL": 90}
 PORTABLE = {"BYTES": 64, "BLOCK_P": 16, "ASM": True, "PDL": 90}
 MANY = {"W": 8, "R": 96, "SPREAD": False}
@@ -48,10 +50,12 @@ KERNELS = [  # module, kernel, other argument types, constants, warps, capabilit
     (hopper_attention, "_attend_kernel", WORDS, {**HOPPER, "SINGLE": True, "N": 64, "S": 2}, 8, (90,)),
     (hopper_attention, "_attend_kernel", WORDS, {**HOPPER, "SINGLE": False, "N": 64, "S": 2}, 8, (90,)),
     (hopper_attention, "_attend_kernel", WORDS, {**HOPPER, "SINGLE": False, "N": 32, "S": 3}, 8, (90,)),
+    (hopper_attention, "_attend_kernel", WORDS, {**SERIAL, "SINGLE": True}, 8, (90,)),
+    (hopper_attention, "_attend_kernel", {**WORDS, "partial": "*bf16"}, {**SERIAL, "SINGLE": False, "HALF": True}, 8, (90,)),
     (index_select, "_score_kernel", NUMBER, {**SCORE, "BLOCK": 128, "ASM": True}, 4, (80, 90)),  # on sm_100 a trap, but unused
     (index_select, "_many_kernel", NUMBER, {"HEADS": 64, "BLOCK": 128, "GROUP": 128, "ASM": True}, 8, (80, 90)),
     (index_select, "_collect_kernel", NUMBER, {"MAXIMA": 2048, "GROUP": 128, "TILE": 4096, "PDL": 90}, 8, (80, 90, 100)),
-    (index_select, "_settle_kernel", NUMBER, {"TILE": 1024, "K": 512, "PDL": 90}, 8, (80, 90, 100)),
+    (index_select, "_settle_kernel", NUMBER, {"TILE": 1024, "K": 512, "PAGED": True, "PDL": 90}, 8, (80, 90, 100)),
     (index_scores, "_score_kernel", NUMBER, {**SCORE, "HOPPER": False}, 8, (80, 90, 100)),
     (index_scores, "_score_kernel", NUMBER, {**SCORE, "HOPPER": True}, 8, (90,)),
     (fp4_experts, "_prepare_kernel", {}, PREPARE, 8, (80, 90, 100)),
@@ -61,6 +65,8 @@ KERNELS = [  # module, kernel, other argument types, constants, warps, capabilit
     (few_experts, "_gate_up_kernel", {**WORDS, "x": "*i32"}, {"HIDDEN": 4096, "ONE": False, **FEW}, 2, (80, 90, 100)),
     (few_experts, "_gate_up_kernel", {**WORDS, "x": "*i32"}, {"HIDDEN": 4096, "ONE": True, **FEW}, 2, (80, 90, 100)),
     (few_experts, "_down_kernel", {**WORDS, "middle": "*i32"}, {"INNER": 2048, "ONE": False, **FEW}, 2, (80, 90, 100)),
+    (few_experts, "_gate_up_kernel", {**WORDS, "x": "*i32"}, {"HIDDEN": 4096, **CUT}, 4, (80, 90, 100)),
+    (few_experts, "_down_kernel", {**WORDS, "middle": "*i32"}, {"INNER": 2048, **CUT}, 4, (80, 90, 100)),
     (many_experts, "_experts_kernel", WORDS, {"WIDTH": 4096, "GATED": True, **MANY}, 8, (90,)),
     (many_experts, "_experts_kernel", {**WORDS, **FLOATS}, {"WIDTH": 2048, "GATED": False, **MANY}, 8, (90,)),
     (many_experts, "_experts_kernel", WORDS, {"WIDTH": 4096, "GATED": True, **MANY, "R": 88, "SPREAD": True}, 8, (90,)),

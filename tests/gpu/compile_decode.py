@@ -14,13 +14,16 @@ from nautile.kernels.decode import linear, query, routing, rows, streams
 FLOATS = {"eps", "norm_eps", "factor", "limit", "shrink"}
 POINTERS = {
     "x": "*bf16", "q": "*fp32", "streams": "*fp32", "fn": "*fp32", "partial": "*fp32", "base": "*fp32", "scale": "*fp32",
-    "norm": "*fp32", "post": "*fp32", "matrix": "*fp32", "one": "*fp32", "two": "*fp32", "three": "*fp32", "out": "*fp32",
+    "norm": "*fp32", "post": "*fp32", "matrix": "*fp32", "one": "*fp32", "two": "*fp32", "three": "*fp32", "four": "*fp32",
+    "out": "*fp32",
     "projected": "*fp32", "q_norm": "*fp32", "kv_norm": "*fp32", "cos": "*fp32", "sin": "*fp32", "window": "*u8",
     "rows": "*i64", "kv": "*fp32", "gate": "*fp32", "ape": "*fp32", "ring_kv": "*fp32", "ring_gate": "*fp32", "pool": "*u8",
     "signs": "*fp32", "slots": "*i64", "positions": "*i64", "weights": "*fp32", "scaled": "*fp32", "logits": "*fp32",
     "ids": "*i64", "bias": "*fp32", "table": "*i64", "chosen": "*i32", "both": "*fp32", "scales": "*u8",
+    "words": "*i32",
 }  # fmt: skip
 LINEAR = {"INPUTS": 4096, "LINES": 32, "BLOCK_N": 16, "BLOCK_T": 16, "BLOCK_K": 128, "ASM": True}
+VECTOR = {"INPUTS": 4096, "BLOCK_N": 8, "WORDS": 1024}
 COMPRESS = {"ROTATED": 64, "LAYERS": 21}
 KERNELS = [  # module, kernel, constants, pointers of other types
     (linear, "_linear_kernel", {**LINEAR, "FP8": True}, {"weights": "*fp8e4nv", "rows": "i32"}),
@@ -31,6 +34,8 @@ KERNELS = [  # module, kernel, constants, pointers of other types
         {"weights": "*bf16", "scales": "*bf16", "rows": "i32"},
     ),
     (linear, "_linear_kernel", {**LINEAR, "BLOCK_N": 32, "BLOCK_T": 64, "FP8": True}, {"weights": "*fp8e4nv", "rows": "i32"}),
+    (linear, "_vector_kernel", {**VECTOR, "SIZE": 1}, {}),
+    (linear, "_vector_kernel", {**VECTOR, "SIZE": 2}, {}),
     (streams, "_partial_kernel", {"CHUNK": 512}, {}),
     (streams, "_mix_kernel", {"D": 4096, "BLOCK_D": 4096, "CHUNKS": 32, "STEPS": 19}, {}),
     (streams, "_mix_kernel", {"D": 7168, "BLOCK_D": 8192, "CHUNKS": 64, "STEPS": 19}, {}),
@@ -62,11 +67,12 @@ def compiled(module, name, constants, other, capability):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
 
 
-def waits_first(ptx):
-    """Whether a chained kernel waits before its first access to memory; what it brings into the L2 before that are weights."""
+def waits_first(ptx, early):
+    """Whether a chained kernel waits before its first access to memory; what it brings into the L2 before that are weights,
+    and so are its first loads where ``early``."""
     places = [ptx.find(text) for text in ("ld.global", "st.global", "cp.async.c", "red.global", "atom.global")]
     wait = ptx.find("griddepcontrol.wait")
-    return 0 < wait < min(place for place in places if place > 0)
+    return 0 < wait < min(place for place in places[early:] if place > 0) and ptx.find("ld.global", wait) > 0
 
 
 def main(capabilities):
@@ -77,7 +83,7 @@ def main(capabilities):
             code = compiled(module, name, constants, other, capability).asm
             if "trap;" in code["ptx"]:
                 sys.exit(f"{module.__name__}.{name} sm_{capability} is a trap")
-            if capability >= 90 and not waits_first(code["ptx"]):
+            if capability >= 90 and not waits_first(code["ptx"], int(name == "_vector_kernel")):
                 sys.exit(f"{module.__name__}.{name} sm_{capability} touches memory before the kernel before it has ended")
             print(f"{module.__name__}.{name} sm_{capability}: {len(code['cubin'])} bytes", flush=True)
 

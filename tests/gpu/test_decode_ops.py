@@ -41,6 +41,24 @@ def test_linear(device, tokens, outputs, inputs, groups, stored):
     close(linear.launch(x.to(device), matrix).cpu(), linear.linear_reference(x.to(device), matrix).cpu(), 1e-6)
 
 
+@pytest.mark.parametrize(("outputs", "inputs", "groups", "step"), [(32, 384, 1, 4096), (32, 640, 2, 256)])
+@pytest.mark.parametrize("stored", ["fp8", "bf16", "float32"])
+def test_a_single_token(device, dtype, outputs, inputs, groups, step, stored, monkeypatch):
+    """Rows that one step reads and that many read, whatever the size of the tiles' powers of two."""
+    monkeypatch.setattr(linear, "_STEP", step)
+    monkeypatch.setattr(linear, "_rows_of_a_program", lambda rows: rows // 4)
+    weight, x = torch.randn(outputs, inputs), torch.randn(1, groups * inputs).to(device, dtype)
+    if stored == "fp8":
+        data, scales = fp8.encode_blocks(weight)
+        powers = torch.randint(40, 180, scales.shape, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+        for scales_ in (scales, powers):
+            matrix = linear.Matrix(data.to(device), scales_.to(device), groups)
+            close(linear.launch_vector(x, matrix), linear.linear_reference(x.double(), matrix), 1e-6)
+    else:
+        matrix = linear.Matrix(weight.to(device, torch.bfloat16 if stored == "bf16" else torch.float32), None, groups)
+        close(linear.launch_vector(x, matrix), linear.linear_reference(x.double(), matrix), 1e-6)
+
+
 def run_ptx(text, word):
     """The two results of a piece of PTX made of the instructions below, for one 32-bit input."""
     registers = {"$2": word}
@@ -99,7 +117,7 @@ def test_mix_and_join(device, tokens, d, few, monkeypatch):
     ):
         close(out, expected)
     _, post, matrix = streams.mix_reference(x, own, torch.float32)
-    for count in (1, 2, 3):
+    for count in (1, 3, 4):
         parts = tuple(torch.randn(tokens, d, device=device) for _ in range(count))
         close(streams.launch_join(x, parts, post, matrix), streams.join_reference(x, parts, post, matrix))
 

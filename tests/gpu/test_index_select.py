@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nautile.kernels.index_select import index_scores_reference, index_select, index_select_reference
+from nautile.kernels.index_select import Paging, index_scores_reference, index_select, index_select_reference
 from nautile.quant import mxfp4
 
 from .conftest import relative
@@ -56,6 +56,14 @@ def test_every_query_with_keys_of_its_own(kernel, device, dtype):
         one = slice(row, row + 1)
         _, alone = index_select(q[one], weights[one], keys[row], visible[one], 16, kernel=kernel)
         assert torch.equal(selected[one], alone)
+    paging = Paging(torch.stack([torch.randperm(40)[:10] for _ in range(3)]).to(device), 32, 96)
+    visible[1] = 5
+    entries = index_select(q, weights, keys, visible, 16, kernel=kernel)[1].tolist()
+    expected = [
+        [-1 if entry < 0 else int(table[entry // 32]) * 96 + entry % 32 for entry in row]
+        for row, table in zip(entries, paging.table, strict=True)
+    ]
+    assert index_select(q, weights, keys, visible, 16, kernel=kernel, paging=paging)[1].tolist() == expected
 
 
 @pytest.mark.parametrize("kind", ["zero", "minus zero", "two values"])

@@ -18,13 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nautile.config import ModelConfig
 from nautile.engine.packed_weights import LayerWeights, PackedWeights
 from nautile.kernels.decode.linear import linear
 from nautile.kernels.decode.query import index_queries, turn_heads
 from nautile.kernels.decode.routing import Router, gated, route
 from nautile.kernels.decode.rows import Angles, CompressorRows, compress, hadamard_signs, store_window
 from nautile.kernels.decode.streams import collapse, join, mix
-from nautile.kernels.index_select import index_scores_reference, index_select, index_select_reference
+from nautile.kernels.fp4_experts import FewTiles
+from nautile.kernels.index_select import Paging, index_scores_reference, index_select, index_select_reference
 from nautile.kernels.sparse_attention import RowPool, sparse_attention, sparse_attention_reference
 from nautile.model.rope import inverse_frequencies, rotation
 from nautile.state.pages import Pages
@@ -97,11 +99,22 @@ class Mail:
 @dataclass(frozen=True)
 class StepOptions:
     """How a step is computed. ``chained``: fused kernels begin while the one before them ends (``kernels/decode/chain.py``).
-    ``deterministic``: what a sequence gets depends bit for bit on itself alone, in steps of up to 32 sequences and where no
-    expert is computed on the host; else attention is cut as suits the batch."""
+    ``vector``: a single token is multiplied without tensor cores (``kernels/decode/linear.py``). ``direct``: its experts are
+    not sorted, and those that count nothing are not read (``FewTiles``). ``deterministic``: what a sequence gets depends bit
+    for bit on itself alone, in steps of up to 32 sequences and where no expert is computed on the host, and the two before it
+    do nothing; else attention is cut as suits the batch."""
 
     chained: bool = False
+    vector: bool = False
+    direct: bool = False
     deterministic: bool = False
+
+    def tiles(self, config: ModelConfig, batch: int, device: torch.device) -> FewTiles | None:
+        """Sizes of the kernels for the experts of this step; None: the default ones."""
+        fits = config.hidden_size % 256 == 0 and config.moe_intermediate_size % 256 == 0 and device.type == "cuda"
+        if not self.direct or self.deterministic or batch > 1 or not fits:
+            return None
+        return FewTiles(warps=4, words=16, down_words=16, direct=True, split=2)
 
 
 @dataclass(frozen=True)
@@ -122,8 +135,10 @@ class _Geometry:
 class _Kernels:
     """The fused operations, each launched ``chained`` or not."""
 
-    def __init__(self, chained: bool) -> None:
-        self.linear, self.route = partial(linear, chained=chained), partial(route, chained=chained)
+    def __init__(self, options: StepOptions) -> None:
+        chained = options.chained
+        self.linear = partial(linear, chained=chained, vector=options.vector and not options.deterministic)
+        self.route = partial(route, chained=chained)
         self.gated = partial(gated, chained=chained)
         self.compress, self.store_window = partial(compress, chained=chained), partial(store_window, chained=chained)
         self.turn_heads, self.index_queries = partial(turn_heads, chained=chained), partial(index_queries, chained=chained)
@@ -143,11 +158,11 @@ class DecodeStep:
         options: StepOptions | None = None,
     ) -> None:
         """``mail`` None: every expert is on the card, and nothing is exchanged with the host within a step."""
-        self.options = options or StepOptions()
-        self._run = _Kernels(self.options.chained)
+        self.options, device = options or StepOptions(), weights.embed.device
+        self._run = _Kernels(self.options)
+        self._tiles = self.options.tiles(weights.config, batch, device)
         self.weights, self.pages, self.capacity, self.mail = weights, pages, capacity, mail
         self.config = weights.config
-        device = weights.embed.device
         self.inputs = Inputs.allocate(batch, capacity // pages.options.block_tokens, device)
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.signs = hadamard_signs(self.config.index_head_dim, device)
@@ -202,7 +217,7 @@ class DecodeStep:
         layer = self.weights.layers[index]
         hidden = self._run.gated(self._run.linear(self._x, layer.shared_up), self.config.swiglu_limit, self.dtype)
         shared = self._run.linear(hidden, layer.shared_down)
-        self._parts = (shared, self.weights.store.resident_product(index, self._x, *self._chosen))
+        self._parts = (shared, self.weights.store.resident_product(index, self._x, *self._chosen, self._tiles))
 
     def _route(self, index: int, layer: LayerWeights) -> None:
         experts, weights = self._run.route(self._run.linear(self._x, layer.gate), self.inputs.ids, self._router(layer))
@@ -222,7 +237,7 @@ class DecodeStep:
         if self.mail is not None:
             slots, shares, sums = self.mail.cut(self.mail.back.to(self._x.device, non_blocking=True))
             store = self.weights.store
-            parts = (parts[0] + parts[1], store.product(self._x, slots, shares, store.staged), sums)
+            parts = (*parts, store.product(self._x, slots, shares, store.staged, self._tiles), sums)
         self._streams = self._run.join(self._streams, parts, *self._mixing)
 
     def _head(self) -> None:
@@ -294,8 +309,8 @@ class DecodeStep:
         far, ids = self._far(index, layer, both[:, heads * c :], plain)
         near = RowPool(window.flatten(), window.shape[-1], c, config.qk_rope_head_dim)
         out = self._sum(q, near, far or near, ids, layer.sink)
-        u = self._run.linear(self._run.turn_heads(out, turn, self.dtype, back=True).flatten(1), layer.wo_a)
-        return self._run.linear(u.to(self.dtype), layer.wo_b)
+        u = self._run.linear(self._run.turn_heads(out, turn, self.dtype, back=True).flatten(1), layer.wo_a, self.dtype)
+        return self._run.linear(u, layer.wo_b)
 
     def _sum(self, q: Tensor, near: RowPool, far: RowPool, ids: Tensor, sink: Tensor) -> Tensor:
         assert self._geometry is not None
@@ -348,10 +363,8 @@ class DecodeStep:
         assert place is not None
         layers, per = pages.csa.shape[1:3]
         keys = pages.index[self.inputs.table, ordinal].flatten(1, 2)[:, : self.capacity // 4]
+        paging = Paging(self.inputs.table, per, layers * per)
         if q.is_cuda:
-            entry = index_select(q, weights, keys, place.seen, self.config.index_topk)[1].long()
-        else:
-            scores = index_scores_reference(q, weights, keys)
-            entry = index_select_reference(scores, place.seen, self.config.index_topk).long()
-        block = self.inputs.table.gather(1, entry.clamp_min(0) // per)
-        return (block * (layers * per) + entry % per).masked_fill(entry < 0, -1).to(torch.int32)
+            return index_select(q, weights, keys, place.seen, self.config.index_topk, paging=paging)[1]
+        scores = index_scores_reference(q, weights, keys)
+        return paging.rows(index_select_reference(scores, place.seen, self.config.index_topk))

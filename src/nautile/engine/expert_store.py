@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nautile.config import ModelConfig
 from nautile.engine.placement import ExpertPlacement, expert_bytes
-from nautile.kernels.fp4_experts import FP4Experts, fp4_experts, fp4_experts_reference
+from nautile.kernels.fp4_experts import FewTiles, FP4Experts, fp4_experts, fp4_experts_reference
 from nautile.kernels.host import ExpertStream
 
 __all__ = ["PARTS", "ExpertStore", "host_memory"]
@@ -125,13 +125,13 @@ class ExpertStore:
         row = self._rows[layer][expert]
         return self._bases[row // self._per_chunk] + row % self._per_chunk * self.bytes
 
-    def product(self, x: Tensor, chosen: Tensor, weights: Tensor, experts: FP4Experts) -> Tensor:
-        """x [T, d], numbers [T, k] of experts in this view, weights [T, k] -> float32 [T, d]."""
+    def product(self, x: Tensor, chosen: Tensor, weights: Tensor, experts: FP4Experts, tiles: FewTiles | None = None) -> Tensor:
+        """x [T, d], numbers [T, k] of experts in this view, weights [T, k] -> float32 [T, d]. ``tiles`` None: as suits T."""
         if x.is_cuda:
-            return fp4_experts(x, chosen, weights, experts)
+            return fp4_experts(x, chosen, weights, experts, tiles=tiles)
         return fp4_experts_reference(x, chosen, weights, experts).float()
 
-    def resident_product(self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    def resident_product(self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor, tiles: FewTiles | None = None) -> Tensor:
         """The part of the chosen experts that is on the card: x [T, d], experts [T, k] -> float32 [T, d]. Others count with
         weight 0, so nothing depends on the host."""
         if not self.placement.resident[layer]:
@@ -140,7 +140,7 @@ class ExpertStore:
         if not self.all_on_card:
             weights = weights * (local >= 0)
             local = local.clamp_min(0)
-        return self.product(x, local, weights, self.resident[layer])
+        return self.product(x, local, weights, self.resident[layer], tiles)
 
     def run(self, layer: int, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Many tokens (prefill): x [T, d], experts and weights [T, k] -> float32 [T, d]. Experts that are not on the card

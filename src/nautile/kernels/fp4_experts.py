@@ -121,12 +121,14 @@ class ExpertTiles:
 @dataclass(frozen=True)
 class FewTiles:
     """Sizes of the programs of ``few_experts``: warps of 16 rows each, words of codes of a step of the two products.
-    ``direct`` makes every pair of a single token a block of its own, without a kernel that sorts pairs."""
+    ``direct`` makes every pair of a single token a block of its own, without a kernel that sorts pairs, and reads no expert
+    whose share is zero; ``split`` cuts its inputs in so many parts for other warps (1 but for ``direct``)."""
 
     warps: int = 2
     words: int = 32
     down_words: int = 32
     direct: bool = False
+    split: int = 1
 
 
 Tiles = ExpertTiles | FewTiles | ManyTiles
@@ -205,7 +207,12 @@ def _few(x: Tensor, chosen: Tensor, weights: Tensor, experts: FP4Experts, tiles:
     """The path of ``few_experts``."""
     (tokens, hidden), top = x.shape, chosen.shape[1]
     pdl = torch.cuda.get_device_capability(x.device) >= (9, 0)
-    if tokens == 1 and tiles.direct:
+    direct = tokens == 1 and tiles.direct
+    split = tiles.split if direct else 1
+    inner = experts.w1.shape[1]
+    if hidden % (8 * split * tiles.words) or inner % (8 * split * tiles.down_words):
+        raise ValueError(f"d={hidden} and I={inner} do not divide into {split} parts of steps as long as {tiles} says")
+    if direct:
         table = (chosen.flatten(),) * 4  # every pair is a block of its own
     else:
         blocks = _prepared(x, chosen, experts.w1.shape[0], few_experts.PAIRS, 0, pdl)[0]
@@ -213,7 +220,7 @@ def _few(x: Tensor, chosen: Tensor, weights: Tensor, experts: FP4Experts, tiles:
     parts = torch.empty(tokens * top, hidden, dtype=torch.float32, device=x.device)
     few_experts.launch(
         x.contiguous(), _tensors(experts), weights.float().contiguous(), table, top, experts.limit, parts,
-        (tiles.warps, tiles.words, tiles.down_words), tiles.direct and tokens == 1,
+        (tiles.warps, tiles.words, tiles.down_words, split), direct,
     )  # fmt: skip
     return _summed(parts, tokens, pdl)
 

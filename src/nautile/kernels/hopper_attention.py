@@ -29,13 +29,17 @@ _C, _ROTATED, _HEADS = 512, 64, 64
 
 @dataclass(frozen=True)
 class HopperTiles:
-    """Rows of a tile, tiles in shared memory, warps that decode and registers of a thread of theirs. The defaults are the
-    fastest that were measured."""
+    """Rows of a tile, tiles in shared memory, warps that decode and registers of a thread of theirs. ``serial``: a tile's
+    logits begin when the tile before it is done with, so that of two tiles in shared memory one is always free to be decoded
+    into; else they run beside the tile before, which keeps both tiles busy. ``half``: sums of splits are kept in bfloat16
+    until they are joined. The defaults are the fastest that were measured."""
 
     rows: int = 64
     stages: int = 2
     warps: int = 8
     registers: int = 72
+    serial: bool = False
+    half: bool = False
 
 
 def fits(q: Tensor, near: RowPool, far: RowPool, capability: tuple[int, int]) -> bool:
@@ -58,7 +62,7 @@ def launch(
     _attend_kernel[(q.shape[0], q.shape[1] // _HEADS, splits)](
         q, near.data.view(torch.int32), near_ids, far.data.view(torch.int32), far_ids, sink, out, partial, weight, *numbers,
         STRIDE=_BYTES // 4, SINGLE=splits == 1, N=tiles.rows, S=tiles.stages, W=tiles.warps, R=tiles.registers,
-        num_warps=8,
+        SERIAL=tiles.serial, HALF=tiles.half, num_warps=8,
     )  # fmt: skip
 
 
@@ -197,45 +201,43 @@ if gluon is not None:
         shrink = gl.exp2(top - base)
         share = shrink / (total * shrink + gl.exp2(drain - base))
         share = gl.convert_layout(share, gl.SliceLayout(1, LO))[:, None]
-        k = k_smem._reinterpret(gl.bfloat16, [64, 512], gl.NVMMASharedLayout(128, 16, 2))
-        k.slice(0, 256, dim=1).store((left * share).to(gl.bfloat16))
-        k.slice(256, 256, dim=1).store((right * share).to(gl.bfloat16))
-        gl.store(out + (token * heads + row)[:, None] * 512 + column[None, :], k.load(LQ))
+        _write(out + (token * heads + row)[:, None] * 512 + column[None, :], left * share, right * share, k_smem, LQ)
 
     @gluon.jit
-    def _keep(partial, weight, slot, head0, top, total, left, right, LS: gl.constexpr, LO: gl.constexpr):
+    def _write(target, left, right, k_smem, LQ: gl.constexpr):
+        """Both halves in bfloat16, by way of the first tile's shared memory, which the other warpgroup may still read."""
+        gl.thread_barrier()
+        k = k_smem._reinterpret(gl.bfloat16, [64, 512], gl.NVMMASharedLayout(128, 16, 2))
+        k.slice(0, 256, dim=1).store(left.to(gl.bfloat16))
+        k.slice(256, 256, dim=1).store(right.to(gl.bfloat16))
+        gl.store(target, k.load(LQ))
+
+    @gluon.jit
+    def _keep(
+        partial, weight, slot, head0, top, total, left, right, k_smem,
+        HALF: gl.constexpr, LQ: gl.constexpr, LS: gl.constexpr, LO: gl.constexpr,
+    ):  # fmt: skip
         """Keep one split's sums, its largest logits and totals for the kernel that joins splits."""
-        row = head0 + gl.arange(0, 64, layout=gl.SliceLayout(1, LO))
-        column = gl.arange(0, 256, layout=gl.SliceLayout(0, LO))
-        target = partial + (slot + row)[:, None] * 512 + column[None, :]
-        gl.store(target, left)
-        gl.store(target + 256, right)
+        if HALF:
+            row = head0 + gl.arange(0, 64, layout=gl.SliceLayout(1, LQ))
+            column = gl.arange(0, 512, layout=gl.SliceLayout(0, LQ))
+            _write(partial + (slot + row)[:, None] * 512 + column[None, :], left, right, k_smem, LQ)
+        else:
+            row = head0 + gl.arange(0, 64, layout=gl.SliceLayout(1, LO))
+            column = gl.arange(0, 256, layout=gl.SliceLayout(0, LO))
+            target = partial + (slot + row)[:, None] * 512 + column[None, :]
+            gl.store(target, left)
+            gl.store(target + 256, right)
         row = head0 + gl.arange(0, 64, layout=gl.SliceLayout(1, LS))
         gl.store(weight + (slot + row) * 2, top)
         gl.store(weight + (slot + row) * 2 + 1, total)
 
     @gluon.jit
-    def _consume(
-        q, sink, out, partial, weight, token, split, scale, heads, splits, first, last, q_smem, k_smem, p_smem, names, full,
-        empty, SINGLE: gl.constexpr, N: gl.constexpr, S: gl.constexpr,
+    def _beside(
+        q_smem, k_smem, p_smem, names, full, empty, top, total, left, right, zero, scale, first, last,
+        N: gl.constexpr, S: gl.constexpr, LS: gl.constexpr, LO: gl.constexpr,
     ):  # fmt: skip
-        """Both products of every tile, the softmax between them, and the result."""
-        C: gl.constexpr = 512
-        H: gl.constexpr = 64
-        LQ: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
-        LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, N // 2, 16])
-        LO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 128, 16])
-        head0 = gl.program_id(1) * H
-        row = head0 + gl.arange(0, H, layout=gl.SliceLayout(1, LQ))
-        column = gl.arange(0, C, layout=gl.SliceLayout(0, LQ))
-        q_smem.store(gl.load(q + (token * heads + row)[:, None] * C + column[None, :]))
-        hopper.fence_async_shared()
-        top = gl.full([H], float("-inf"), gl.float32, layout=gl.SliceLayout(1, LS))
-        total = gl.full([H], 0.0, gl.float32, layout=gl.SliceLayout(1, LS))
-        left = gl.full([H, C // 2], 0.0, gl.float32, layout=LO)
-        right = gl.full([H, C // 2], 0.0, gl.float32, layout=LO)
-        zero = gl.full([H, N], 0.0, gl.float32, layout=LS)
-        gl.thread_barrier()
+        """All tiles; the logits of the next one beside the sums of this one."""
         hopper.mbarrier.wait(full.index(0), 0)
         s = hopper.warpgroup_mma(q_smem, k_smem.index(0).permute([1, 0]), zero, use_acc=False, is_async=True)
         s = hopper.warpgroup_mma_wait(0, deps=[s])
@@ -257,16 +259,70 @@ if gluon is not None:
         hopper.fence_async_shared()
         left, right = _add(p_smem, k_smem.index(step % S), left, right, shrink, LO)
         left, right = hopper.warpgroup_mma_wait(0, deps=[left, right])
+        return top, total, left, right
+
+    @gluon.jit
+    def _one_by_one(
+        q_smem, k_smem, p_smem, names, full, empty, top, total, left, right, zero, scale, first, last,
+        N: gl.constexpr, S: gl.constexpr, LS: gl.constexpr, LO: gl.constexpr,
+    ):  # fmt: skip
+        """All tiles, each given back before the next one's logits begin."""
+        for tile in range(first, last):
+            step = tile - first
+            hopper.mbarrier.wait(full.index(step % S), (step // S) & 1)
+            k = k_smem.index(step % S)
+            s = hopper.warpgroup_mma(q_smem, k.permute([1, 0]), zero, use_acc=False, is_async=True)
+            s = hopper.warpgroup_mma_wait(0, deps=[s])
+            p, top, total, shrink = _weigh(s, top, total, names.index(step & 7), scale, N, LS)
+            p_smem.store(p)
+            hopper.fence_async_shared()
+            left, right = _add(p_smem, k, left, right, shrink, LO)
+            left, right = hopper.warpgroup_mma_wait(0, deps=[left, right])
+            gl.thread_barrier()
+            hopper.mbarrier.arrive(empty.index(step % S), count=1)
+        return top, total, left, right
+
+    @gluon.jit
+    def _consume(
+        q, sink, out, partial, weight, token, split, scale, heads, splits, first, last, q_smem, k_smem, p_smem, names, full,
+        empty, SINGLE: gl.constexpr, N: gl.constexpr, S: gl.constexpr, SERIAL: gl.constexpr, HALF: gl.constexpr,
+    ):  # fmt: skip
+        """Both products of every tile, the softmax between them, and the result."""
+        C: gl.constexpr = 512
+        H: gl.constexpr = 64
+        LQ: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
+        LS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, N // 2, 16])
+        LO: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 128, 16])
+        head0 = gl.program_id(1) * H
+        row = head0 + gl.arange(0, H, layout=gl.SliceLayout(1, LQ))
+        column = gl.arange(0, C, layout=gl.SliceLayout(0, LQ))
+        q_smem.store(gl.load(q + (token * heads + row)[:, None] * C + column[None, :]))
+        hopper.fence_async_shared()
+        top = gl.full([H], float("-inf"), gl.float32, layout=gl.SliceLayout(1, LS))
+        total = gl.full([H], 0.0, gl.float32, layout=gl.SliceLayout(1, LS))
+        left = gl.full([H, C // 2], 0.0, gl.float32, layout=LO)
+        right = gl.full([H, C // 2], 0.0, gl.float32, layout=LO)
+        zero = gl.full([H, N], 0.0, gl.float32, layout=LS)
+        gl.thread_barrier()
+        if SERIAL:
+            top, total, left, right = _one_by_one(
+                q_smem, k_smem, p_smem, names, full, empty, top, total, left, right, zero, scale, first, last, N, S, LS, LO
+            )
+        else:
+            top, total, left, right = _beside(
+                q_smem, k_smem, p_smem, names, full, empty, top, total, left, right, zero, scale, first, last, N, S, LS, LO
+            )
         if SINGLE:
             _finish(sink, out, token, heads, head0, top, total, left, right, k_smem, LQ, LS, LO)
         else:
-            _keep(partial, weight, (token * splits + split) * heads, head0, top, total, left, right, LS, LO)
+            _keep(partial, weight, (token * splits + split) * heads, head0, top, total, left, right, k_smem, HALF, LQ, LS, LO)
 
     @gluon.jit
     def _attend_kernel(
         q, near, near_ids, far, far_ids, sink, out, partial, weight, near_count, far_count, scale, heads, splits, tiles,
         near_tiles, far_tiles,
         STRIDE: gl.constexpr, SINGLE: gl.constexpr, N: gl.constexpr, S: gl.constexpr, W: gl.constexpr, R: gl.constexpr,
+        SERIAL: gl.constexpr, HALF: gl.constexpr,
     ):  # fmt: skip
         """One query, 64 heads, tiles [split * tiles, (split + 1) * tiles) of its two lists (window tiles first): two
         warpgroups multiply, W more warps decode for them into two halves of shared memory in turn."""
@@ -288,7 +344,7 @@ if gluon is not None:
         gl.warp_specialize(
             [
                 (_consume, (q, sink, out, partial, weight, token, split, scale, heads, splits, first, last,
-                            q_smem, k_smem, p_smem, names, full, empty, SINGLE, N, S)),
+                            q_smem, k_smem, p_smem, names, full, empty, SINGLE, N, S, SERIAL, HALF)),
                 (_produce, (near, near_ids, far, far_ids, token, near_count, far_count, near_tiles, first, last,
                             words, names, full, empty, STRIDE, N, S, W)),
             ],

@@ -12,6 +12,7 @@ those become candidates, and radix rounds over them settle the rest, ties by the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -27,13 +28,28 @@ try:
 except ImportError:  # CPU-only installations have no Triton
     triton = None
 
-__all__ = ["Kernel", "index_scores_reference", "index_select", "index_select_reference"]
+__all__ = ["Kernel", "Paging", "index_scores_reference", "index_select", "index_select_reference"]
 
 Kernel = Literal["auto", "portable", "warpgroup", "many"]
 
 _TILE = 4096  # scores a program looks at in the selection, and the largest k
 _BLOCK = 128  # keys of a tile
 _TALL, _QUERIES = 128, 64  # keys of a tile that stays while queries pass, and how many do
+
+
+@dataclass(frozen=True)
+class Paging:
+    """Where entries lie: entry i of sequence t is row ``table[t, i // per] * stride + i % per``. table int64 [T, blocks]."""
+
+    table: Tensor
+    per: int
+    stride: int
+
+    def rows(self, entry: Tensor) -> Tensor:
+        """int32 [T, k] numbers of entries -> their rows; -1 stays -1."""
+        number = entry.clamp_min(0).long()
+        rows = self.table.gather(1, number // self.per) * self.stride + number % self.per
+        return rows.masked_fill(entry < 0, -1).to(torch.int32)
 
 
 def index_scores_reference(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
@@ -62,15 +78,17 @@ def _group(count: int) -> int:
 
 
 def index_select(
-    q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, k: int, *, kernel: Kernel = "auto"
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, k: int, *,
+    kernel: Kernel = "auto", paging: Paging | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Scores float32 [T, n] and the selection int32 [T, k] of ``index_select_reference``, in Triton.
 
     Args: q [T, H, ci] bfloat16 or float32 whose values lie on the FP4 grid (products are exact then), weights [T, H] float32,
     keys uint8 [n, ci / 2 + ci / 32], or [T, n, ...] where every query has keys of its own, visible [T] int32. ci is 128;
     scores of invisible keys are not written; k is at most 4,096. ``kernel`` "auto" scores with ``index_scores`` where it
     runs, else with Triton's "portable" kernel; "warpgroup" is the former with Hopper's own matrix instruction; "many" decodes
-    a tile of keys once for many queries of the same keys (prompts).
+    a tile of keys once for many queries of the same keys (prompts). With ``paging`` the selection comes as rows, in the order
+    of the entries.
     Raises ValueError for shapes the kernel does not take, RuntimeError without Triton.
     """
     if triton is None:
@@ -118,9 +136,11 @@ def index_select(
         scores, best, visible, found, count, k,
         MAXIMA=maxima, GROUP=group, TILE=_TILE, PDL=pdl, num_warps=8, launch_pdl=pdl,
     )  # fmt: skip
+    table, blocks, per, rows = (paging.table, paging.table.shape[1], paging.per, paging.stride) if paging else (taken, 0, 1, 0)
     _settle_kernel[(tokens,)](
-        found, taken, count, k, TILE=1024, K=triton.next_power_of_2(k), PDL=pdl, num_warps=8, launch_pdl=pdl
-    )
+        found, taken, table, count, k, blocks, per, rows, TILE=1024, K=triton.next_power_of_2(k), PAGED=paging is not None,
+        PDL=pdl, num_warps=8, launch_pdl=pdl,
+    )  # fmt: skip
     return scores, taken
 
 
@@ -313,8 +333,11 @@ if triton is not None:
         return prefix | (border.to(tl.uint32) << shift), missing - above
 
     @triton.jit
-    def _settle_kernel(found, taken, count, k, TILE: tl.constexpr, K: tl.constexpr, PDL: tl.constexpr):
-        """Choose k of the candidates and sort them by index."""
+    def _settle_kernel(
+        found, taken, table, count, k, blocks, per, stride,
+        TILE: tl.constexpr, K: tl.constexpr, PAGED: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
+        """Choose k of the candidates and sort them by index; PAGED: then say in which row each lies."""
         if PDL:
             tl.extra.cuda.gdc_wait()
         token = tl.program_id(0).to(tl.int64)
@@ -350,4 +373,8 @@ if triton is not None:
         lane = tl.arange(0, K)
         chosen = tl.sort(tl.load(taken + token * k + lane, mask=lane < wanted, other=0x7FFFFFFF))
         tl.debug_barrier()
-        tl.store(taken + token * k + lane, tl.where(chosen == 0x7FFFFFFF, -1, chosen), mask=lane < k)
+        there = chosen != 0x7FFFFFFF
+        if PAGED:
+            block = tl.load(table + token * blocks + chosen // per, mask=there, other=0)
+            chosen = (block * stride + chosen % per).to(tl.int32)
+        tl.store(taken + token * k + lane, tl.where(there, chosen, -1), mask=lane < k)

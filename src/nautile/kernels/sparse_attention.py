@@ -132,7 +132,8 @@ def sparse_attention(
     out = torch.empty_like(q)
     single = plan.splits == 1
     shape = (tokens, plan.splits, heads)
-    partial = q.new_empty(1 if single else (*shape, c), dtype=torch.float32)
+    kept = torch.bfloat16 if isinstance(tiles, HopperTiles) and tiles.half else torch.float32
+    partial = q.new_empty(1 if single else (*shape, c), dtype=kept)
     weight = q.new_empty(1 if single else (*shape, 2), dtype=torch.float32)
     q, near_ids, far_ids, sink = q.contiguous(), near_ids.contiguous(), far_ids.contiguous(), sink.float().contiguous()
     numbers = (

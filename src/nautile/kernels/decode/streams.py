@@ -2,7 +2,7 @@
 
 ``mix``: z = (F v) / rms(v), pre = sigmoid(s0 z + b) + eps, post = 2 sigmoid(s1 z + b), M = Sinkhorn(s2 z + b), and the
 sublayer's normalised input w x / rms(x) with x = sum_j pre_j X_j. ``join``: X'_k = post_k y + sum_j M_jk X_j, where y is the
-sum of up to three parts. ``model/mhc.py`` has the formulas for any number of tokens.
+sum of up to four parts. ``model/mhc.py`` has the formulas for any number of tokens.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def mix(streams: Tensor, site: Site, dtype: torch.dtype, *, chained: bool = Fals
 
 
 def join(streams: Tensor, parts: tuple[Tensor, ...], post: Tensor, matrix: Tensor, *, chained: bool = False) -> Tensor:
-    """``join_reference``; on a GPU in one Triton kernel (four streams, one to three float32 parts)."""
+    """``join_reference``; on a GPU in one Triton kernel (four streams, one to four float32 parts)."""
     if not streams.is_cuda:
         return join_reference(streams, parts, post, matrix)
     return launch_join(streams, parts, post, matrix, chained=chained)
@@ -123,13 +123,25 @@ def launch_join(streams: Tensor, parts: tuple[Tensor, ...], post: Tensor, matrix
     if triton is None:
         raise RuntimeError("this needs Triton; join_reference is the same in plain PyTorch")
     tokens, n, d = streams.shape
-    if n != 4 or not 1 <= len(parts) <= 3 or any(part.dtype != torch.float32 for part in parts):
-        raise ValueError("four streams and one to three float32 parts")
+    if n != 4 or not 1 <= len(parts) <= 4 or any(part.dtype != torch.float32 for part in parts):
+        raise ValueError("four streams and one to four float32 parts")
     out = torch.empty_like(streams)
     block = 512 if d % 512 == 0 else 128
-    one, two, three = (*parts, *(parts[:1] * 2))[:3]
+    one, two, three, four = (*parts, *(parts[:1] * 3))[:4]
     _join_kernel[(triton.cdiv(d, block), tokens)](
-        streams, one, two, three, post, matrix, out, d, PARTS=len(parts), BLOCK=block, num_warps=4, **chain(streams, chained)
+        streams,
+        one,
+        two,
+        three,
+        four,
+        post,
+        matrix,
+        out,
+        d,
+        PARTS=len(parts),
+        BLOCK=block,
+        num_warps=4,
+        **chain(streams, chained),
     )
     return out
 
@@ -195,7 +207,7 @@ if triton is not None:
 
     @triton.jit
     def _join_kernel(
-        streams, one, two, three, post, matrix, out, d, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+        streams, one, two, three, four, post, matrix, out, d, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
     ):  # fmt: skip
         """BLOCK elements of every stream of one token."""
         if PDL:
@@ -209,6 +221,8 @@ if triton is not None:
             y += tl.load(two + token * d + column, mask=live, other=0.0)
         if PARTS > 2:
             y += tl.load(three + token * d + column, mask=live, other=0.0)
+        if PARTS > 3:
+            y += tl.load(four + token * d + column, mask=live, other=0.0)
         x0 = tl.load(streams + (token * 4 + 0) * d + column, mask=live, other=0.0)
         x1 = tl.load(streams + (token * 4 + 1) * d + column, mask=live, other=0.0)
         x2 = tl.load(streams + (token * 4 + 2) * d + column, mask=live, other=0.0)

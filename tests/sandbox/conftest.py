@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,27 @@ def client_code(script):
         "from pathlib import Path\nfrom nautile.sandbox import container\n"
         f"container._runtime_directory = lambda: Path({place!r})\n{script}"
     )
+
+
+def arrives_while_it_runs(sandbox):
+    """Output is given to ``on_output`` while the command runs: it does not end before somebody has heard what it said first."""
+    seen, first = [], threading.Event()
+
+    def watch(name, data):
+        seen.append((name, bytes(data)))
+        first.set()
+
+    def answer():
+        if first.wait(60):
+            sandbox.write("heard", "")
+
+    answering = threading.Thread(target=answer)
+    answering.start()
+    script = "echo a; until [ -e heard ]; do sleep 0.02; done; rm heard; echo b >&2"
+    result = sandbox.run(script, timeout=90, on_output=watch)
+    answering.join()
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "a\n", "b\n")
+    assert seen == [("stdout", b"a\n"), ("stderr", b"b\n")]
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -29,6 +28,7 @@ from nautile.sandbox.log import TrajectoryLog, load, verify
 from nautile.sandbox.recorded import reexecute, repeat
 from nautile.sandbox.view import lines, page
 from sandbox.conftest import client_code
+from waiting import soon
 
 HEAD = {"sandbox": "c-1", "kind": "container", "image": {"layers": [], "host_usr": True}, "limits": {}}
 
@@ -164,7 +164,7 @@ def test_a_recorded_session_is_given_again_and_ends_with_its_process(place):
     def talk(sandbox):
         session = sandbox.session(pty=False)
         session.send("cat /proc/sys/kernel/random/uuid; echo do''ne\n")
-        text = session.until("done")
+        text = session.until("done", 60.0)
         with pytest.raises(SandboxError, match="did not write 'never'"):
             session.until("never", 0.1)
         return session, text
@@ -179,8 +179,7 @@ def test_a_recorded_session_is_given_again_and_ends_with_its_process(place):
             session.send("echo\n")
         fresh = again.session()
         fresh.send("exit 3\n")
-        assert fresh.read(2.0)
-        while fresh.read(0.5):
+        while fresh.read(30.0):  # to its end: before that it has no exit code
             pass
         assert fresh.close() == 3
         again.close()
@@ -296,13 +295,12 @@ def test_a_command_whose_supervisor_is_killed_is_unknown_at_once_and_only_an_ide
     sandbox = Sandbox.create("container", log=place)
     keeper = KeeperClient()
     results = []
-    worker = threading.Thread(target=lambda: results.append(sandbox.run("echo x >> n; sleep 30")))
+    worker = threading.Thread(target=lambda: results.append(sandbox.run("echo x >> n; sleep 600", timeout=600)))
     worker.start()
-    while not _there(sandbox):
-        time.sleep(0.01)
+    soon(lambda: _there(sandbox))
     (begun,) = (keeper.place / sandbox.info.id / "operations").glob("*.begun")
     os.kill(int(begun.read_text().split(".")[0]), signal.SIGKILL)
-    worker.join(10)
+    worker.join(60)
     assert "hung up" in results[0].infrastructure_error
     sandbox.close()
 
@@ -336,10 +334,8 @@ sandbox.fork()
         (only,) = (place / "forks").iterdir()
         assert child.info.id == load(only).head["sandbox"]
         ours = {sandbox.info.id, child.info.id}
-        deadline = time.monotonic() + 5
-        while {one.name for one in KeeperClient().place.glob("c-*") if (one / "operations").exists()} & {orphan} - ours:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        kept = KeeperClient().place
+        soon(lambda: not {one.name for one in kept.glob("c-*") if (one / "operations").exists()} & {orphan} - ours)
         child.close()
 
 

@@ -50,7 +50,7 @@ def test_doctor_tries_everything(capfd, crun):
     found = {one["part"]: one for one in json.loads(capfd.readouterr().out)}
     assert set(found) == {"seccomp", "limits", "function", "container", "microvm", "vm"}
     assert found["function"]["state"] == found["container"]["state"] == "ok"
-    assert 0 < found["function"]["seconds"] < 20
+    assert 0 < found["function"]["seconds"] < 300
     for kind in ("microvm", "vm"):  # degraded where only emulation boots a guest, missing without QEMU
         assert found[kind]["state"] == "ok" or found[kind]["remedy"]
         assert (found[kind]["state"] == "missing") == (found[kind]["seconds"] is None)
@@ -89,17 +89,17 @@ def test_the_agents_tools_work_in_any_substrate(kind, tmp_path, crun):
     tools = open_tools(tmp_path, kind)
     try:
         request = {"tool": "edit", "arguments": {"path": "notes", "old": "two", "new": "three"}}
-        assert tools.call(PROGRAM, request, time_limit=20) == {"ok": True, "output": "edited notes line 2"}
+        assert tools.call(PROGRAM, request, time_limit=60) == {"ok": True, "output": "edited notes line 2"}
         assert (tmp_path / "notes").read_text() == "one\nthree\n"
-        shell = {"tool": "run", "arguments": {"command": "cat notes; id -u; cat /etc/shadow"}, "time_limit": 20}
-        assert "three\n1000" in tools.call(PROGRAM, shell, time_limit=30)["output"]
+        shell = {"tool": "run", "arguments": {"command": "cat notes; id -u; cat /etc/shadow"}, "time_limit": 60}
+        assert "three\n1000" in tools.call(PROGRAM, shell, time_limit=90)["output"]
         slow = tmp_path.parent / f"slow_{kind}.py"
         slow.write_text("import time; time.sleep(60)")
         with pytest.raises(SandboxError, match=r"did not answer within 0.5 s"):
             tools.call(slow, {}, time_limit=0.5)
         slow.write_text("print('[]')")
         with pytest.raises(SandboxError, match="not an object"):
-            tools.call(slow, {}, time_limit=5)
+            tools.call(slow, {}, time_limit=60)
     finally:
         tools.close()
     with pytest.raises(InvalidRequest):

@@ -56,8 +56,8 @@ def test_the_time_limit_kills_the_whole_tree(sandbox):
 
 
 def test_what_a_command_leaves_running_ends_with_it(sandbox):
-    result = sandbox.run("setsid sleep 7304 & echo started")
-    assert result.stdout == "started\n" and result.seconds < 10  # it does not wait for who holds the pipe
+    result = sandbox.run("setsid sleep 7304 & echo started", timeout=300)
+    assert result.stdout == "started\n" and result.ok and result.seconds < 120  # it does not wait for who holds the pipe
     assert sandbox.run("ps -e -o args | grep -c '[s]leep 7304'").stdout == "0\n"
 
 
@@ -85,7 +85,7 @@ def test_a_flood_is_cut_where_it_is_produced(sandbox):
             break
     assert result.truncated and result.timed_out
     assert len(result.stdout_bytes) < 64 * 1024 + 100
-    one_line = sandbox.python("import sys\nfor _ in range(300): sys.stdout.write('x' * 10000)\nprint('end')")
+    one_line = sandbox.python("import sys\nfor _ in range(300): sys.stdout.write('x' * 10000)\nprint('end')", timeout=120)
     assert one_line.truncated and one_line.stdout.startswith("x" * 1000) and one_line.stdout.endswith("x" * 1000 + "end\n")
     assert "bytes omitted" in one_line.stdout
     total = 300 * 10000 + 4
@@ -104,7 +104,7 @@ def test_arguments_arrive_as_they_were_given(sandbox, words):
 @pytest.mark.parametrize("kind", ["function", "container"])
 def test_the_largest_output_that_is_allowed_comes_through(kind, crun):
     with Sandbox.create(kind, limits=Limits(memory=256 * MIB, output=31 * MIB)) as sandbox:
-        result = sandbox.python("import os\nfor fd in (1, 2):\n    for _ in range(40): os.write(fd, b'x' * 2**20)", timeout=30)
+        result = sandbox.python("import os\nfor fd in (1, 2):\n    for _ in range(40): os.write(fd, b'x' * 2**20)", timeout=120)
         assert result.truncated and result.ok and result.infrastructure_error is None
         assert len(result.stdout_bytes) > 31 * MIB and len(result.stderr_bytes) > 31 * MIB
 
@@ -118,13 +118,13 @@ def test_python_runs_a_program_inside(sandbox):
 
 
 def test_memory_is_limited_and_told_apart(sandbox):
-    result = sandbox.python("data = bytearray(300 * 2**20)\nfor i in range(0, len(data), 4096): data[i] = 1")
+    result = sandbox.python("data = bytearray(300 * 2**20)\nfor i in range(0, len(data), 4096): data[i] = 1", timeout=120)
     assert result.memory_killed and result.exit_code == 137 and result.infrastructure_error is None
     assert sandbox.run("echo alive").stdout == "alive\n"
 
 
 def test_processes_are_limited(sandbox):
-    result = sandbox.run("for i in $(seq 100); do sleep 5 & done; wait", timeout=60)
+    result = sandbox.run("for i in $(seq 100); do sleep 300 & done; wait", timeout=90)
     assert "fork" in result.stderr.lower() or "Resource temporarily unavailable" in result.stderr
     assert sandbox.run("echo alive").stdout == "alive\n"
 
@@ -132,7 +132,7 @@ def test_processes_are_limited(sandbox):
 def test_the_disk_is_limited(sandbox):
     fill = "for i in 1 2 3 4 5 6; do head -c 8000000 /dev/zero > $d/f$i; done; du -sm $d"
     script = f"for d in /workspace /tmp /dev/shm; do {fill}; done"
-    result = sandbox.run(script)
+    result = sandbox.run(script, timeout=120)
     assert result.stderr.count("No space left") >= 3 or result.memory_killed
     sizes = [int(line.split()[0]) for line in result.stdout.splitlines()]
     assert all(size <= 17 for size in sizes)

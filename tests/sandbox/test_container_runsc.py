@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.processes import gone
 from nautile.sandbox import MIB, FileRefused, InvalidRequest, Limits, Sandbox, SandboxError, SubstrateUnavailable, Unsupported
 from nautile.sandbox.runsc import Runsc
 from sandbox import test_security as attacks
@@ -52,6 +51,7 @@ from sandbox.test_security import (  # noqa: F401
     test_the_runtime_cannot_be_reached,
     test_there_is_no_way_out_of_its_network,
 )
+from waiting import soon
 
 LIMITS = Limits(memory=256 * MIB, pids=64, disk=16 * MIB, output=64 * 1024)
 
@@ -121,6 +121,16 @@ def test_the_kernel_inside_is_not_the_hosts(gvisor):
     assert (result.stderr, result.exit_code, result.infrastructure_error) == ("bad\n", 3, None)
     assert gvisor.info.runtime == "runsc" and {"memory", "pids"} <= set(gvisor.info.limits_enforced)
     assert gvisor.run(["/bin/echo", "a b", "$x"]).stdout == "a b $x\n"
+
+
+def processes_of(place):
+    """The host's numbers of runsc's processes that name this directory."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(place).encode() in (process / "cmdline").read_bytes():
+                found.add(process.name)
+    return found
 
 
 def inside(sandbox):
@@ -239,7 +249,7 @@ def test_a_pause_stops_and_closing_leaves_nothing():
     assert sandbox.read("f") == b"before"  # the next request continues it
     sandbox.close()
     assert not place.exists() and not list(Path("/sys/fs/cgroup").glob(f"*/nautile/*/{sandbox.info.id}"))
-    assert gone(f"runsc-sandbox {sandbox.info.id}")
+    soon(lambda: not processes_of(place))
 
 
 def test_a_runsc_that_is_faster_than_the_kernel_is_started_once_more(monkeypatch):
@@ -252,7 +262,11 @@ def test_a_runsc_that_is_faster_than_the_kernel_is_started_once_more(monkeypatch
 
     monkeypatch.setattr(Runsc, "_confined", late)
     with create() as sandbox:
+        place = sandbox.driver._emulator._place
         assert len(asked) == 2 and confined(asked[1]) and sandbox.run("echo in").stdout == "in\n"
+        inside = {process for group in asked[1].group.places for process in (group / "cgroup.procs").read_text().split()}
+        assert processes_of(place) <= inside  # and none is left of the first
+    soon(lambda: not processes_of(place))
 
 
 def test_an_agent_that_dies_is_a_lost_sandbox():

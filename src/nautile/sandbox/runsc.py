@@ -10,7 +10,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import select
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -28,7 +30,7 @@ from nautile.sandbox.limits import Limits
 
 __all__ = ["Runsc", "bound"]
 
-_START_LIMIT = 30.0  # seconds
+_START_LIMIT, _STOP_LIMIT = 30.0, 10.0  # seconds
 _OWN_THREADS = 256  # of runsc: they count in the group that holds it
 _OWN_FILES = 1024  # of the agent
 _APT = "apt-get install runsc (Debian 12: from bookworm-backports)"
@@ -88,7 +90,7 @@ class Runsc:
         self._launch(argv)
         if not self._confined():  # runsc was faster than the kernel: once more, and this time not side by side
             self.link.close()
-            self._do("delete", "--force", self._id)
+            self._end_outside()
             enter = 'while [ "$1" != -- ]; do echo 0 > "$1" || exit 9; shift; done; shift; exec "$@"'
             self._launch(["/bin/sh", "-c", enter, "sh", *map(str, self.group.entrances), "--", *argv])
             if not self._confined():
@@ -119,10 +121,26 @@ class Runsc:
 
     def _confined(self) -> bool:
         """Whether the sandbox and its helper are in every group: only what runsc started after it was moved is."""
+        own = set(map(str, self._processes()))
+        return all(own <= set(_members(place)) for place in self.group.places)
+
+    def _processes(self) -> list[int]:
+        """The sandbox and its helper, by runsc's own record."""
         (found,) = (self._place / "state").glob(f"{self._id}*.state")
         told = json.loads(found.read_text())
-        own = {str(told["sandbox"]["pid"]), str(told["goferPid"])}
-        return all(own <= set(_members(place)) for place in self.group.places)
+        return [told["sandbox"]["pid"], told["goferPid"]]
+
+    def _end_outside(self) -> None:
+        """End what is not in the groups, with the record of it: ``runsc delete`` would take a second and more."""
+        for process in self._processes():
+            with contextlib.suppress(ProcessLookupError):
+                descriptor = os.pidfd_open(process)
+                try:
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                    select.select([descriptor], [], [], _STOP_LIMIT)
+                finally:
+                    os.close(descriptor)
+        shutil.rmtree(self._place / "state")
 
     def _argv(self, *words: str) -> list[str]:
         flags = ["--root", str(self._place / "state"), "--platform=systrap", "--network=none", "--ignore-cgroups"]

@@ -1,5 +1,6 @@
 """A container keeps what was done in it, gives files out and takes them in safely, and ends without a trace."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.processes import gone, running
+from agent.processes import began, gone, nap
 from nautile.sandbox import (
     FileRefused,
     InvalidRequest,
@@ -28,15 +29,17 @@ from nautile.sandbox import (
     SandboxPool,
     SubstrateUnavailable,
 )
+from nautile.sandbox import keeper as keeper_module
 from nautile.sandbox.container import KeeperClient
-from sandbox.conftest import SMALL, client_code
+from sandbox.conftest import SMALL, arrives_while_it_runs, client_code
+from waiting import soon
 
 
 def kill_and_wait(process):
     pidfd = os.pidfd_open(process)
     try:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        assert select.select([pidfd], [], [], 30)[0]
+        assert select.select([pidfd], [], [], 60)[0]
     finally:
         os.close(pidfd)
 
@@ -71,14 +74,7 @@ def test_words_of_any_kind_arrive_as_they_are(container):
 
 
 def test_output_comes_as_it_is_written(container):
-    seen = []
-    began = time.monotonic()
-    result = container.run(
-        "echo a; sleep 0.5; echo b >&2", on_output=lambda name, data: seen.append((name, bytes(data), time.monotonic() - began))
-    )
-    assert [(name, data) for name, data, _ in seen] == [("stdout", b"a\n"), ("stderr", b"b\n")]
-    assert seen[1][2] - seen[0][2] > 0.3
-    assert (result.stdout, result.stderr) == ("a\n", "b\n")
+    arrives_while_it_runs(container)
 
 
 def test_a_watcher_that_gives_up_ends_the_command(container):
@@ -89,8 +85,8 @@ def test_a_watcher_that_gives_up_ends_the_command(container):
         raise GiveUpError
 
     with pytest.raises(GiveUpError):
-        container.run("echo a; sleep 7321", on_output=watch)
-    assert gone("sleep 7321")
+        container.run(f"echo a; {nap(7321)}", timeout=600, on_output=watch)
+    assert gone(nap(7321))
 
 
 # -- files
@@ -197,18 +193,20 @@ def test_a_tree_goes_out_and_in_again_without_links(container, tmp_path):
 def test_a_session_is_a_terminal(container):
     session = container.session()
     session.send("tty; echo $((40+2)); export A=kept\n")
-    assert "/dev/pts/" in session.until("42")
-    session.send("echo x[$A]x; sleep 7322\n")
-    session.until("x[kept]x")
-    assert began("sleep 7322")
+    assert "/dev/pts/" in session.until("42", 60.0)
+    session.send(f"echo x[$A]x; {nap(7322)}\n")
+    session.until("x[kept]x", 60.0)
+    assert began(nap(7322))
     session.close()
-    assert gone("sleep 7322")
+    assert gone(nap(7322))
 
 
 def test_a_session_over_pipes_gives_its_exit_code(container):
     session = container.session("read line; echo got $line; exit 5", pty=False)
     session.send("it\n")
-    assert session.until("got it").startswith("got it")
+    assert session.until("got it", 60.0).startswith("got it")
+    while session.read(60.0):  # to its end: before that it has no exit code
+        pass
     assert session.close() == 5
     with pytest.raises(SandboxError, match="did not write"):
         container.session(["true"]).until("never", timeout=0.5)
@@ -219,13 +217,13 @@ def test_a_session_over_pipes_gives_its_exit_code(container):
 
 def test_a_pause_stops_everything_and_a_request_goes_on(container):
     session = container.session(["sh", "-c", "while :; do date +%s%N; sleep 0.05; done"], pty=False)
-    session.until("\n")
+    session.until("\n", 60.0)
     container.pause()
-    while session.read(0.3):
-        pass
-    assert session.read(0.3) == b""
+    deadline = time.monotonic() + 60
+    while session.read(1.0):  # what was on its way; one that runs is silent for a second only on a machine that stands still
+        assert time.monotonic() < deadline
     assert container.run("echo on").stdout == "on\n"
-    assert session.read(2.0) != b""
+    assert session.read(60.0) != b""
     session.close()
     container.pause()
     container.resume()
@@ -329,22 +327,31 @@ def test_a_workspace_belongs_to_the_tenant_and_survives(fresh, tmp_path):
 # -- what is made ahead
 
 
-def test_a_container_made_ahead_has_the_limits_of_the_one_that_is_asked_for(fresh, own_keeper):
+def made_ahead(fresh, **limits):
+    """A container that was there before it was asked for, sooner or later: the keeper must have heard that one is ready."""
+    place, limits = KeeperClient().place, Limits(**{"disk": SMALL.disk, "inodes": SMALL.inodes, **limits})
+    deadline = time.monotonic() + 60
+    while True:
+        ready = set()
+        for state in place.glob("c-*/state.json"):
+            with contextlib.suppress(OSError):
+                ready.add((state.parent / "group").read_text())
+        sandbox = fresh(limits=limits)
+        if group_of(sandbox.info.id) in ready:
+            return sandbox
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.usefixtures("own_keeper")
+def test_a_container_made_ahead_has_the_limits_of_the_one_that_is_asked_for(fresh):
     fresh()
     group = "/sys/fs/cgroup/memory/nautile/*/{}/memory.limit_in_bytes"
-    deadline = time.monotonic() + 10
-    while len(list(own_keeper.glob("c-*/state.json"))) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    ready = {place.parent.name for place in own_keeper.glob("c-*/state.json")}
-    assert len(ready) == 3
-    inside = {(own_keeper / name / "group").read_text() for name in ready}
-    more = fresh(limits=Limits(memory=400 * 2**20, disk=SMALL.disk, inodes=SMALL.inodes))  # than the spare one had
-    assert group_of(more.info.id) in inside and more.run("true").ok
-    sandbox = fresh(limits=Limits(memory=33 * 2**20, pids=9, disk=SMALL.disk, inodes=SMALL.inodes, open_files=77, output=600))
-    assert group_of(sandbox.info.id) in inside
+    assert made_ahead(fresh, memory=400 * 2**20).run("true").ok  # more than the spare one had
+    sandbox = made_ahead(fresh, memory=33 * 2**20, pids=9, open_files=77, output=600)
     (limit,) = Path("/").glob(group.format(group_of(sandbox.info.id))[1:])
     assert int(limit.read_text()) == 33 * 2**20
-    result = sandbox.run("ulimit -n; seq 1000; for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 1 & done")
+    result = sandbox.run("ulimit -n; seq 1000; for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 300 & done")
     assert result.stdout.startswith("77\n") and "fork" in result.stderr and result.truncated and result.exit_code == 2
     assert sandbox.run("ls -A").stdout == "" and sandbox.run("df --output=size -B1 . | tail -1").stdout.strip() == str(
         SMALL.disk
@@ -355,16 +362,13 @@ def test_the_kernel_may_kill_the_seat_and_the_next_command_has_another(fresh):
     """At the memory limit its choice is the kernel's; here a test kills the process itself, from outside."""
     sandbox = fresh()
     sandbox.run("true")
-    session = sandbox.session(["sleep", "7326"])
-    assert began("sleep 7326")
-    freezer = Path("/sys/fs/cgroup/memory/nautile")
-    (procs,) = freezer.glob(f"*/{group_of(sandbox.info.id)}/cgroup.procs")
-    killed = [int(process) for process in procs.read_text().split() if Path(f"/proc/{process}/comm").read_text() == "seat\n"]
-    assert len(killed) == 1
-    kill_and_wait(killed[0])
+    session = sandbox.session(nap(7326).split())
+    assert began(nap(7326))
+    (seat,) = seats_of(sandbox)
+    kill_and_wait(seat)
     assert sandbox.run("echo again").stdout == "again\n"
     session.close()
-    assert gone("sleep 7326")
+    assert gone(nap(7326))
 
 
 def test_a_full_container_is_its_tenants_doing(fresh):
@@ -377,19 +381,17 @@ def test_a_full_container_is_its_tenants_doing(fresh):
         "    except OSError:\n        print('full', flush=True)\n        time.sleep(0.01)\n"
     )
     session = sandbox.session(["python3", "-c", full], pty=False)
-    session.until("full")
+    session.until("full", 60.0)
     outcomes: set[int] = set()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while 125 not in outcomes and time.monotonic() < deadline:  # what was made ahead runs, and its place may be had again
         refused = sandbox.run("true")
         assert refused.infrastructure_error is None
         outcomes.add(refused.exit_code)
     assert outcomes <= {0, 125} and "could not be started" in refused.stderr
     session.close()
-    deadline = time.monotonic() + 10
-    while (
-        not (room := sandbox.run("echo room")).ok and time.monotonic() < deadline
-    ):  # they end when the keeper sees the hang-up
+    deadline = time.monotonic() + 60
+    while not (room := sandbox.run("echo room")).ok and time.monotonic() < deadline:  # they end when the hang-up is seen
         assert room.exit_code == 125
     assert room.stdout == "room\n"
 
@@ -399,16 +401,15 @@ def test_without_a_compiler_a_seat_in_python_does_the_same(fresh, own_keeper, mo
     monkeypatch.setenv("PATH", str(tmp_path))
     sandbox = fresh()
     identity, group = sandbox.info.id, group_of(sandbox.info.id)
-    (procs,) = Path("/sys/fs/cgroup/memory/nautile").glob(f"*/{group}/cgroup.procs")
-    assert "seat" not in {Path(f"/proc/{process}/comm").read_text().strip() for process in procs.read_text().split()}
+    assert seats_of(sandbox) == []
     assert "no C compiler" in (own_keeper / "keeper.log").read_text()
-    result = sandbox.run("setsid sleep 7327 & echo $$; cat; echo err >&2; exit 3", stdin=b"given")
-    assert result.stdout.endswith("given") and (result.stderr, result.exit_code) == ("err\n", 3) and gone("sleep 7327")
+    result = sandbox.run(f"setsid {nap(7327)} & echo $$; cat; echo err >&2; exit 3", stdin=b"given")
+    assert result.stdout.endswith("given") and (result.stderr, result.exit_code) == ("err\n", 3) and gone(nap(7327))
     assert int(result.stdout.split()[0]) < 10  # in its own process namespace
-    assert sandbox.run("sleep 7328 & sleep 7328", timeout=0.2).timed_out and gone("sleep 7328")
+    assert sandbox.run(f"{nap(7328)} & {nap(7328)}", timeout=0.2).timed_out and gone(nap(7328))
     session = sandbox.session()
     session.send("tty\n")
-    assert "/dev/pts/" in session.until("pts/")
+    assert "/dev/pts/" in session.until("pts/", 60.0)
     session.close()
     assert sandbox.run(["nothing"]).exit_code == 127 and sandbox.run(["/etc/passwd"]).exit_code == 126
     sandbox.close()
@@ -418,11 +419,10 @@ def test_without_a_compiler_a_seat_in_python_does_the_same(fresh, own_keeper, mo
 def test_a_seat_that_nobody_needs_ends_and_the_next_command_has_another(fresh):
     sandbox = fresh()
     assert sandbox.run("echo 1 > kept").ok
-    (procs,) = Path("/sys/fs/cgroup/memory/nautile").glob(f"*/{group_of(sandbox.info.id)}/cgroup.procs")
-    (seat,) = [int(one) for one in procs.read_text().split() if Path(f"/proc/{one}/comm").read_text() == "seat\n"]
+    (seat,) = seats_of(sandbox)
     pidfd = os.pidfd_open(seat)
     sandbox.driver._seat.shutdown(socket.SHUT_WR)  # as if nobody could ask any more
-    assert select.select([pidfd], [], [], 30)[0]
+    assert select.select([pidfd], [], [], 60)[0]
     os.close(pidfd)
     assert sandbox.run("cat kept").stdout == "1\n"
 
@@ -452,18 +452,18 @@ def test_process_one_has_a_filter_of_its_own(fresh):
 # -- the end
 
 
-def began(command):
-    """Whether a command runs; a new one may take a moment to be itself."""
-    deadline = time.monotonic() + 10
-    while not running(command):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
-
-
 def group_of(identity):
     return (KeeperClient().place / identity / "group").read_text()
+
+
+def seats_of(sandbox):
+    """The numbers of the seats in a container's groups; what is just ending there is none."""
+    (procs,) = Path("/sys/fs/cgroup/memory/nautile").glob(f"*/{group_of(sandbox.info.id)}/cgroup.procs")
+    found = []
+    for process in procs.read_text().split():
+        with contextlib.suppress(OSError):
+            found += [int(process)] if Path(f"/proc/{process}/comm").read_text() == "seat\n" else []
+    return found
 
 
 def leftovers(identity, group="none"):
@@ -476,10 +476,10 @@ def leftovers(identity, group="none"):
 def test_closing_leaves_nothing(fresh):
     sandbox = fresh()
     identity = sandbox.info.id
-    session, group = sandbox.session(["sleep", "7323"]), group_of(identity)
-    assert began("sleep 7323") and len(leftovers(identity, group)) > len(leftovers(identity))
+    session, group = sandbox.session(nap(7323).split()), group_of(identity)
+    assert began(nap(7323)) and len(leftovers(identity, group)) > len(leftovers(identity))
     sandbox.close()
-    assert gone("sleep 7323")
+    assert gone(nap(7323))
     assert leftovers(identity, group) == []
     assert session.close() in (-1, 137)
 
@@ -488,19 +488,16 @@ def test_closing_leaves_nothing(fresh):
 def test_a_killed_client_leaves_nothing():
     script = (
         "from nautile.sandbox import Sandbox\n"
-        "s = Sandbox.create('container')\nprint(s.info.id, flush=True)\ns.run('sleep 7324', timeout=60)"
+        f"s = Sandbox.create('container')\nprint(s.info.id, flush=True)\ns.run({nap(7324)!r}, timeout=600)"
     )
     other = subprocess.Popen([sys.executable, "-c", client_code(script)], stdout=subprocess.PIPE, text=True)
     identity = other.stdout.readline().strip()
-    assert began("sleep 7324")
+    assert began(nap(7324))
     group = group_of(identity)
     other.kill()
     other.communicate()
-    assert gone("sleep 7324")
-    deadline = time.monotonic() + 10
-    while leftovers(identity, group) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert leftovers(identity, group) == []
+    assert gone(nap(7324))
+    soon(lambda: leftovers(identity, group) == [])
 
 
 def test_a_container_that_died_is_lost_not_hung(fresh):
@@ -518,13 +515,13 @@ def test_a_killed_keeper_is_an_error_and_the_next_one_sweeps(tmp_path):
     sandbox = Sandbox.create("container", workspace=tmp_path)
     (tmp_path / "precious").write_text("mine")
     identity = sandbox.info.id
-    session = sandbox.session(["sleep", "7325"])
-    assert began("sleep 7325") and session is not None
+    session = sandbox.session(nap(7325).split())
+    assert began(nap(7325)) and session is not None
     kill_and_wait(keeper_pid())
     assert sandbox.run("true").infrastructure_error is not None
     with Sandbox.create("container") as another:
         assert another.run("echo up").stdout == "up\n"
-        assert gone("sleep 7325")
+        assert gone(nap(7325))
         assert leftovers(identity) == []
     assert (tmp_path / "precious").read_text() == "mine"
     sandbox.close()
@@ -553,18 +550,43 @@ def test_a_socket_that_outlives_its_keeper_is_no_keeper(own_keeper):
         (place / "keeper.sock").unlink()
 
 
+def test_a_keeper_that_is_about_to_leave_stays_for_who_connects_just_then(tmp_path, monkeypatch):
+    """After it has looked whether anybody is there: who has connected would be hung up on."""
+    keeper, late, looks = object.__new__(keeper_module.Keeper), socket.socket(socket.AF_UNIX), []
+    keeper.place = tmp_path
+    with socket.socket(socket.AF_UNIX) as keeper.listener, late:
+        keeper.listener.bind(str(tmp_path / "keeper.sock"))
+        keeper.listener.listen()
+        look = keeper_module._speaks
+
+        def speaks(channel):
+            found = look(channel)
+            if not looks:
+                late.connect(str(tmp_path / "keeper.sock"))
+            looks.append(found)
+            return found
+
+        monkeypatch.setattr(keeper_module, "_speaks", speaks)
+        assert not keeper._leave() and looks == [False, True]
+        assert [one.name for one in tmp_path.iterdir()] == ["keeper.sock"]  # and it can be found again
+
+
+def test_a_second_keeper_is_none(container):
+    """Who has looked for a keeper while it was hidden starts another one."""
+    code = "from nautile.sandbox.keeper import main; main()"
+    argv = [sys.executable, "-I", "-c", code, str(KeeperClient().place)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "ready\n"), done.stderr
+    assert container.run("true").ok
+
+
 @pytest.mark.usefixtures("crun")
 @pytest.mark.slow
 def test_the_keeper_leaves_when_it_is_idle(own_keeper):
     with Sandbox.create("container") as sandbox:  # and what is made ahead
         owner = next(Path("/sys/fs/cgroup").glob(f"*/nautile/*/{group_of(sandbox.info.id)}")).parent.name
-        time.sleep(0.3)
-        assert len(list(Path("/sys/fs/cgroup").glob(f"*/nautile/{owner}/*"))) > 10
-    deadline = time.monotonic() + 60
-    left = ["keeper.lock", "start.lock"]
-    while sorted(os.listdir(own_keeper)) != left and time.monotonic() < deadline:  # to ask it would keep it up
-        time.sleep(0.2)
-    assert sorted(os.listdir(own_keeper)) == left
+        soon(lambda: len(list(Path("/sys/fs/cgroup").glob(f"*/nautile/{owner}/*"))) > 10)
+    soon(lambda: sorted(os.listdir(own_keeper)) == ["keeper.lock", "start.lock"])  # to ask it would keep it up
     assert not KeeperClient().running and list(Path("/sys/fs/cgroup").glob(f"*/nautile/{owner}")) == []
 
 
@@ -590,10 +612,7 @@ def test_a_pool_gives_each_sandbox_once_and_fills_up_again(crun):
         assert [one.run("echo x; ls").stdout for one in taken] == ["x\n"] * 3
         for one in taken:
             one.close()
-        deadline = time.monotonic() + 10
-        while pool.ready < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert pool.ready == 2
+        soon(lambda: pool.ready == 2)
     assert [one for sandbox in taken for one in leftovers(sandbox.info.id)] == []
     with pytest.raises(SandboxClosed):
         pool.take()

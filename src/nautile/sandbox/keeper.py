@@ -29,7 +29,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from nautile.sandbox import bundle, cgroup, enter, kernel, native, seat
 from nautile.sandbox.errors import SandboxError, SandboxLost, SubstrateUnavailable
@@ -54,6 +54,7 @@ from nautile.sandbox.state import SHARE, WORK, Settings, State, version
 __all__ = ["Keeper", "main"]
 
 _IDLE = 5.0  # seconds without a sandbox and without a request, after which the keeper ends
+_TIDYING = 15  # seconds that an earlier keeper may need to end
 _CALM = 0.005  # seconds without a request after which things are made ahead
 _MAKERS = 4  # creations and endings at once
 _KEPT = 200  # the descriptors of the settings have this number and up, in every process
@@ -69,14 +70,30 @@ def main() -> None:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a lease is a descriptor
     with open(place / "keeper.lock", "w") as lock:  # held for life: there is one keeper
-        signal.alarm(10)  # an earlier one may be tidying up
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        signal.alarm(0)
+        if not _first(place, lock):
+            print("ready", flush=True)
+            return
         if os.fork():
             os._exit(0)
         os.setsid()
         kernel.adopt_orphans()  # not inherited by a fork
         Keeper(place).serve()
+
+
+def _first(place: Path, lock: IO[str]) -> bool:
+    """Take the lock of keepers, which one that tidies up gives back; False if another one serves, and stays."""
+    signal.alarm(_TIDYING)
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            signal.alarm(0)
+            return True
+        except BlockingIOError:
+            from nautile.sandbox.container import KeeperClient  # noqa: PLC0415  # no keeper that serves needs it
+
+            if KeeperClient(place).running:
+                return False
+        time.sleep(0.01)
 
 
 class Keeper:
@@ -502,9 +519,15 @@ class Keeper:
                 spare.seat.control.close()
 
     def _leave(self) -> bool:
-        """End, unless somebody has just connected."""
+        """End, unless somebody has just connected, who must not be left without an answer."""
+        found, hidden = self.place / "keeper.sock", self.place / "keeper.leaving"
         if _speaks(self.listener):
             return False
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(found, hidden)
+            if _speaks(self.listener):  # before it was hidden
+                os.rename(hidden, found)
+                return False
         self._tidy()
         return True
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from nautile.engine.measure import Case, Machine, Prompt, Run, Subject, run
+from nautile.engine.measure import WAYS, Case, Machine, Prompt, Run, Subject, fastest_way, run
 
 
 def arguments() -> argparse.Namespace:
@@ -31,7 +31,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--zipf", type=float, default=0, help="popularity of experts about rank^-zipf; 0: uniform")
     parser.add_argument("--case", nargs="*", default=["4096x1"], help="context x batch, each a line of the result")
     parser.add_argument("--ahead", type=int, nargs="+", default=[0], help="experts copied ahead a layer; each case with each")
-    parser.add_argument("--chained", type=int, nargs="+", default=[0], help="1: kernels begin while the one before ends")
+    ways = f"how steps are computed, each case in each: {', '.join(WAYS)}; or an earlier result, whose fastest is taken"
+    parser.add_argument("--ways", nargs="+", default=["plain"], help=ways)
     parser.add_argument("--prefill", type=int, nargs="*", default=[], help="lengths of prompts, each a line of the result")
     parser.add_argument("--chunk", type=int, default=32768, help="tokens of a prompt that go through a layer together")
     parser.add_argument("--samples", type=int, default=5, help="chunks of a prompt that are run, at most")
@@ -50,13 +51,25 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def chosen(way: str) -> str:
+    """The name of a way, also where the file of an earlier result stands for its fastest (which is plain without the file)."""
+    if way in WAYS:
+        return way
+    path = Path(way)
+    if not path.name.endswith(".json"):
+        raise SystemExit(f"--ways: {way!r} is none of {', '.join(WAYS)} and no .json of an earlier result")
+    found = fastest_way(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else "plain"
+    print(f"of {way}: {found}", flush=True)
+    return found
+
+
 def main() -> None:
     options = arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pairs = [(int(context), int(batch)) for context, batch in (case.split("x") for case in options.case)]
     cases = [
-        Case(*pair, ahead, options.steps, options.warm, bool(chained))
-        for pair, ahead, chained in itertools.product(pairs, options.ahead, options.chained)
+        Case(*pair, ahead, options.steps, options.warm, way)
+        for pair, ahead, way in itertools.product(pairs, options.ahead, map(chosen, options.ways))
     ]
     prompts = [Prompt(tokens, options.chunk, options.samples, options.slice) for tokens in options.prefill]
     plan = Run(

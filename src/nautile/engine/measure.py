@@ -33,8 +33,15 @@ from nautile.engine.runner import TorchRunner
 from nautile.state import PoolOptions, StatePool
 from nautile.state.pages import Pages, Sequence
 
-__all__ = ["Case", "Machine", "Prompt", "Run", "Subject", "build", "check", "decode", "prefill", "run"]
+__all__ = ["WAYS", "Case", "Machine", "Prompt", "Run", "Subject", "build", "check", "decode", "fastest_way", "prefill", "run"]
 
+WAYS = {  # how a decode step may be computed
+    "plain": StepOptions(),
+    "chained": StepOptions(chained=True),
+    "vector": StepOptions(vector=True),
+    "direct": StepOptions(direct=True),
+    "all": StepOptions(chained=True, vector=True, direct=True),
+}
 WORKSPACE = 5 << 30  # bytes of the card for a step, its graphs, and the stacks of kernels that spill
 TINY: dict[str, Any] = {
     "vocab_size": 160, "hidden_size": 128, "num_attention_heads": 16, "head_dim": 128, "q_lora_rank": 128, "o_groups": 2,
@@ -82,15 +89,15 @@ class Machine:
 
 @dataclass(frozen=True)
 class Case:
-    """A decode step of ``batch`` sequences of ``context`` tokens, ``ahead`` experts a layer copied before they are chosen, the
-    fused kernels ``chained`` or not (``kernels/decode/chain.py``)."""
+    """A decode step of ``batch`` sequences of ``context`` tokens, ``ahead`` experts a layer copied before they are chosen,
+    computed in one of ``WAYS``."""
 
     context: int
     batch: int
     ahead: int = 0
     steps: int = 48
     warm: int = 8
-    chained: bool = False
+    way: str = "plain"
 
 
 @dataclass(frozen=True)
@@ -151,9 +158,9 @@ def run(plan: Run, device: torch.device, keep: Callable[[str, Any], None], told:
         "seconds_an_expert": asdict(dispatch.speeds) if dispatch else None,
     })  # fmt: skip
     if plan.check:
-        for ahead, chained in dict.fromkeys((case.ahead, case.chained) for case in plan.cases) or [(0, False)]:
-            found = _tried(_checked, weights, _ahead(dispatch, ahead), chained)
-            keep("check", {"ahead": ahead, "chained": chained, **found})
+        for ahead, way in dict.fromkeys((case.ahead, case.way) for case in plan.cases) or [(0, "plain")]:
+            found = _tried(_checked, weights, _ahead(dispatch, ahead), way)
+            keep("check", {"ahead": ahead, "way": way, **found})
     for prompt in plan.prompts:
         found = _tried(prefill, weights, dispatch, prompt, told)
         keep("results", {"prefill": prompt.tokens, "layers": len(weights.layers), **found})
@@ -180,9 +187,21 @@ def _ahead(dispatch: Dispatch | None, ahead: int) -> Dispatch | None:
     return dispatch and Dispatch(dispatch.store, dispatch.team, dispatch.speeds, ahead)
 
 
-def _checked(weights: PackedWeights, dispatch: Dispatch | None, chained: bool) -> dict[str, Any]:
+def _checked(weights: PackedWeights, dispatch: Dispatch | None, way: str) -> dict[str, Any]:
     pool = StatePool(weights.config, PoolOptions(blocks=12, slots=2, rows="packed", prefix_cache=False), weights.embed.device)
-    return dict(check(GPURunner(weights, pool, dispatch, options=StepOptions(chained=chained)), pool))
+    return dict(check(GPURunner(weights, pool, dispatch, options=WAYS[way]), pool))
+
+
+def fastest_way(measured: dict[str, Any]) -> str:
+    """Of an earlier run's result: the way of least median for a single sequence, of those whose logits were checked against
+    the modules and agree; "plain" where none was."""
+    right = {
+        row["way"]
+        for row in measured.get("check", ())
+        if row.get("same_argmax", 0) > 0.8 and row.get("relative_error", 1) < 0.03
+    }
+    found = [row for row in measured.get("results", ()) if row.get("batch") == 1 and row["way"] in right and "median_ms" in row]
+    return str(min(found, key=lambda row: row["median_ms"])["way"]) if found else "plain"
 
 
 def _free() -> None:
@@ -195,7 +214,7 @@ def _free() -> None:
 def _decode_row(weights: PackedWeights, machine: Machine, dispatch: Dispatch | None, case: Case, zipf: float) -> dict[str, Any]:
     pool = StatePool(weights.config, _pool_options(case.context, case.batch), weights.embed.device)
     _fill_state(pool.pages)
-    runner = GPURunner(weights, pool, dispatch, options=StepOptions(chained=case.chained))
+    runner = GPURunner(weights, pool, dispatch, options=WAYS[case.way])
     row: dict[str, Any] = dict(decode(runner, pool, case))
     row["floor_ms"] = floor_bytes(weights.config, case.context, case.batch) / machine.bandwidth * 1e3
     if dispatch is not None:
@@ -284,7 +303,7 @@ def profile(weights: PackedWeights, dispatch: Dispatch | None, case: Case) -> di
         raise RuntimeError("kernels can be profiled on a GPU only")
     pool = StatePool(weights.config, _pool_options(case.context, case.batch), weights.embed.device)
     _fill_state(pool.pages)
-    runner = GPURunner(weights, pool, dispatch, options=StepOptions(chained=case.chained))
+    runner = GPURunner(weights, pool, dispatch, options=WAYS[case.way])
     decode(runner, pool, replace(case, steps=1, warm=1))
     with record(activities=[ProfilerActivity.CUDA]) as recorded:
         decode(runner, pool, replace(case, steps=1, warm=0))

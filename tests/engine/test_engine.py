@@ -79,6 +79,8 @@ def test_limits_and_bad_input(model, engine):
         engine.generate([[]])
     with pytest.raises(RequestError, match="token ids"):
         engine.generate([[5], [model.config.vocab_size]])
+    with pytest.raises(RequestError, match="logit_bias"):
+        engine.generate([[5]], SamplingParams(logit_bias={3: 1.0, model.config.vocab_size: 1.0}))
     with pytest.raises(RequestError, match="this model takes"):
         engine.generate([[5] * model.config.max_position_embeddings])
     tiny = Engine(model, EngineConfig(pool_bytes=600_000, block_tokens=128, snapshot_every=128, max_running=1))

@@ -128,6 +128,29 @@ def test_every_request_gets_the_tokens_it_would_get_alone(arrivals, blocks, slot
     assert not core.pool.live and core.pool.free_slots == slots
 
 
+@given(
+    arrivals=st.lists(
+        st.tuples(PROMPTS, st.integers(1, 6), st.sampled_from([1, 1, 3]), st.integers(0, 3)), min_size=1, max_size=9
+    ),
+    blocks=st.sampled_from([11, 14, 20]),
+    slots=st.integers(1, 4),
+    speculate=st.booleans(),
+)
+@settings(max_examples=60)
+def test_what_was_admitted_has_its_memory(arrivals, blocks, slots, speculate):
+    """While answers keep within the reserve, admission has counted everything: no running task ever lacks a block, and none is
+    set back."""
+    core, collector = make_core(blocks, slots, speculate=speculate), Collector()
+    for prompt, tokens, n, gap in arrivals:
+        request = Request(prompt, SamplingParams(max_tokens=tokens, n=n, ignore_eos=True))
+        core.submit(request, collector.sink(request))
+        for _ in range(gap):
+            core.step()
+    run(core, collector, [])
+    assert core.pool.refusals == 0 and core.stats().preemptions == 0
+    assert all(event.error is None for events in collector.events.values() for event in events if isinstance(event, Finished))
+
+
 @given(st.lists(REQUESTS, min_size=2, max_size=10), st.booleans())
 @settings(max_examples=60)
 def test_steps_keep_to_the_budget_and_leave_no_decode_out(requests, speculate):

@@ -438,11 +438,14 @@ def test_a_directory_of_format_version_1_loads(tmp_path: Path) -> None:
     expected = json.loads((FIXTURES / "session_v1.json").read_text())
     shutil.copytree(FIXTURES / "sessions_v1", tmp_path / "sessions")
     store, pool = SessionStore(tmp_path / "sessions"), new_pool()
-    pool.fingerprint = expected["model"]
+    pool.fingerprint, pool.computed_by = expected["model"], "a runner that says its name, which version 1 did not"
     resumed = store.resume("fixture", pool)
     assert resumed.pending == () and resumed.sequence.length == 300
     close(feed(pool, resumed.sequence, tuple(expected["next_ids"]))[-1], torch.tensor(expected["next_logits"]), 1e-4)
-    assert store.rewind("fixture", 200).state_length == 128
+    assert store.rewind("fixture", 200, "back").state_length == 128
+    store.save("fixture", pool, resumed.sequence)
+    store.delete("back")
+    assert store.resume("fixture", pool).pending == ()
     shutil.copytree(FIXTURES / "sessions_v1" / "nodes", tmp_path / "nodes")
     options = PoolOptions(blocks=24, block_tokens=128, snapshot_every=128, disk=tmp_path / "nodes")
     cache = StatePool(pool.config, options, fingerprint=expected["model"])

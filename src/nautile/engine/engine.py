@@ -183,6 +183,9 @@ class Engine:
             raise RequestError("the prompt is empty: at least one token is needed")
         if min(ids) < 0 or max(ids) >= config.vocab_size:
             raise RequestError(f"token ids must lie in 0..{config.vocab_size - 1}, got {min(ids)}..{max(ids)}")
+        if max(request.sampling.logit_bias, default=0) >= config.vocab_size:
+            most = max(request.sampling.logit_bias)
+            raise RequestError(f"logit_bias maps token ids in 0..{config.vocab_size - 1}, got {most}")
         if len(ids) >= config.max_position_embeddings:
             most = config.max_position_embeddings - 1
             raise RequestError(f"the prompt has {len(ids):,} tokens; this model takes {most:,}: shorten it")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SMALL, need
 from nautile.sandbox import MIB, Sandbox, bundle
+from sandbox.conftest import SMALL, need
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="compare with the modules first")
     parser.add_argument("--profile", action="store_true", help="the card's time by kernel, at the end")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--resume", action="store_true", help="add to what --out holds")
     parser.add_argument("--commit", default="unknown")
     return parser.parse_args()
 
@@ -81,6 +82,10 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "commit": options.commit,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "command": "python bench/flash_decode.py",
     }  # fmt: skip
+
+    if options.resume and options.out and options.out.exists():
+        earlier = json.loads(options.out.read_text(encoding="utf-8"))
+        result |= {key: value for key, value in earlier.items() if isinstance(value, list)}
 
     def keep(key: str, value: Any) -> None:
         print(json.dumps({key: value}), flush=True)

@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLASH = "bench/flash_decode.py --commit {commit} --out {out}"
 KERNELS = "-m nautile.cli bench kernels --commit {commit} --out {out}"
 TESTS = "bench/gpu_session.py tests --out {out}"
+LOST = 3  # exit status: a fault of a kernel, after which the card does not answer this process
 LOG = 2 << 20  # bytes of one part's output that are kept
 ON_CARD = ("tests/gpu", "tests/engine/test_gpu_runner.py", "tests/engine/test_one_answer_gpu.py")
 
@@ -66,17 +67,24 @@ PARTS = {
         Part("sanitizer", TESTS + "/memcheck --paths tests/gpu/test_sparse_attention.py --match hoppers", 80, SANITIZER),
     ),
     "flash": (
-        Part("slice", FLASH + "/slice.json --layers 6 --ways plain chained vector direct all --check --profile", 120),
-        Part("flash", FLASH + "/flash.json --case 4096x1 4096x8 1000000x1 --ahead 0 1 --steps 40 --ways {out}/slice.json", 190),
+        *(
+            Part(way, FLASH + f"/slice.json --resume --layers 6 --case 4096x1 --ways {way} --check", 40)
+            for way in ("plain", "all", "vector")
+        ),
+        Part("flash", FLASH + "/flash.json --case 4096x1 1000000x1 4096x8 --ahead 1 0 --steps 40 --ways {out}/slice.json", 180),
         Part("prompts", FLASH + "/prompts.json --card-gb 80 --case --prefill 4096 65536 1048576", 130),
-        Part("check", FLASH + "/check.json --card-gb 80 --case --check", 90),
+        Part("check", FLASH + "/check.json --card-gb 80 --case --check", 80),
     ),
     "more": (
-        Part("slice32", FLASH + "/slice32.json --layers 6 --case 4096x32 --ways plain chained", 60),
-        Part("zipf", FLASH + "/zipf.json --zipf 1 --case 4096x1 4096x8 --ahead 0 1 --steps 40 --ways {ways}", 120),
-        Part("curve", FLASH + "/curve.json --case 16384x1 65536x1 262144x1 --ahead 1 --steps 40 --ways {ways}", 120),
-        Part("pro", FLASH + "/pro.json --model pro --layers 6 --experts 256 --case 4096x1 4096x32 --ways {ways}", 140),
-        Part("machine", "bench/flash_machine.py --commit {commit} --out {out}/machine.json", 80),
+        *(
+            Part(way, FLASH + f"/slice.json --resume --layers 6 --case 4096x1 --ways {way} --check --profile", 40)
+            for way in ("direct", "chained", "all")
+        ),
+        Part("batch", FLASH + "/slice.json --resume --layers 6 --case 4096x32 --ways plain chained --profile", 50),
+        Part("zipf", FLASH + "/zipf.json --zipf 1 --case 4096x1 4096x8 --ahead 0 1 --steps 40 --ways {ways}", 100),
+        Part("curve", FLASH + "/curve.json --case 16384x1 65536x1 262144x1 --ahead 1 --steps 40 --ways {ways}", 100),
+        Part("pro", FLASH + "/pro.json --model pro --layers 6 --experts 256 --case 4096x1 4096x32 --ways {ways}", 90),
+        Part("machine", "bench/flash_machine.py --commit {commit} --out {out}/machine.json", 60),
     ),
     "rehearsal": (
         Part("tests", TESTS + " --shards 2 --seconds 110 --paths tests/gpu/test_fp4_experts.py", 120),
@@ -84,7 +92,11 @@ PARTS = {
         Part("stalls", "-c \"import sys, time; time.sleep(0 if '--resume' in sys.argv else 99)\"", 20, watch="none", stall=1),
         Part("fails", "-c \"raise SystemExit('on purpose')\"", 20),
         Part("talks", "-c \"print('x' * 9000000)\"", 20),
-        Part("tiny", FLASH + "/slice.json --model tiny --case 300x1 --ways plain all --check --steps 2", 60),
+        *(
+            Part(f"tiny {way}", FLASH + f"/slice.json --resume --model tiny --case 90x1 --ways {way} --check --steps 2", 60)
+            for way in ("plain", "all")
+        ),
+        Part("lost", "-c \"import sys; sys.exit(0 if '--resume' in sys.argv else 3)\"", 20),
         Part("like", FLASH + "/tiny.json --model tiny --case 300x1 --prefill 600 --chunk 200 --slice 64 --steps 2 "
              "--ways {out}/slice.json", 60),
     ),
@@ -125,8 +137,8 @@ def run(part: Part, words: list[str], out: Path, seconds: float, log: Any) -> di
 
 
 def supervised(command: list[str], log: Any, seconds: float, watch: Path | None = None, stall: float = 0) -> str:
-    """Run it; says what became of it. Its process group is ended at the limit, and ended and started again with --resume when
-    ``watch`` has not grown for ``stall`` seconds."""
+    """Run it; says what became of it. Its process group is ended at the limit. It is started again with --resume when it has
+    ended with status 3 (the card no longer answers it), and when ``watch`` has not grown for ``stall`` seconds."""
     end, again = time.monotonic() + seconds, 0
     while True:
         process = subprocess.Popen(
@@ -134,6 +146,8 @@ def supervised(command: list[str], log: Any, seconds: float, watch: Path | None 
             cwd=ROOT, stdout=log, stderr=log, env=_environment(), start_new_session=True,
         )  # fmt: skip
         outcome = _watched(process, end, watch, stall)
+        if not outcome and time.monotonic() > end - 5:
+            outcome = "limit"
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -155,7 +169,7 @@ def _watched(process: subprocess.Popen[bytes], end: float, watch: Path | None, s
             if time.time() - last > stall:
                 return ""
         time.sleep(0.1)
-    return "passed" if code == 0 else f"exit status {code}"
+    return {0: "passed", LOST: ""}.get(code, f"exit status {code}")
 
 
 def _environment() -> dict[str, str]:
@@ -202,10 +216,21 @@ class Timed:
             if report.outcome == "failed":
                 line["text"] = str(report.longrepr)[-1500:]
             self._write(line)
+            if report.outcome == "failed" and not _card_lives():
+                os._exit(LOST)
 
     def _write(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _card_lives() -> bool:
+    import torch  # noqa: PLC0415
+
+    try:
+        return not torch.cuda.is_available() or torch.zeros(1, device="cuda").add_(1).item() == 1
+    except RuntimeError:
+        return False
 
 
 def tests(out: Path, options: argparse.Namespace) -> int:

@@ -103,8 +103,10 @@ def sandboxes():
             ("container_create_run", "container, create to first run (bar 25)"),
             ("container_cold_create_run", "container, the same with nothing made ahead"),
             ("container_pooled_run", "container, pooled (bar 5)"),
-            ("runsc_create", "gVisor, create to first run (bar 200)"),
-            ("runsc_restore", "gVisor, restore (bar 150)"),
+            ("runsc_create", "gVisor, create (bar 200)"),
+            ("runsc_run", "gVisor, a run in a sandbox that is there"),
+            ("runsc_restore", "gVisor, the first restore, at once after the snapshot (bar 150)"),
+            ("runsc_restore_again", "gVisor, the next restore (bar 150)"),
             ("podman", "podman run, the same command"),
         ):
             if name in result["milliseconds"]:

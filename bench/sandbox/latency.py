@@ -7,8 +7,8 @@ was time to make it, and container_found_ready says how often that was. containe
 asked for, so nothing is ready but a seat. container_paced_create_run waits 50 ms before each, as a caller that does something
 in between: what is made ahead is then there. container_named_run is a command that outlives its client, seen to by the keeper.
 
-runsc_restore is the first sandbox that goes on from a checkpoint, runsc_restore_again the next one, 300 ms later: from the
-first on runsc has been started ahead for it.
+runsc_restore is the first sandbox that goes on from a checkpoint, asked for in the moment in which runsc_snapshot has given it;
+runsc_restore_again is the next one, 300 ms later, for which runsc has been started ahead by then.
 
 ``--only``: the lines whose names begin with it, and the peers. Parts that are left out are not run.
 
@@ -72,16 +72,25 @@ def create_cold(index, samples):
     sandbox.close()
 
 
-def gvisor(create, restore, again):
+def gvisor(samples):
     """Create a runsc container; go on from its checkpoint; and once more, as the next of several rollouts from one state."""
-    with Sandbox.create("container", runtime="runsc", limits=LIMITS) as first:
+
+    def made(name, **options):
+        began = time.perf_counter()
+        sandbox = Sandbox.create("container", runtime="runsc", limits=LIMITS, **options)
+        samples[name].append((time.perf_counter() - began) * 1000)
+        checked(sandbox.run(["/bin/true"]))
+        return sandbox
+
+    with made("runsc_create") as first:
+        for _ in range(5):
+            samples["runsc_run"].append(timed(lambda: checked(first.run(["/bin/true"]))))
+        began = time.perf_counter()
         image = first.snapshot()
-        for samples, options, pause in ((create, {}, 0.0), (restore, {"image": image}, 0.0), (again, {"image": image}, 0.3)):
-            time.sleep(pause)
-            began = time.perf_counter()
-            with Sandbox.create("container", runtime="runsc", limits=LIMITS, **options) as sandbox:
-                samples.append((time.perf_counter() - began) * 1000)
-                checked(sandbox.run(["/bin/true"]))
+        samples["runsc_snapshot"].append((time.perf_counter() - began) * 1000)
+        made("runsc_restore", image=image).close()
+        time.sleep(0.3)
+        made("runsc_restore_again", image=image).close()
 
 
 def pooled(pool, samples):
@@ -188,7 +197,8 @@ def named_run(container, count):
 def measure(rounds, place, only):
     names = ("function_python", "function_true", "container_run", "container_named_run", "container_create_run")
     names += ("container_create", "container_close", "container_paced_create_run", "container_pooled_run")
-    names += ("container_cold_create_run", "runsc_create", "runsc_restore", "runsc_restore_again")
+    names += ("container_cold_create_run", "runsc_create", "runsc_run", "runsc_snapshot")
+    names += ("runsc_restore", "runsc_restore_again")
     samples = {name: [] for name in names}
     peers = Peers(place)
     samples |= {name: [] for name in peers.ways}
@@ -206,7 +216,7 @@ def measure(rounds, place, only):
             if wanted["container"]:
                 containers(index, samples, container, pool)
             if wanted["runsc"] and index % 5 == 0 and shutil.which("runsc") and os.geteuid() == 0:
-                gvisor(samples["runsc_create"], samples["runsc_restore"], samples["runsc_restore_again"])
+                gvisor(samples)
             for name, way in peers.ways.items():
                 if name == "subprocess" or index % 5 == 0:  # the slow peers have fewer turns
                     samples[name].append(timed(way))

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from engine.flash_models import measure_and_forget
 from nautile.cli import app
 from nautile.engine import measure
-from nautile.engine.measure import Case, Machine, Prompt, Run, Subject, run
+from nautile.engine.measure import Case, Machine, Prompt, Run, Subject, fastest_way, run
 from nautile.engine.placement import dense_bytes, expert_bytes
 
 CPU = torch.device("cpu")
@@ -38,6 +39,7 @@ def test_every_part_is_measured_and_one_that_fails_is_a_line(monkeypatch):
         return decode(runner, pool, case)
 
     decode = measure.decode
+    measure_and_forget(monkeypatch)
     monkeypatch.setattr(measure, "decode", sometimes)
     monkeypatch.setattr(measure, "check", partial(measure.check, prompt=20, steps=2))
     cases = (Case(40, 1, 0, 2, 1), Case(40, 2, 0, 2, 1), Case(40, 1, 2, 2, 1))
@@ -76,3 +78,14 @@ def test_chunks_are_spread_and_the_rest_interpolated(count, samples):
     last = max(chosen)
     assert found[: last + 1] == pytest.approx([3.0 + 2 * number for number in range(last + 1)])
     assert set(found[last:]) == {found[last]}
+
+
+def test_the_fastest_way_is_one_that_was_checked():
+    def of(*ways):
+        return {
+            "check": [{"way": way, "same_argmax": same, "relative_error": 0.01} for way, _, same in ways],
+            "results": [{"way": way, "batch": 1, "median_ms": ms} for way, ms, _ in ways] + [{"prefill": 9}],
+        }
+
+    assert fastest_way(of(("plain", 3.0, 1.0), ("all", 2.0, 1.0), ("vector", 1.0, 0.5))) == "all"
+    assert fastest_way({"results": [{"way": "all", "batch": 1, "median_ms": 1.0}]}) == "plain" == fastest_way({})

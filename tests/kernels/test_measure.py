@@ -1,11 +1,15 @@
 """The table of kernel times: its floors, its lines, and what it says without a GPU."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from nautile.cli import app
 from nautile.cli.bench import _kernel_line
+from nautile.kernels import measure as kernels
 from nautile.kernels.measure import CASES, VARIANTS, Case, Ceilings, Measured, Work, best, measure
 
 
@@ -46,6 +50,40 @@ def test_the_best_way_is_the_fastest_that_is_right():
     assert found["a"] == {"best": "two", "us": 2.0, "default_us": 4.0, "times_faster": 2.0}
     assert found["b"] == found["d"] == {"best": None}
     assert found["c"]["best"] == "two" and found["c"]["times_faster"] is None
+
+
+def test_a_run_goes_on_behind_what_an_earlier_one_hung_in(tmp_path, monkeypatch):
+    """Its rows are kept, the case it ended in is a failure, the rest is measured; a card that is lost ends the process."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(kernels, "ceilings", lambda: Ceilings(1e12, 1e12))
+    seen = []
+
+    def measured(case, card):
+        seen.append(case.name)
+        ours = None if len(seen) == 2 else 1.0
+        return Measured(case.name, "", ours, 1.0, 0.0, None, "" if ours else "a fault")
+
+    monkeypatch.setattr(kernels, "measure", measured)
+    monkeypatch.setattr("nautile.cli.bench._card_lives", lambda: False)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    cases = tuple(Case(name, "", lambda: None) for name in "abcde")
+    monkeypatch.setattr(kernels, "CASES", cases)
+    out = tmp_path / "kernels.json"
+    out.write_text(json.dumps({"rows": [asdict(Measured("a", "", 2.0, 1.0, 0.0, None))], "running": {"name": "b", "bar": ""}}))
+    words = ["bench", "kernels", "--resume", "--out", str(out)]
+    answer = CliRunner().invoke(app, words)
+    assert answer.exit_code == 3 and "--resume" in answer.output and seen == ["c", "d"]
+    assert CliRunner().invoke(app, words).exit_code == 0 and seen == ["c", "d", "e"]
+    found = json.loads(out.read_text())
+    assert [(row["name"], row["ours"]) for row in found["rows"]] == [
+        ("a", 2.0),
+        ("b", None),
+        ("c", 1.0),
+        ("d", None),
+        ("e", 1.0),
+    ]
+    assert "running" not in found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -34,7 +34,8 @@ def kernels(
     only: Annotated[str, typer.Option(help="Cases whose name contains this.")] = "",
     variants: Annotated[bool, typer.Option(help="Ways to compute the same, and the fastest of each shape.")] = False,
     commit: Annotated[str, typer.Option(help="The commit of this tree, where git cannot say.")] = "",
-    out: Annotated[Path | None, typer.Option(help="Write the result as JSON here.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result as JSON here, anew after each case.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on behind the cases in --out, and the one that a run ended in.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Time the GPU kernels in V4-Flash's shapes beside their floors, and beside FlashMLA and DeepGEMM where installed.
@@ -54,7 +55,9 @@ def kernels(
     cases = [case for case in known if only in case.name]
     if not cases:
         raise typer.BadParameter(f"no case's name contains {only!r}; they are: {', '.join(case.name for case in known)}")
-    card, rows = ceilings(), []
+    rows = _earlier(out) if resume and out else []
+    cases = [case for case in cases if case.name not in {row.name for row in rows}]
+    card = ceilings()
     if not json_:
         typer.echo(
             f"{torch.cuda.get_device_name()}: copy {card.copy / 1e9:.0f} GB/s, bfloat16 {card.product / 1e12:.0f} TFLOP/s"
@@ -64,21 +67,56 @@ def kernels(
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": commit or _commit(),
         "copy_bytes_per_second": card.copy, "bfloat16_flops_per_second": card.product,
     }  # fmt: skip
+    result |= {"rows": [asdict(row) for row in rows], **({"best": best(rows)} if variants else {})}
+
+    def keep(more: dict[str, Any]) -> None:
+        if out:  # as they come: a run that is cut short leaves what it measured
+            out.write_text(json.dumps({**result, **more}, indent=1) + "\n", encoding="utf-8")
+
     for case in cases:
+        keep({"running": {"name": case.name, "bar": case.bar}})  # who hangs is named by what is left
         rows.append(measure(case, card))
         if not json_:
             typer.echo(_kernel_line(rows[-1]))
-        torch.cuda.empty_cache()
         result["rows"] = [asdict(row) for row in rows]
         if variants:
             result["best"] = best(rows)
-        if out:  # as they come: a run that is cut short leaves what it measured
-            out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        keep({})
+        if rows[-1].failure and not _card_lives():
+            typer.echo(f"the card does not answer after {case.name}: run this again with --resume", err=True)
+            raise typer.Exit(3)
+        torch.cuda.empty_cache()
+    keep({})
     if json_:
         typer.echo(json.dumps(result))
     elif variants:
         for shape, way in result["best"].items():
             typer.echo(f"{shape}: {way}")
+
+
+def _card_lives() -> bool:
+    """Whether this process can still use the card; after a kernel's fault it cannot."""
+    import torch  # noqa: PLC0415
+
+    try:
+        torch.zeros(1, device="cuda").add_(1).item()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _earlier(out: Path) -> list[Measured]:
+    """What an earlier run left, and a line that says what it ended in."""
+    from nautile.kernels.measure import Measured  # noqa: PLC0415
+
+    if not out.exists():
+        return []
+    found = json.loads(out.read_text(encoding="utf-8"))
+    rows = [Measured(**row) for row in found.get("rows", ())]
+    if "running" in found:
+        case = found["running"]
+        rows.append(Measured(case["name"], case["bar"], None, None, None, None, "a run ended in this: it hangs or crashes"))
+    return rows
 
 
 def _kernel_line(row: Measured) -> str:

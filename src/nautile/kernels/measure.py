@@ -16,6 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from nautile.kernels.decode.linear import Matrix, linear, linear_reference
+from nautile.kernels.decode.streams import Site, join, join_reference, mix, mix_reference
 from nautile.kernels.fp4_experts import FewTiles, FP4Experts, ManyTiles, fp4_experts, fp4_experts_reference
 from nautile.kernels.index_select import Kernel, index_scores_reference, index_select, index_select_reference
 from nautile.kernels.row_pool import RowPool
@@ -200,6 +202,34 @@ def _experts(tokens: int, tiles: FewTiles | ManyTiles | None = None, top: int = 
     return Work(calls, wrong, 2.0 * tokens * top * 3 * 4096 * 2048, read)
 
 
+def _streams(tokens: int, joined: bool, n: int = 4, d: int = 4096) -> Work:
+    """One site's reading of the streams, or its writing back of two parts."""
+    site = Site(
+        torch.randn((2 + n) * n, n * d, device="cuda") / (n * d) ** 0.5, torch.randn((2 + n) * n, device="cuda"),
+        torch.rand(3, device="cuda") + 0.5, torch.rand(d, device="cuda") + 0.5, 20, 1e-6, 1e-6,
+    )  # fmt: skip
+    calls: list[Call] = []
+    whole = tokens * n * d * 4
+    for _ in range(_sets(whole)):
+        x = torch.randn(tokens, n, d, device="cuda")
+        if joined:
+            parts = tuple(torch.randn(tokens, d, device="cuda") for _ in range(2))
+            _, post, matrix = mix_reference(x, site, torch.bfloat16)
+            calls.append(lambda x=x, p=parts, a=post, m=matrix: join(x, p, a, m))  # type: ignore[misc]
+        else:
+            calls.append(lambda x=x: mix(x, site, torch.bfloat16)[0])  # type: ignore[misc]
+    out = calls[-1]()
+    assert isinstance(out, Tensor)
+    wide = x.double()
+    if joined:
+        return Work(
+            calls, _error(out, join_reference(wide, parts, post.double(), matrix.double())), 0.0, 2.0 * whole + whole / 2
+        )
+    fields = (site.fn.double(), site.base.double(), site.scale.double(), site.norm.double())
+    right = mix_reference(wide, Site(*fields, site.iterations, site.eps, site.norm_eps), torch.float64)[0]
+    return Work(calls, _error(out, right), 0.0, whole + whole / 8 + site.fn.nbytes)
+
+
 def _flash_mla(tokens: int, far_count: int, blocks: int, page: int) -> list[Call]:
     """FlashMLA's decode on its own V4 rows (any bytes that are finite numbers)."""
     import flash_mla  # noqa: PLC0415
@@ -285,13 +315,30 @@ CASES = (
     Case("FP4 experts, 1 token", ">= 65 % of floor", lambda: _experts(1)),
     Case("FP4 experts, 32 tokens", "", lambda: _experts(32)),
     Case("FP4 experts, 4,096 tokens", ">= 55 % of floor", lambda: _experts(4096)),
+    Case("mHC mix, 4,096 tokens", ">= 60 % of floor", lambda: _streams(4096, False)),
+    Case("mHC join, 4,096 tokens", ">= 60 % of floor", lambda: _streams(4096, True)),
+    Case("mHC mix, 1 token", "", lambda: _streams(1, False)),
+    Case("mHC join, 1 token", "", lambda: _streams(1, True)),
+)
+
+
+_ATTENTION = (
+    HopperTiles(),
+    HopperTiles(registers=80, serial=True),
+    HopperTiles(registers=80, serial=True, half=True),
+    HopperTiles(rows=32, stages=4),
+    HopperTiles(rows=32, stages=4, warps=4, registers=104),
+    HopperTiles(rows=32, stages=4, serial=True),
+    HopperTiles(rows=32, stages=3),
 )
 
 
 def _attention_variants(tokens: int, far_count: int, far_rows: int) -> tuple[Case, ...]:
     """Sizes of Hopper's own attention kernel for one shape: those that are the default, and those that were prepared."""
-    shape = f"attention {tokens} x 128+{far_count:,}"
-    sizes = (HopperTiles(), HopperTiles(rows=32, stages=3))
+    shape = f"attention {tokens} x 128+{far_count:,} of {far_rows:,}"
+    sizes = (
+        _ATTENTION if tokens < 1024 else tuple(size for size in _ATTENTION if not size.half)
+    )  # one split has no sums to keep
     return tuple(Case(f"{shape} | {size}", "", partial(_attention, tokens, far_count, far_rows, size)) for size in sizes)
 
 
@@ -307,22 +354,63 @@ def _indexer_variants(tokens: int, count: int) -> tuple[Case, ...]:
     )
 
 
-_FEW = (FewTiles(), FewTiles(direct=True))
-_MANY = (ManyTiles(), ManyTiles(spread=True), ManyTiles(88), ManyTiles(88, spread=True))
+def _linear(rows: int, inputs: int, stored: torch.dtype, vector: bool) -> Work:
+    """A stored matrix times one token."""
+    size = torch.empty(0, dtype=stored).itemsize
+    calls: list[Call] = []
+    for _ in range(_sets(rows * inputs * size)):
+        data, scales = torch.randn(rows, inputs, device="cuda").to(stored), None
+        if stored == torch.float8_e4m3fn:
+            scales = torch.randint(118, 122, (-(-rows // 128), -(-inputs // 128)), dtype=torch.uint8, device="cuda")
+        matrix = Matrix(data, scales.view(torch.float8_e8m0fnu) if scales is not None else None)
+        x = torch.randn(1, inputs, device="cuda", dtype=torch.bfloat16)
+        calls.append(lambda x=x, matrix=matrix: linear(x, matrix, vector=vector))  # type: ignore[misc]
+    out = calls[-1]()
+    assert isinstance(out, Tensor)
+    return Work(calls, _error(out, linear_reference(x.double(), matrix)), 2.0 * rows * inputs, rows * inputs * size)
 
-# Ways to compute the same: "shape | way". The first of a shape is the default. ``best`` says which was fastest.
+
+def _linear_variants(rows: int, inputs: int, stored: torch.dtype) -> tuple[Case, ...]:
+    name = str(stored).removeprefix("torch.")
+    return tuple(
+        Case(f"linear {rows:,} x {inputs:,} {name} | {way}", "", partial(_linear, rows, inputs, stored, way == "vector"))
+        for way in ("tensor cores", "vector")
+    )
+
+
+_FEW = (
+    FewTiles(),
+    FewTiles(direct=True),
+    FewTiles(4, 32, 32, direct=True, split=2),
+    FewTiles(4, 16, 16, direct=True, split=2),
+    FewTiles(4, 16, 16, direct=True, split=4),
+)
+_MANY = (ManyTiles(), ManyTiles(88, spread=True), ManyTiles(88), ManyTiles(spread=True))
+_FP8 = torch.float8_e4m3fn
+
+# Ways to compute the same: "shape | way", those first that most depends on. The first of a shape is the default. ``best``
+# says which was fastest.
 VARIANTS = (
-    *_attention_variants(1, 512, 262144),
     *_attention_variants(8, 512, 262144),
+    *_expert_variants(1, _FEW),
+    *_linear_variants(40960, 1024, _FP8),
+    *_linear_variants(8192, 4096, _FP8),
+    *_linear_variants(4096, 8192, _FP8),
+    *_linear_variants(1536, 4096, _FP8),
+    *_linear_variants(2624, 4096, torch.bfloat16),
+    *_linear_variants(256, 4096, torch.float32),
+    *_attention_variants(4096, 512, 5120),
+    *_expert_variants(4096, _MANY),
+    *_indexer_variants(1, 262144),
     *_attention_variants(32, 512, 262144),
     *_attention_variants(128, 512, 262144),
+    *_attention_variants(1, 512, 262144),
     *_attention_variants(8, 8192, 65536),
+    *_attention_variants(32, 8192, 65536),
     *_attention_variants(4096, 512, 262144),
-    *_indexer_variants(1, 262144),
+    *_attention_variants(1, 8192, 65536),
     *_indexer_variants(16, 65536),
     *_indexer_variants(512, 65536),
-    *_expert_variants(1, _FEW),
-    *_expert_variants(4096, _MANY),
 )
 
 

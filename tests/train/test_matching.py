@@ -17,7 +17,7 @@ LENGTH = 384
 
 
 def network() -> Transformer:
-    config = tiny_network((0, 4, 128, 4), seed=1).config
+    config = tiny_network((0, 4, 128), seed=1).config
     return initialise(Transformer(config.replace(index_topk=16, initializer_range=0.3)), seed=2)
 
 
@@ -70,16 +70,17 @@ def test_recall_is_the_share_of_what_is_wanted():
 
 @pytest.mark.parametrize("attention_lr", [3e-3, 0.0])
 def test_both_sides_learn_and_outputs_hold(attention_lr):
-    """The divergence falls; what may not move does not, to the bit; without a rate of its own the attention stays as it was."""
+    """On one row again and again the divergence falls. What may not move does not, to the bit; without a rate of its own the
+    attention is among that."""
     model, seen = network(), []
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    rows = (batch(seed) for seed in itertools.count(10))
-    config = MatchConfig(16, 1e9, rows=4, queries=48, steps=3, lr=1e-2, attention_lr=attention_lr, span=LENGTH)
+    rows = itertools.repeat(batch(10))
+    config = MatchConfig(16, 1e9, rows=4, queries=64, steps=4, lr=1e-2, attention_lr=attention_lr, span=LENGTH)
     assert match(model, rows, config, lambda *row: seen.append(row[2])) == 4
     for first, last in zip(seen[0], seen[-1], strict=True):
         assert last.divergence < 0.9 * first.divergence
         assert (last.moved > 0) == (attention_lr > 0) and last.moved < 0.1
     moving = ("attn.indexer.", *(("attn.wq_b.", "attn.compressor.", "attn.attn_sink") if attention_lr else ()))
     for name, tensor in model.state_dict().items():
-        free = name.startswith(("layers.1.", "layers.3.")) and name[len("layers.1.") :].startswith(moving)
+        free = name.startswith("layers.1.") and name.removeprefix("layers.1.").startswith(moving)
         assert torch.equal(tensor, before[name]) != free, name

@@ -53,7 +53,8 @@ def test_queries_that_see_everything_are_not_drawn():
 
 def test_a_wider_indexer_leaves_dense_attention_alone():
     model = network()
-    wide = widened(model, model.config.head_dim)
+    wide = widened(model, model.config.head_dim, 2)
+    assert wide.config.index_n_heads == 2
     assert wide.config.index_head_dim == model.config.head_dim != model.config.index_head_dim
     ids = batch(2).ids[:, :64]  # as many entries as the indexer keeps
     torch.testing.assert_close(wide(ids), model(ids))

@@ -77,15 +77,16 @@ class Matched:
     moved: float
 
 
-def widened(model: Transformer, dim: int) -> Transformer:
+def widened(model: Transformer, dim: int, heads: int | None = None) -> Transformer:
     """The same model with indexers of ``dim`` a head, which must be the attention's: copies of its compressor and first heads.
+    ``heads`` None keeps their number.
 
     Attention over every entry gives what it gave; the new indexers know nothing of weighing their heads until they are trained.
     """
     old = model.config
     if dim != old.head_dim:
         raise ValueError(f"an indexer is widened to the attention's own {old.head_dim} a head, not to {dim}")
-    made = initialise(Transformer(old.replace(index_head_dim=dim)), 0)
+    made = initialise(Transformer(old.replace(index_head_dim=dim, index_n_heads=heads or old.index_n_heads)), 0)
     state = model.state_dict()
     changed = {name for name, tensor in made.state_dict().items() if state[name].shape != tensor.shape}
     made.load_state_dict({name: tensor for name, tensor in state.items() if name not in changed}, strict=False)
@@ -288,6 +289,7 @@ def main() -> None:
     parser.add_argument("--hold", type=float, default=3.0)
     parser.add_argument("--attention-lr", type=float, default=3e-3, help="0 trains the indexer alone")
     parser.add_argument("--index-head-dim", type=int, help="first make the indexer as wide as the attention's heads")
+    parser.add_argument("--index-heads", type=int, help="with --index-head-dim: heads of the wider indexer")
     parser.add_argument("--first-shard", type=int, default=0)
     parser.add_argument("--span", type=int, default=4096)
     parser.add_argument("--sparse", action="store_true", help="inputs of sparse attention, as the model is used")
@@ -296,7 +298,7 @@ def main() -> None:
     known, shape = check_same(options.shards, options.init), configuration(options.preset)
     model = load_weights(shape, options.init, device)
     if options.index_head_dim not in (None, shape.index_head_dim):
-        model = widened(model, options.index_head_dim)
+        model = widened(model, options.index_head_dim, options.index_heads)
     options.out.mkdir(parents=True, exist_ok=True)
     options.out.joinpath("config.json").write_text(json.dumps(model.config.to_json(), indent=1) + "\n", encoding="utf-8")
     config = MatchConfig(

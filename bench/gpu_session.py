@@ -33,7 +33,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 FLASH = "bench/flash_decode.py --commit {commit} --out {out}"
-KERNELS = "-m nautile.cli bench kernels --commit {commit} --out {out}"
+KERNELS = "bench/kernels.py --commit {commit} --out {out}"
 TESTS = "bench/gpu_session.py tests --out {out}"
 LOST = 3  # exit status: a fault of a kernel, after which the card does not answer this process
 LOG = 2 << 20  # bytes of one part's output that are kept

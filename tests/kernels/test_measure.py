@@ -8,7 +8,6 @@ import torch
 from typer.testing import CliRunner
 
 from nautile.cli import app
-from nautile.cli.bench import _kernel_line
 from nautile.kernels import measure as kernels
 from nautile.kernels.measure import CASES, VARIANTS, Case, Ceilings, Measured, Work, best, measure
 
@@ -20,11 +19,11 @@ def test_the_floor_is_the_larger_of_bytes_and_operations():
 
 
 def test_lines():
-    line = _kernel_line(Measured("a case", "<= 1.0 x peer", 20.0, 5.0, 1e-3, 10.0))
+    line = kernels._line(Measured("a case", "<= 1.0 x peer", 20.0, 5.0, 1e-3, 10.0))
     assert "20.0 us" in line
     assert "25% of floor" in line
     assert "2.00 x" in line
-    assert "FAILED no memory" in _kernel_line(Measured("a case", "", None, None, None, None, "no memory"))
+    assert "FAILED no memory" in kernels._line(Measured("a case", "", None, None, None, None, "no memory"))
 
 
 def test_a_failing_case_is_a_line_of_the_table():
@@ -65,7 +64,7 @@ def test_a_run_goes_on_behind_what_an_earlier_one_hung_in(tmp_path, monkeypatch)
         return Measured(case.name, "", ours, 1.0, 0.0, None, "" if ours else "a fault")
 
     monkeypatch.setattr(kernels, "measure", measured)
-    monkeypatch.setattr("nautile.cli.bench._card_lives", lambda: False)
+    monkeypatch.setattr(kernels, "_card_lives", lambda: False)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     cases = tuple(Case(name, "", lambda: None) for name in "abcde")
     monkeypatch.setattr(kernels, "CASES", cases)

@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +16,6 @@ import typer
 
 if TYPE_CHECKING:
     from nautile.engine.load import Load, Outcome, Target
-    from nautile.kernels.measure import Measured
 
 __all__ = ["app"]
 
@@ -44,7 +43,7 @@ def kernels(
     """
     import torch  # noqa: PLC0415
 
-    from nautile.kernels.measure import CASES, VARIANTS, best, ceilings, measure  # noqa: PLC0415
+    from nautile.kernels.measure import CASES, VARIANTS, CardLostError, run  # noqa: PLC0415
 
     if not torch.cuda.is_available():
         typer.echo(
@@ -55,77 +54,14 @@ def kernels(
     cases = [case for case in known if only in case.name]
     if not cases:
         raise typer.BadParameter(f"no case's name contains {only!r}; they are: {', '.join(case.name for case in known)}")
-    rows = _earlier(out) if resume and out else []
-    cases = [case for case in cases if case.name not in {row.name for row in rows}]
-    card = ceilings()
-    if not json_:
-        typer.echo(
-            f"{torch.cuda.get_device_name()}: copy {card.copy / 1e9:.0f} GB/s, bfloat16 {card.product / 1e12:.0f} TFLOP/s"
-        )
-    result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": commit or _commit(),
-        "copy_bytes_per_second": card.copy, "bfloat16_flops_per_second": card.product,
-    }  # fmt: skip
-    result |= {"rows": [asdict(row) for row in rows], **({"best": best(rows)} if variants else {})}
-
-    def keep(more: dict[str, Any]) -> None:
-        if out:  # as they come: a run that is cut short leaves what it measured
-            out.write_text(json.dumps({**result, **more}, indent=1) + "\n", encoding="utf-8")
-
-    for case in cases:
-        keep({"running": {"name": case.name, "bar": case.bar}})  # who hangs is named by what is left
-        rows.append(measure(case, card))
-        if not json_:
-            typer.echo(_kernel_line(rows[-1]))
-        result["rows"] = [asdict(row) for row in rows]
-        if variants:
-            result["best"] = best(rows)
-        keep({})
-        if rows[-1].failure and not _card_lives():
-            typer.echo(f"the card does not answer after {case.name}: run this again with --resume", err=True)
-            raise typer.Exit(3)
-        torch.cuda.empty_cache()
-    keep({})
+    about = {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": commit or _commit()}
+    try:
+        result = run(cases, about, out, resume=resume, told=(lambda _: None) if json_ else typer.echo)
+    except CardLostError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(3) from None
     if json_:
         typer.echo(json.dumps(result))
-    elif variants:
-        for shape, way in result["best"].items():
-            typer.echo(f"{shape}: {way}")
-
-
-def _card_lives() -> bool:
-    """Whether this process can still use the card; after a kernel's fault it cannot."""
-    import torch  # noqa: PLC0415
-
-    try:
-        torch.zeros(1, device="cuda").add_(1).item()
-    except RuntimeError:
-        return False
-    return True
-
-
-def _earlier(out: Path) -> list[Measured]:
-    """What an earlier run left, and a line that says what it ended in."""
-    from nautile.kernels.measure import Measured  # noqa: PLC0415
-
-    if not out.exists():
-        return []
-    found = json.loads(out.read_text(encoding="utf-8"))
-    rows = [Measured(**row) for row in found.get("rows", ())]
-    if "running" in found:
-        case = found["running"]
-        rows.append(Measured(case["name"], case["bar"], None, None, None, None, "a run ended in this: it hangs or crashes"))
-    return rows
-
-
-def _kernel_line(row: Measured) -> str:
-    """One line of the table of kernels."""
-    if row.ours is None or row.floor is None:
-        return f"{row.name:32s} FAILED {row.failure}"
-    peer = f"peer {row.peer:8.1f} us ({row.ours / row.peer:4.2f} x)" if row.peer else " " * 24
-    share = f"{row.floor / row.ours:4.0%} of floor"
-    return f"{row.name:32s} {row.ours:9.1f} us  {share}  {peer}  bar {row.bar:16s} error {row.error:.1e}"
 
 
 @app.command("model")

@@ -42,6 +42,7 @@ WAYS = {  # how a decode step may be computed
     "direct": StepOptions(direct=True),
     "all": StepOptions(chained=True, vector=True, direct=True),
 }
+_CHECKED = (3072, 2)  # tokens and sequences of the pool that a comparison with the modules uses
 WORKSPACE = 5 << 30  # bytes of the card for a step, its graphs, and the stacks of kernels that spill
 TINY: dict[str, Any] = {
     "vocab_size": 160, "hidden_size": 128, "num_attention_heads": 16, "head_dim": 128, "q_lora_rank": 128, "o_groups": 2,
@@ -130,7 +131,7 @@ def build(
     """Allocate and fill. Raises PlacementError before anything is allocated, when it does not fit."""
     config = subject.configuration()
     sizes = [(case.context, case.batch) for case in cases] + [(prompt.tokens, 1) for prompt in prompts]
-    state = max(_state_bytes(config, *size) for size in sizes)
+    state = max(_state_bytes(config, *size) for size in sizes or [_CHECKED])
     on_card = device.type == "cuda"
     card = machine.card or (card_memory(device) if on_card else 1 << 30)
     budget = Budget(card, machine.host, state, machine.workspace if on_card else 0)

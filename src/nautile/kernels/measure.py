@@ -8,10 +8,13 @@ where they are installed.
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +27,9 @@ from nautile.kernels.row_pool import RowPool
 from nautile.kernels.sparse_attention import HopperTiles, fast_split, sparse_attention, sparse_attention_reference
 from nautile.quant import mxfp4
 
-__all__ = ["CASES", "VARIANTS", "Case", "Ceilings", "Measured", "best", "ceilings", "measure", "microseconds"]
+__all__ = [
+    "CASES", "VARIANTS", "CardLostError", "Case", "Ceilings", "Measured", "best", "ceilings", "measure", "microseconds", "run",
+]  # fmt: skip
 
 HEADS, C, ROW = 64, 512, 584
 _COLD = 60 << 20  # bytes that the calls of a graph read together, more than the L2 of an H100
@@ -433,3 +438,81 @@ def best(measured: Sequence[Measured], bound: float = 8e-3) -> dict[str, dict[st
             "times_faster": round(default / first.ours, 3) if default and first.ours else None,
         }  # fmt: skip
     return out
+
+
+class CardLostError(RuntimeError):
+    """A kernel's fault, after which the card does not answer this process."""
+
+
+def run(
+    cases: Sequence[Case],
+    about: dict[str, Any],
+    out: Path | None,
+    *,
+    resume: bool = False,
+    told: Callable[[str], object] = print,
+) -> dict[str, Any]:
+    """Measure all of them: what ``about`` says, the card, "rows", and "best" where a case is one of several ways.
+
+    ``out`` is written anew after each case. With ``resume`` the cases in it are not measured again, and the one that a run
+    ended in counts as a failure. Raises CardLostError when the others need another process.
+    """
+    rows = _earlier(out) if resume and out else []
+    card = ceilings()
+    told(f"{torch.cuda.get_device_name()}: copy {card.copy / 1e9:.0f} GB/s, bfloat16 {card.product / 1e12:.0f} TFLOP/s")
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, **about,
+        "copy_bytes_per_second": card.copy, "bfloat16_flops_per_second": card.product,
+    }  # fmt: skip
+
+    def keep(more: dict[str, Any]) -> None:
+        result["rows"] = [asdict(row) for row in rows]
+        if any(" | " in row.name for row in rows):
+            result["best"] = best(rows)
+        if out:
+            out.write_text(json.dumps({**result, **more}, indent=1) + "\n", encoding="utf-8")
+
+    for case in cases:
+        if case.name in {row.name for row in rows}:
+            continue
+        keep({"running": {"name": case.name, "bar": case.bar}})  # who hangs is named by what is left
+        rows.append(measure(case, card))
+        told(_line(rows[-1]))
+        keep({})
+        if rows[-1].failure and not _card_lives():
+            raise CardLostError(f"the card does not answer after {case.name}: run this again with --resume")
+        torch.cuda.empty_cache()
+    keep({})
+    for shape, way in result.get("best", {}).items():
+        told(f"{shape}: {way}")
+    return result
+
+
+def _card_lives() -> bool:
+    """Whether this process can still use the card; after a kernel's fault it cannot."""
+    try:
+        torch.zeros(1, device="cuda").add_(1).item()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _earlier(out: Path) -> list[Measured]:
+    """What an earlier run left, and a line that says what it ended in."""
+    if not out.exists():
+        return []
+    found = json.loads(out.read_text(encoding="utf-8"))
+    rows = [Measured(**row) for row in found.get("rows", ())]
+    if "running" in found:
+        case = found["running"]
+        rows.append(Measured(case["name"], case["bar"], None, None, None, None, "a run ended in this: it hangs or crashes"))
+    return rows
+
+
+def _line(row: Measured) -> str:
+    """One line of the table of kernels."""
+    if row.ours is None or row.floor is None:
+        return f"{row.name:32s} FAILED {row.failure}"
+    peer = f"peer {row.peer:8.1f} us ({row.ours / row.peer:4.2f} x)" if row.peer else " " * 24
+    share = f"{row.floor / row.ours:4.0%} of floor"
+    return f"{row.name:32s} {row.ours:9.1f} us  {share}  {peer}  bar {row.bar:16s} error {row.error:.1e}"

@@ -6,6 +6,7 @@ import asyncio
 import queue
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -64,6 +65,17 @@ def test_a_continued_conversation_computes_only_what_is_new(model, engine):
     out = engine.generate([ids], HOT)[0]
     again = engine.generate([ids + out.ids + [5, 6]], HOT)[0]
     assert again.reused_tokens >= len(ids) + len(out.ids) - 1
+
+
+def test_a_hit_is_never_what_another_arithmetic_computed(model, tmp_path):
+    """Rows of one format, computed in two: both keep their prefixes in one directory, and each finds its own only."""
+    ids = prompt(model, 300, 5)
+    found = []
+    for precision in ("float32", "bfloat16", "float32", "bfloat16"):
+        engine = Engine(model, replace(SMALL, runner="native", precision=precision, cache_dir=tmp_path))
+        found.append(engine.generate([ids], SamplingParams(max_tokens=2))[0].reused_tokens)
+        engine.close()
+    assert found == [0, 0, 256, 256]
 
 
 def test_closing_a_stream_early_is_safe(model, engine):

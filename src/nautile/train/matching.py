@@ -236,7 +236,7 @@ def match(
     model.requires_grad_(False)
     layers: list[Block] = list(model.layers)  # type: ignore[arg-type]
     pupils = {number: _Pupil(number, one.attn, config) for number, one in enumerate(layers) if one.attn.indexer is not None}
-    schedule = StageConfig(steps=1, peak_lr=1.0, end_lr_fraction=0.05, decay_fraction=0.5, warmup_steps=4)
+    schedule = StageConfig(steps=1, peak_lr=1.0, end_lr_fraction=0.02, decay_fraction=0.8, warmup_steps=4)
     generator = torch.Generator().manual_seed(config.seed)
     began, done = time.monotonic(), 0
     for batch in rows:

@@ -152,7 +152,7 @@ def test_a_restart_finds_everything(tmp_path: Path) -> None:
 
 
 def flipped(data: bytearray) -> bytearray:
-    data[len(data) // 2] ^= 1
+    data[len(data) // 4] ^= 1  # in the history; a tail is read when a sequence starts there
     return data
 
 
@@ -188,6 +188,25 @@ def test_a_damaged_file_is_computed_again(tmp_path: Path, damage: str, which: in
     pool.close()
     again: list[str] = []
     assert disk_pool(tmp_path, again).open(row(0)).cached == 310 and not again
+
+
+def test_a_damaged_tail_is_noticed_when_a_sequence_would_start_there(tmp_path: Path) -> None:
+    filled(tmp_path)
+    file = next(path for path in tmp_path.glob("*.node") if read_header(path)["length"] == 256)
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 1
+    file.write_bytes(data)
+    reports: list[str] = []
+    pool = disk_pool(tmp_path, reports)
+    sequence = pool.open(row(0))
+    assert sequence.cached == 300 and not reports  # the history is sound
+    close(feed(pool, sequence, row(0)[300:310]), logits_of(row(0))[300:310])
+    pool.release(sequence, keep=False)
+    ids = (*row(0)[:290], *row(1)[:9])
+    sequence = pool.open(ids)
+    assert sequence.cached == 128 and len(reports) == 1 and "section 'tail'" in reports[0]
+    close(feed(pool, sequence, ids[128:]), logits_of(ids)[128:])
+    pool.check()
 
 
 def test_files_of_another_model_or_layout_are_left_alone(tmp_path: Path) -> None:

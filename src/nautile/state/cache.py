@@ -366,7 +366,7 @@ class PrefixCache:
         if node.place == "disk" or missing_tail:
             assert self.store is not None and node.file is not None
             try:
-                stored, tail = self.store.read(node.file, node.digest)
+                stored, tail = self.store.read(node.file, node.digest, with_tail)
             except StoreError as error:
                 self._say(str(error))
                 return False

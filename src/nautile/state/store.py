@@ -131,9 +131,10 @@ class NodeStore:
         path = self.path(name.digest)
         return path, write_file(path, "node", fields, sections)
 
-    def read(self, path: Path, digest: bytes) -> tuple[Tensor, Tensor | None]:
-        """History [blocks, block_bytes] and tail. Raises StoreError; a file that cannot be trusted is set aside then, one that
-        belongs to somebody else, or that the system does not give out, is left alone."""
+    def read(self, path: Path, digest: bytes, with_tail: bool = True) -> tuple[Tensor, Tensor | None]:
+        """History [blocks, block_bytes] and tail, which is larger: most nodes of a hit are read without. Raises StoreError; a
+        file that cannot be trusted is set aside then, one that belongs to somebody else, or that the system does not give out,
+        is left alone."""
         try:
             with StateFile(path) as file:
                 check_layout(path, file.header, self.layout)
@@ -141,7 +142,7 @@ class NodeStore:
                     raise StoreError(f"{path} holds other tokens than its name says")
                 blocks = -(-len(file.section("ids", torch.int32)) // self.layout["block_tokens"])
                 history = file.section("history").view(blocks, self.layout["block_bytes"])
-                return history, file.section("tail") if "tail" in file.names() else None
+                return history, file.section("tail") if with_tail and "tail" in file.names() else None
         except FileNotFoundError:
             raise StoreError(f"{path} is gone (another process may have removed it)") from None
         except _OtherLayoutError:

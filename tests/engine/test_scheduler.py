@@ -99,7 +99,7 @@ REQUESTS = st.builds(
     slots=st.integers(1, 5),
     speculate=st.booleans(),
 )
-@settings(max_examples=150)
+@settings(max_examples=110)
 def test_every_request_gets_the_tokens_it_would_get_alone(arrivals, blocks, slots, speculate):
     core, collector = make_core(blocks, slots, speculate=speculate), Collector()
     cancelled = {}
@@ -136,7 +136,7 @@ def test_every_request_gets_the_tokens_it_would_get_alone(arrivals, blocks, slot
     slots=st.integers(1, 4),
     speculate=st.booleans(),
 )
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_what_was_admitted_has_its_memory(arrivals, blocks, slots, speculate):
     """While answers keep within the reserve, admission has counted everything: no running task ever lacks a block, and none is
     set back."""

@@ -18,7 +18,6 @@ from nautile.sandbox.runsc import Runsc
 from sandbox import test_security as attacks
 from sandbox.conftest import need
 from sandbox.test_container import (  # noqa: F401  # collected here with this module's fixtures
-    test_a_fork_has_the_files_and_goes_its_own_way,
     test_a_pause_stops_everything_and_a_request_goes_on,
     test_a_session_over_pipes_gives_its_exit_code,
     test_a_tree_goes_out_and_in_again_without_links,
@@ -41,7 +40,6 @@ from sandbox.test_sdk import (  # noqa: F401
     test_a_flood_is_cut_where_it_is_produced,
     test_a_stopped_child_and_zombies_are_no_obstacle,
     test_exit_codes_are_those_of_a_shell,
-    test_output_that_is_not_text_is_not_lost,
     test_stdin_environment_and_directory,
     test_the_disk_is_limited,
 )
@@ -143,12 +141,12 @@ def inside(sandbox):
 
 def test_everything_of_a_command_ends_with_it_and_sessions_stay(gvisor):
     session = gvisor.session(["sh", "-c", "sleep 7330; echo never"], pty=False)
+    soon(lambda: inside(gvisor).count("sleep 733") == 2)  # its shell's words, and its own
     assert gvisor.run("sleep 7331 & setsid sleep 7332 & (setsid sh -c 'sleep 7333 & sleep 7334' &) & echo started").ok
-    result = gvisor.run("trap '' TERM; sleep 7335 & while :; do :; done", timeout=1.0)
+    result = gvisor.run("trap '' TERM; sleep 7335 & while :; do :; done", timeout=0.5)
     assert result.timed_out and result.exit_code == 137 and result.infrastructure_error is None
     assert gvisor.run("sleep 7336 & kill -9 $$; sleep 7337").exit_code == 137
-    running = inside(gvisor)
-    assert "sleep 7330" in running and running.count("sleep 733") == 2  # its shell's words, and its own
+    assert inside(gvisor).count("sleep 733") == 2
     assert session.close() == -1
     assert "sleep 733" not in inside(gvisor)
 
@@ -162,8 +160,7 @@ def test_a_session_is_a_terminal_and_ends_with_what_it_has_started(gvisor):
     session.send("echo x[$A]x; stty size; setsid sleep 7338 &\n")
     assert "x[kept]x" in session.until("50 132", 60.0)
     session.send("sleep 7339\n")
-    while "sleep 7339" not in inside(gvisor):
-        time.sleep(0.05)
+    soon(lambda: "sleep 7339" in inside(gvisor))
     session.send("\x03\n")  # it is interrupted, and this gVisor leaves the character to the shell as well
     session.send("echo i''nterrupted\n")
     session.until("interrupted", 60.0)
@@ -182,7 +179,7 @@ while True:
         os._exit(0)
     os.setsid()
 """
-    result = gvisor.python(source, timeout=1.0)
+    result = gvisor.python(source, timeout=0.7)
     assert result.infrastructure_error is None
     assert gvisor.run("echo alive").stdout == "alive\n"
     assert inside(gvisor).count("fork") == 0
@@ -204,20 +201,18 @@ def test_a_checkpoint_holds_processes_and_files(fresh):
     sandbox.run("echo saved > f")
     image = sandbox.snapshot()
     sandbox.run("echo later > f")
-    for _ in range(2):
-        with create(image=image) as again:
-            assert again.run("cat f; echo mine > f").stdout == "saved\n"
-            before = again.run("wc -l < /tmp/ticks").stdout  # what ran goes on, and nobody hears it
-            while again.run("wc -l < /tmp/ticks").stdout == before:
-                time.sleep(0.02)
-            assert again.session("echo a''nother", pty=False).until("another", 60.0)
+    with create(image=image) as again:
+        assert again.run("cat f; echo mine > f").stdout == "saved\n"
+        before = again.run("wc -l < /tmp/ticks").stdout  # what ran goes on, and nobody hears it
+        soon(lambda: again.run("wc -l < /tmp/ticks").stdout != before)
+        assert again.session("echo a''nother", pty=False).until("another", 60.0)
     other = Limits(memory=200 * MIB, pids=64, disk=16 * MIB)
     with create(image=image, limits=other) as again:  # the one made ahead has others
         assert again.run("cat f").stdout == "saved\n" and again.info.id in str(again.driver._emulator.group.places)
     assert sandbox.run("cat f").stdout == "later\n" and "tick" in session.read(60.0).decode()  # it went on
     child = sandbox.fork()
     try:
-        assert child.run("cat f").stdout == "later\n"
+        assert child.run("cat f; echo other > f").stdout == "later\n" and sandbox.run("cat f").stdout == "later\n"
         with pytest.raises(InvalidRequest, match="only runtime='runsc'"):
             Sandbox.create("container", image=child.driver._image)
     finally:
@@ -399,10 +394,9 @@ def test_a_difference_is_packed_while_everything_stands_still(gvisor, tmp_path):
     """What writes all the time is stopped for the moment and goes on; a snapshot's difference is still that from the image."""
     session = gvisor.session("i=0; while :; do i=$((i+1)); echo $i > a; echo $i > b; echo said; done", pty=False)
     session.until("said", 60.0)
-    for _ in range(3):
-        members = changes(gvisor, tmp_path / "one")
-        first, second = (int(members[f"workspace/{name}"][-1] or -1) for name in "ab")
-        assert first - 1 <= second <= first or -1 in (first, second)  # between two lines, or in the middle of one
+    members = changes(gvisor, tmp_path / "one")
+    first, second = (int(members[f"workspace/{name}"][-1] or -1) for name in "ab")
+    assert first - 1 <= second <= first or -1 in (first, second)  # between two lines, or in the middle of one
     deadline = time.monotonic() + 60
     while b"said" not in session.read(1.0) and time.monotonic() < deadline:
         pass

@@ -35,7 +35,6 @@ KERNELS = [  # module, kernel, constants, pointers of other types
     ),
     (linear, "_linear_kernel", {**LINEAR, "BLOCK_N": 32, "BLOCK_T": 64, "FP8": True}, {"weights": "*fp8e4nv", "rows": "i32"}),
     (linear, "_vector_kernel", {**VECTOR, "SIZE": 1}, {}),
-    (linear, "_vector_kernel", {**VECTOR, "SIZE": 2}, {}),
     (streams, "_partial_kernel", {"CHUNK": 512}, {}),
     (streams, "_mix_kernel", {"D": 4096, "BLOCK_D": 4096, "CHUNKS": 32, "STEPS": 19}, {}),
     (streams, "_mix_kernel", {"D": 7168, "BLOCK_D": 8192, "CHUNKS": 64, "STEPS": 19}, {}),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize(("capability", "kernels"), [(90, 19), pytest.param(100, 19, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("capability", "kernels"), [(90, 18), pytest.param(100, 18, marks=pytest.mark.slow)])
 def test_decode_kernels_compile_ahead_of_time(capability, kernels, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)

@@ -78,7 +78,21 @@ def test_the_copy_is_reordered(device, dtype):
     assert torch.equal(halves, torch.stack((x[:, ::2], x[:, 1::2]), dim=1))
 
 
-HOPPERS = [FewTiles(), FewTiles(direct=True), ManyTiles(), ManyTiles(registers=88, spread=True)]
+def test_steps_that_do_not_divide_the_inputs_are_refused(device, dtype):
+    x, chosen = torch.zeros(1, 256, device=device, dtype=dtype), torch.zeros(1, 1, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match="do not divide into 2 parts"):
+        tiles = FewTiles(4, 32, 32, direct=True, split=2)
+        fp4_experts(x, chosen, torch.ones(1, 1, device=device), new_experts(1, 256, 256, device), tiles=tiles)
+
+
+HOPPERS = [
+    FewTiles(),
+    FewTiles(direct=True),
+    FewTiles(4, 16, 16, True, 2),
+    FewTiles(4, 8, 8, True, 4),
+    ManyTiles(),
+    ManyTiles(registers=88, spread=True),
+]
 
 
 @pytest.mark.parametrize("tiles", HOPPERS, ids=str)
@@ -87,5 +101,6 @@ def test_hoppers_own_kernels_are_the_formula(tokens, experts, top, tiles, hopper
     weights = new_experts(experts, 256, 512, hopper)
     x = torch.randn(tokens, 512, device=hopper).bfloat16()
     chosen, shares = routed(tokens, experts, top, hopper)
+    shares[0, 0] = 0  # an expert that lies elsewhere
     out = fp4_experts(x, chosen, shares, weights, tiles=tiles)
     assert relative(out, fp4_experts_reference(x, chosen, shares, weights)) < bound

@@ -80,7 +80,16 @@ def test_shapes_it_does_not_take_are_refused(device, dtype):
         sparse_attention(torch.zeros(1, 6, 128, device=device), pool, ids, pool, ids, torch.zeros(6, device=device))
 
 
-@pytest.mark.parametrize("tiles", [HopperTiles(), HopperTiles(rows=32, stages=3)], ids=str)
+HOPPERS = [
+    HopperTiles(),
+    HopperTiles(registers=80, serial=True),
+    HopperTiles(registers=80, serial=True, half=True),
+    HopperTiles(rows=32, stages=4),
+    HopperTiles(rows=32, stages=4, warps=4, registers=104),
+]
+
+
+@pytest.mark.parametrize("tiles", HOPPERS, ids=str)
 @pytest.mark.parametrize(
     "shape", [(1, 64, 1, 0, 0), (1, 64, 0, 1, 0), (3, 128, 128, 512, 1), (2, 64, 65, 193, 2), (5, 64, 3, 700, 0)]
 )

@@ -206,12 +206,12 @@ def _tensors(experts: FP4Experts) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
 def _few(x: Tensor, chosen: Tensor, weights: Tensor, experts: FP4Experts, tiles: FewTiles) -> Tensor:
     """The path of ``few_experts``."""
     (tokens, hidden), top = x.shape, chosen.shape[1]
-    pdl = torch.cuda.get_device_capability(x.device) >= (9, 0)
     direct = tokens == 1 and tiles.direct
     split = tiles.split if direct else 1
     inner = experts.w1.shape[1]
     if hidden % (8 * split * tiles.words) or inner % (8 * split * tiles.down_words):
         raise ValueError(f"d={hidden} and I={inner} do not divide into {split} parts of steps as long as {tiles} says")
+    pdl = torch.cuda.get_device_capability(x.device) >= (9, 0)
     if direct:
         table = (chosen.flatten(),) * 4  # every pair is a block of its own
     else:

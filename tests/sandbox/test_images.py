@@ -11,7 +11,6 @@ import shutil
 import stat
 import struct
 import tarfile
-import time
 import zlib
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from nautile.sandbox.images.store import materialise
 from nautile.sandbox.images.tree import CHUNK, Inode, Layer
 from nautile.sandbox.images.write import LayerWriter, add_directory, add_tar
 from sandbox.bucket import SECRET, Bucket
+from waiting import soon
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="makes the device nodes of overlayfs: root only")
 
@@ -189,10 +189,7 @@ def test_a_layer_that_is_made_again_at_its_path_is_another_one(own_keeper, fresh
         (place / "etc").mkdir(parents=True)
         (place / "etc/text").write_text(text)
         seen.append(fresh(image=Image((place,), host_usr=True)).run("cat /etc/text").stdout)  # it stays: spares need company
-        deadline = time.monotonic() + 60
-        while len(list(own_keeper.glob("c-*/state.json"))) < 2:  # until one more like it has been made ahead
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        soon(lambda: len(list(own_keeper.glob("c-*/state.json"))) > 1)  # one more like it has been made ahead
         shutil.rmtree(place)
     assert seen == ["first", "second"]
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.flash_models import budget, flash_config, packed
+from engine.flash_models import budget, flash_config, measure_and_forget, packed
 from nautile.checkpoint import load_model
 from nautile.checkpoint.errors import CheckpointError
 from nautile.checkpoint.layout import entries, scale_name, stored_tensors
@@ -362,8 +362,9 @@ def test_what_cannot_run_says_so(config, weights):
 
 
 @pytest.mark.parametrize("on_card", [64, 26], ids=["all on the card", "some"])
-def test_the_engine_serves_packed_weights(config, weights, on_card):
+def test_the_engine_serves_packed_weights(config, weights, on_card, monkeypatch):
     """Greedy text through the engine, batched and with cached prefixes, is what the modules say token by token."""
+    measure_and_forget(monkeypatch)
     own = copied(weights, config, on_card, "cpu")
     options = EngineConfig(rows="packed", pool_bytes=24 << 20, max_running=4, token_budget=64, threads=1)
     engine = Engine(network(own), options)

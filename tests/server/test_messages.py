@@ -220,6 +220,7 @@ def test_what_agents_send_beside_is_ignored(live):
             **more,
         },
         headers={"anthropic-version": "2023-06-01", "anthropic-beta": "context-management-2025-06-27,effort-2025-11-24"},
+        timeout=60,
     )
     assert answer.status_code == 200 and answer.json()["content"][0]["text"] == "fine"
     sampling = live.engine.requests[0].sampling
@@ -274,7 +275,7 @@ def test_both_kinds_of_key():
             ({"Authorization": "Bearer key-of-eight"}, 200),
             ({"x-api-key": "no"}, 401),
         ):
-            answer = httpx.post(live.url + "/v1/messages", json=body, headers=headers)
+            answer = httpx.post(live.url + "/v1/messages", json=body, headers=headers, timeout=60)
             assert answer.status_code == status
         assert answer.json()["error"]["type"] == "authentication_error"
 

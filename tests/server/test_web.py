@@ -190,7 +190,7 @@ def test_live_figures(page, live):
     expect(page.locator("#rate")).not_to_have_text("–")
     expect(page.locator("#running")).to_have_text("0")
     expect(page.get_by_role("table", name="State by kind")).to_contain_text("all")
-    figures = httpx.get(live.url + "/stats").json()
+    figures = httpx.get(live.url + "/stats", timeout=60).json()
     assert figures["completion_tokens"] > 50 and figures["model"] == "scripted-v4"
 
 
@@ -316,18 +316,18 @@ def test_headers_and_nothing_from_elsewhere(live):
         ("/web/page.js", "text/javascript"),
         ("/web/icon.svg", "image/svg"),
     ):
-        answer = httpx.get(live.url + path)
+        answer = httpx.get(live.url + path, timeout=60)
         assert answer.status_code == 200 and answer.headers["content-type"].startswith(kind)
         policy = answer.headers["content-security-policy"]
         assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
         assert "://" not in answer.text.replace("http://www.w3.org/2000/svg", "")
-    assert httpx.head(live.url + "/").status_code == 200
-    assert httpx.get(live.url + "/web/secret").status_code == 404
-    assert httpx.get(live.url + "/web/..%2f__init__.py").status_code == 404
+    assert httpx.head(live.url + "/", timeout=60).status_code == 200
+    assert httpx.get(live.url + "/web/secret", timeout=60).status_code == 404
+    assert httpx.get(live.url + "/web/..%2f__init__.py", timeout=60).status_code == 404
 
 
 def test_figures_need_the_key_but_the_page_does_not():
     with serving(ServerOptions(api_keys=("key-of-eight",))) as live:
-        assert httpx.get(live.url + "/").status_code == 200
-        assert httpx.get(live.url + "/stats").status_code == 401
-        assert httpx.get(live.url + "/stats", headers={"Authorization": "Bearer key-of-eight"}).status_code == 200
+        assert httpx.get(live.url + "/", timeout=60).status_code == 200
+        assert httpx.get(live.url + "/stats", timeout=60).status_code == 401
+        assert httpx.get(live.url + "/stats", headers={"Authorization": "Bearer key-of-eight"}, timeout=60).status_code == 200

@@ -5,10 +5,11 @@
 
 ``density`` makes containers in steps through the edge, with the rate of each step (so also the rate at 1,000 live), and stops
 by itself when less than a fifth of the memory is left. Memory is what MemAvailable loses, so it holds everything: processes,
-kernel, mounts, cgroups, keeper and edge.
+kernel, mounts, cgroups, keeper and edge. ``mib_each`` is taken when all are idle, that of the steps is not.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ from pathlib import Path
 from chaos import LIMITS, Fleetlet, left, note_owner
 
 from nautile.sandbox import MIB, Limits, Sandbox, SandboxError
+from nautile.sandbox.cgroup import hierarchies
 from nautile.sandbox.container import KeeperClient
 from nautile.sandbox.fleet.client import Fleet
 
@@ -29,6 +31,31 @@ from nautile.sandbox.fleet.client import Fleet
 def memory():
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return {name: int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal")}
+
+
+def empty_group(count=50):
+    """KiB of unreclaimable kernel memory that a memory group without processes costs; None where none can be made here.
+
+    It grows with the file systems that were mounted at once at any time since the machine was started, and never shrinks.
+    """
+    base = next((one.base for one in hierarchies() if "memory" in one.controllers), None)
+    if base is None:
+        return None
+    places = [base / f"nautile-empty-{os.getpid()}-{number}" for number in range(count)]
+
+    def unreclaimable():
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["SUnreclaim"].split()[0])
+
+    before = unreclaimable()
+    try:
+        for place in places:
+            place.mkdir()
+        return round((unreclaimable() - before) / count)
+    finally:
+        for place in places:
+            with contextlib.suppress(FileNotFoundError):
+                place.rmdir()
 
 
 def quantiles(seconds):
@@ -79,7 +106,7 @@ def density(arguments, fleet):
         except SandboxError as error:
             failures.append(f"{type(error).__name__}: {error}")
 
-    stopped = None
+    stopped, empty_before = None, empty_group()
     with ThreadPoolExecutor(arguments.threads) as pool, Sandbox.create("container", limits=LIMITS, fleet=asked):
         before = memory()
         while len(made) < arguments.count and not failures and stopped is None:
@@ -93,6 +120,8 @@ def density(arguments, fleet):
                 stopped = "less than a fifth of the memory is left"
             elif time.perf_counter() - arguments.began > arguments.seconds:
                 stopped = f"the time allowed, {arguments.seconds:g} s, was over"
+        time.sleep(12.0)  # idle is what has not been used for ten seconds: its seat has ended
+        settled = (before["MemAvailable"] - memory()["MemAvailable"]) / max(len(made), 1) / MIB
         sample = made[:: max(len(made) // 50, 1)]
         answered = sum(pool.map(lambda one: one.run(["/bin/true"]).ok, sample))
         note_owner()
@@ -106,7 +135,8 @@ def density(arguments, fleet):
         "first_failure": failures[0] if failures else None,
         "stopped_because": stopped,
         "answered_of_a_sample": f"{answered}/{len(sample)}",
-        "mib_each": steps[-1]["mib_each"] if steps else None,
+        "mib_each": round(settled, 3),
+        "kib_of_an_empty_memory_group": {"before": empty_before, "after": empty_group()},
         "steps": steps,
         "closed_per_second": round(len(made) / closing, 1),
     }

@@ -32,10 +32,11 @@ from nautile.sandbox.fleet.client import Fleet
 from nautile.sandbox.fleet.quota import Quota, issue
 from nautile.sandbox.fleet.supervisor import Supervisor, node_name
 from nautile.sandbox.guest.hosted import hosts_directory
-from nautile.sandbox.log import verify
-from sandbox.conftest import SMALL, client_code, need
+from nautile.sandbox.log import load, verify
+from sandbox.conftest import SMALL, arrives_while_it_runs, client_code, need
 from sandbox.machines import SMALL as MACHINE
 from sandbox.machines import create as create_machine
+from waiting import soon
 
 COMMAND = "import sys\nfrom nautile.cli import main\nsys.exit(main(sys.argv[1:]))"
 
@@ -65,7 +66,7 @@ class Process:
     def end(self):
         if self.child.poll() is None:
             self.child.terminate()
-            assert self.child.wait(30) == 0
+            assert self.child.wait(90) == 0
         self.child.stdout.close()
 
 
@@ -123,7 +124,7 @@ def fleet(machines):
         asked.ask("DELETE", f"/v1/sandboxes/{one['id']}")
 
 
-def seen(asked, count, seconds=15.0):
+def seen(asked, count, seconds=60.0):
     deadline = time.monotonic() + seconds
     while (found := asked.ask("GET", "/v1/fleet")) and len(found["edges"]) != count:
         assert time.monotonic() < deadline, found
@@ -148,9 +149,7 @@ def test_the_same_sandbox_through_a_fleet(fleet):
 @pytest.mark.usefixtures("crun")
 def test_a_container_of_a_fleet_does_everything_but_what_is_said(fleet, tmp_path):
     with fleet.create("container") as sandbox:
-        pieces = []
-        assert sandbox.run("echo a; sleep .1; echo b", on_output=lambda *piece: pieces.append(piece)).stdout == "a\nb\n"
-        assert pieces == [("stdout", b"a\n"), ("stdout", b"b\n")]
+        arrives_while_it_runs(sandbox)
         sandbox.write("d/f", b"x" * 100_000, mode=0o600)
         assert sandbox.read("d/f") == b"x" * 100_000 and [one.name for one in sandbox.list("d")] == ["f"]
         with pytest.raises(FileRefused, match="does not exist"):
@@ -168,7 +167,7 @@ def test_a_container_of_a_fleet_does_everything_but_what_is_said(fleet, tmp_path
         child.close()
         session = sandbox.session()
         session.send("echo $((40+2))\n")
-        assert "42" in session.until("42\r\n")
+        assert "42" in session.until("42\r\n", 60.0)
         assert session.close() == -1
         sandbox.pause()
         assert sandbox.run("echo on").ok
@@ -212,10 +211,7 @@ def test_room_that_was_just_made_is_seen(fleet):
     """A gateway looks at its edges once a second; what it saw before the last sandboxes were closed refuses nobody."""
     asked = Fleet(fleet.gateways[0].url, fleet.token)
     filled = [fleet.create() for _ in range(15)]
-    deadline = time.monotonic() + 60
-    while any(edge["live"] < edge["capacity"] for edge in asked.ask("GET", "/v1/fleet")["edges"]):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    soon(lambda: all(edge["live"] == edge["capacity"] for edge in asked.ask("GET", "/v1/fleet")["edges"]))
     for sandbox in filled:
         sandbox.close()
     fleet.create().close()
@@ -259,7 +255,7 @@ def test_a_recorded_sandbox_goes_on_whatever_is_killed(fleet):
     time.sleep(0.25)
     edge.kill()  # in the middle of a command
     edge.start()
-    worker.join(30)
+    worker.join(120)
     assert answers == ["2"]
     fleet.gateways[0].kill()
     fleet.gateways[0].start()
@@ -273,8 +269,8 @@ def test_a_recorded_sandbox_goes_on_whatever_is_killed(fleet):
     with pytest.raises(TrajectoryDiverged):
         fleet.create("container", log="runs/1").run("other")
     again.close()
-    (log,) = (fleet.place / edge.arguments[1] / "logs").iterdir()
-    assert verify(log) == (4, 0)
+    logs = (fleet.place / edge.arguments[1] / "logs").iterdir()  # others of this edge are of other tests
+    assert [verify(log) for log in logs if load(log).head["sandbox"] == again.info.id.partition(".")[2]] == [(4, 0)]
     late = fleet.create("container", log="runs/1")
     assert count(late) == "1"
     late.run("sleep 0.5; echo x >> n; wc -l < n")
@@ -309,7 +305,7 @@ def test_a_session_outlives_its_client_and_is_gone_with_its_edge(fleet):
     def talk(sandbox):
         session = sandbox.session(pty=False)
         session.send("x=41; echo o''ne\n")
-        assert "one" in session.until("one")
+        assert "one" in session.until("one", 60.0)
         return session
 
     first = fleet.create("container", log="talk")
@@ -317,7 +313,7 @@ def test_a_session_outlives_its_client_and_is_gone_with_its_edge(fleet):
     second = fleet.create("container", log="talk")  # another client, which is given what was typed and read
     session = talk(second)
     session.send("echo $((x+1))\n")  # and goes on in the same shell
-    assert "42" in session.until("42")
+    assert "42" in session.until("42", 60.0)
     fleet.of(second).kill()
     fleet.of(second).start()
     with pytest.raises(SandboxLost, match="Open another"):
@@ -368,10 +364,7 @@ def test_machines_outlive_their_edge(tmp_path):
     finally:
         gateway.end()
         edge.end()
-    deadline = time.monotonic() + 60
-    while list(hosts_directory().iterdir()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    soon(lambda: not list(hosts_directory().iterdir()))
 
 
 @pytest.mark.slow
@@ -408,7 +401,7 @@ def test_nobody_there_is_said_in_time():
     began = time.monotonic()
     with pytest.raises(EdgeGone, match="does not answer"):
         Sandbox.create("function", fleet=Fleet("http://127.0.0.1:9", "t", patience=0.3))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60  # of the patience that it was given, not of the usual one of a minute and more
     with pytest.raises(InvalidRequest, match="URL of a gateway"):
         Sandbox.create("function", fleet="gateway", token="t")
 
@@ -428,8 +421,8 @@ def test_many_at_once_through_one_gateway(fleet):
     for one in threads:
         one.start()
     for one in threads:
-        one.join(60)
-    assert errors == []
+        one.join(120)
+    assert not any(one.is_alive() for one in threads) and errors == []
 
 
 def test_a_client_that_dies_leaves_a_sandbox_that_ends_when_idle(fleet):
@@ -439,12 +432,13 @@ def test_a_client_that_dies_leaves_a_sandbox_that_ends_when_idle(fleet):
         "print(s.info.id, flush=True)\nos.kill(os.getpid(), 9)"
     )
     identity = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=False).stdout.strip()
-    asked, deadline = Fleet(fleet.gateways[0].url, fleet.token), time.monotonic() + 10
+    asked, deadline = Fleet(fleet.gateways[0].url, fleet.token), time.monotonic() + 60
     with contextlib.suppress(SandboxClosed):
         while asked.ask("GET", f"/v1/sandboxes/{identity}"):
             assert time.monotonic() < deadline
             time.sleep(0.1)
-    assert not (Path(fleet.place) / identity[:2] / "sandboxes" / f"{identity[3:]}.json").exists()
+    file = Path(fleet.place) / identity[:2] / "sandboxes" / f"{identity[3:]}.json"
+    soon(lambda: not file.exists())  # it goes when its sandbox has ended; nobody is given that any more before
 
 
 def alive(process):
@@ -462,10 +456,7 @@ def test_a_supervisor_starts_its_edge_again_at_the_same_address(tmp_path):
     try:
         assert url == f"unix:{tmp_path}/edge.sock" and supervisor.answers()
         os.kill(first, signal.SIGKILL)
-        deadline = time.monotonic() + 20
-        while supervisor.restarts == 0 or not supervisor.answers():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        soon(lambda: supervisor.restarts > 0 and supervisor.answers())
         assert supervisor.process != first and supervisor.url == url
         with pytest.raises(SubstrateUnavailable, match="did not start"):
             Supervisor("n5", options, command=command).start()  # one edge for one state
@@ -504,10 +495,8 @@ def host():
         pytest.skip("only root makes network namespaces with cables")
     number = os.getpid() % 200 + 20
     ours, process = f"nt{number}", subprocess.Popen(["unshare", "-n", "sleep", "300"])
-    deadline = time.monotonic() + 5
-    while os.readlink(f"/proc/{process.pid}/ns/net") == os.readlink("/proc/self/ns/net") and time.monotonic() < deadline:
-        time.sleep(0.01)
     try:
+        soon(lambda: os.readlink(f"/proc/{process.pid}/ns/net") != os.readlink("/proc/self/ns/net"))
         ip("link", "add", ours, "type", "veth", "peer", "name", "eth0", "netns", str(process.pid))
         ip("addr", "add", f"10.213.{number}.1/30", "dev", ours)
         ip("link", "set", ours, "up")
@@ -539,10 +528,7 @@ def test_a_machine_whose_cable_is_cut_is_noticed_and_found_again(host, tmp_path)
             assert "does not answer" in sandbox.run("true", timeout=100.0).infrastructure_error
             assert time.monotonic() - began < 25
             ip("link", "set", cable, "up")
-            deadline = time.monotonic() + 20
-            while not sandbox.run("true").ok:
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
+            soon(lambda: sandbox.run("true").ok)
     finally:
         gateway.end()
         edge.end()

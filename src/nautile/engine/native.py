@@ -68,7 +68,7 @@ class NativeRunner:
             raise ValueError(f"token ids must lie in 0..{self.config.vocab_size - 1}, got {min(ids)}..{max(ids)}")
         if len({id(piece.sequence) for piece in plan.pieces}) < len(plan.pieces):
             raise ValueError("a sequence may be in a plan once")
-        blocks = [piece.sequence.blocks for piece in plan.pieces]
+        blocks = [self._blocks(piece) for piece in plan.pieces]
         return self._step.run(pieces, ids, blocks, plan.rows, (None, self._keep_streams(plan)))
 
     def parts(self) -> dict[str, float]:
@@ -91,9 +91,17 @@ class NativeRunner:
             raise ValueError(f"position {end - 1} is past max_position_embeddings={self.config.max_position_embeddings}")
         if end > len(sequence.blocks) * options.block_tokens:
             raise ValueError(f"{end} tokens in {len(sequence.blocks)} blocks: call pool.ensure before the step")
-        if not 0 <= sequence.slot < options.slots or not all(0 <= block < options.blocks for block in sequence.blocks):
+        if not 0 <= sequence.slot < options.slots:
             raise ValueError("the sequence belongs to another pool")
         return sequence.slot, sequence.length, count, {"none": 0, "last": 1, "all": 2}[piece.logits]
+
+    def _blocks(self, piece: Piece) -> list[int]:
+        """The blocks that a piece reaches, checked. A long sequence has thousands: no loop of Python goes over them."""
+        sequence, options = piece.sequence, self.pages.options
+        blocks = sequence.blocks[: -(-(sequence.length + len(piece.ids)) // options.block_tokens)]
+        if min(blocks) < 0 or max(blocks) >= options.blocks:
+            raise ValueError("the sequence belongs to another pool")
+        return blocks
 
 
 def pack(model: Transformer, dtype: Literal["float32", "bfloat16"], library: Path | None = None) -> NativeModel:

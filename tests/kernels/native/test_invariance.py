@@ -81,6 +81,29 @@ def test_any_chunks_of_several_sequences(dtype, sizes, threads, block_tokens):
         assert torch.equal(logits, expected(dtype, seed))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("topk", [530, 600])
+def test_members_share_the_softmax_of_a_token_with_many_keys(dtype, topk):
+    """From some hundred keys on, chosen or all of them, heads are shared; beside another sequence nothing is."""
+    model = pack(tiny_network((4, 0), seed=9, index_topk=topk), dtype)
+    ids, length, out = random_ids(model.config, 2300, seed=5).tolist(), 2293, []
+    for threads, together, sizes in ((1, 1, [7]), (2, 1, [1]), (3, 1, [1]), (2, 2, [1])):
+        pages = Pages(model.config, PoolOptions(blocks=20, slots=2, rows=ROWS[dtype]))
+        runner = NativeRunner(model, pages, threads=threads)
+        states = [Sequence(blocks=pages.allocate(10), slot=pages.allocate_slot()) for _ in range(together)]
+        for state in states:
+            runner.step(Plan((Piece(state, tuple(ids[:length]), "none"),)))
+            state.ids = ids[:length]
+        rows = []
+        for size in sizes * (7 // sizes[0]):
+            pieces = tuple(Piece(state, tuple(ids[state.length : state.length + size]), "all") for state in states)
+            rows.append(runner.step(Plan(pieces)).view(together, size, -1))
+            for piece in pieces:
+                piece.sequence.ids += piece.ids
+        out += list(torch.cat(rows, 1))
+    assert all(torch.equal(logits, out[0]) for logits in out[1:])
+
+
 @settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**31),

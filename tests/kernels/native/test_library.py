@@ -109,6 +109,8 @@ def test_what_it_cannot_do_is_refused():
         (Piece(sequence, ()), "at least one"),
         (Piece(Sequence(blocks=[0], slot=None), (0,)), "parked"),
         (Piece(Sequence(blocks=[7], slot=0), (0,)), "another pool"),
+        (Piece(Sequence(blocks=[-1], slot=0), (0,)), "another pool"),
+        (Piece(Sequence(blocks=[0], slot=3), (0,)), "another pool"),
     ):
         with pytest.raises(ValueError, match=text):
             runner.step(Plan((piece,)))

@@ -60,6 +60,9 @@ class Packer {
             for (int i = 0; i < LANES; i++) words[i] = converted(rows[t * LANES + i], i);
             transpose(words, depth, panel_.get() + t * LANES, (int64_t)tiles * LANES);
         }
+        const int count = std::min(tiles * LANES, expected_left_);
+        fetch(expected_, count);
+        expected_ += count, expected_left_ -= count;
         return panel_.get();
     }
 
@@ -93,6 +96,9 @@ class Packer {
 
     // Whether a row of keys is an operand as it lies there, in whole vectors of four words.
     bool in_place() const { return depth % 4 == 0 && ((kind == WIDE && type == FLOAT32) || (kind == PAIRS && type == BFLOAT16)); }
+
+    // Rows that will be packed after those at hand: asked for as many at a time as are packed.
+    void expect(const void* const* rows, int count) { expected_ = rows, expected_left_ = count; }
 
     // Asks for the bytes of rows that are to be packed soon: they lie anywhere.
     void fetch(const void* const* rows, int count) const {
@@ -134,6 +140,8 @@ class Packer {
     }
 
     Buffer<uint32_t> panel_, moved_;
+    const void* const* expected_ = nullptr;
+    int expected_left_ = 0;
 };
 
 // Keys of a group of queries: rows by pointer, padded to a multiple of 16 with rows of zeros.

@@ -17,6 +17,7 @@ constexpr int GROUP = 8;    // tokens whose attention shares packed keys
 constexpr int WHOLE = 12;        // see select_entries
 constexpr int INDEX_GROUP = 16;  // tokens that are scored against a block of indexer keys together
 
+constexpr int SPLIT = 512;  // keys of one token from which members share its softmax: a barrier costs less then
 constexpr int BLOCKS_AHEAD = 2;  // of 8-bit keys: how early they are fetched
 
 struct Segment {
@@ -44,7 +45,7 @@ struct MemberBuffers {
     int sees[INDEX_GROUP];               // how many entries each sees; 0 where it takes all of them
     Buffer<float> logits, sums, products, pooled;
     Buffer<uint32_t> weights;
-    KeyList window, entries;
+    KeyList window, entries, upcoming;
     std::vector<int> expert_first, expert_next, expert_slots;
     std::vector<float> inverse;  // 1 / total of each softmax
     int64_t logits_size = 0;
@@ -85,6 +86,7 @@ class Runner {
             member.sums = allocate<float>(GROUP * s_.heads * round_up(s_.head_dim, LANES));
             member.products = allocate<float>(TALL * KEYS);
             member.pooled = allocate<float>(round_up(std::max(s_.head_dim, s_.index_dim), LANES));
+            member.inverse.resize(GROUP * s_.heads);
         }
     }
 
@@ -322,7 +324,8 @@ class Runner {
     struct Group {
         int first, count, shared;
         Range tiles;        // channels of the sums that this member makes
-        int64_t begin = 0;  // position of the window's first lane
+        int64_t begin = 0;   // position of the window's first lane
+        bool split = false;  // one token whose members share the heads of its softmax
     };
     int shared_tokens(const Layer& layer, int first, int count) const;
     void window_logits(const Share& s, const Group& g);
@@ -334,8 +337,10 @@ class Runner {
     void window_sums(const Share& s, const Group& g);
     float* logits_of(const Share& s) const { return (s.one ? members_[0] : *s.m).logits.get(); }
     Range key_share(const Share& s, const KeyList& keys) const { return part(key_blocks(keys), s.one ? s.member : 0, s.one ? s.parts : 1); }
-    Rows weights_of(const Share& s, int i) const { return {s.m->weights.get() + i * s_.heads * lanes_, lanes_, 0}; }
-    void list_window(const Share& s, const Layer& layer, int first, int last);
+    MemberBuffers& weigher(const Share& s, const Group& g) { return g.split ? members_[0] : *s.m; }  // who has weights and totals
+    Rows weights_of(const Share& s, const Group& g, int i) { return {weigher(s, g).weights.get() + i * s_.heads * lanes_, lanes_, 0}; }
+    void list_window(const Layer& layer, int first, int last, KeyList& keys) const;
+    void expect_rows(const Share& s, const Layer& layer, int token);
     void list_entries(const Share& s, const Layer& layer, const Segment& segment, int64_t count, const int32_t* chosen);
     void project_output(const Share& s, const Layer& layer);
     // Addresses of entries first .. first + count - 1 of a sequence.

@@ -199,6 +199,7 @@ inline void Runner::select_entries(const Share& s, const Layer& layer, int first
         s.m->clock.lap(INDEXER);
         meet(s);
         m.merged.begin(k);
+        for (const MemberBuffers& other : members_) m.merged.leave_out_under(other.selections[0].limit());
         for (const MemberBuffers& other : members_) m.merged.append(other.selections[0]);
         chosen = &m.merged;
     }
@@ -314,11 +315,10 @@ inline void Runner::update_byte_keys(const Segment& segment) {
         }
 }
 
-inline void Runner::list_window(const Share& s, const Layer& layer, int first, int last) {
+inline void Runner::list_window(const Layer& layer, int first, int last, KeyList& keys) const {
     const Segment& segment = (*segments_)[segment_of_[first]];
     const int64_t bytes = row_bytes(row_type_, s_.head_dim), number = &layer - model_.layers.data();
     int64_t oldest = std::max<int64_t>(0, positions_[first] - s_.window + 1), begin = oldest / LANES * LANES;
-    KeyList& keys = s.m->window;
     keys.assign(round_up(positions_[last] + 1 - begin, LANES), zeros_.get());
     const int64_t ring_end = std::min(segment.start, positions_[last] + 1);
     const char* ring = pools_.window.at(segment.piece->slot, number, 0);
@@ -348,12 +348,14 @@ inline void Runner::list_entries(const Share& s, const Layer& layer, const Segme
 // Attention of up to GROUP consecutive tokens of one sequence. The first `shared` of them take every entry they see and share
 // them; the others each have entries of their own, which are read for the logits and, while they are near, for the sum: entries
 // come before the window in every sum. With one token in the slice, members share the keys for the logits and the channels
-// for the sum; the softmax between them is done by each for itself.
+// for the sum; the softmax between them is shared by heads where it is long, else done by each for itself.
 inline void Runner::attend_group(const Share& s, const Layer& layer, int first, int count, int in_run) {
     const int c = (int)s_.head_dim, c_tiles = (c + LANES - 1) / LANES, heads = (int)s_.heads;
     Group g{first, count, shared_tokens(layer, first, count), s.one ? part(c_tiles, s.member, s.parts) : Range{0, c_tiles}};
     g.begin = std::max<int64_t>(0, positions_[first] - s_.window + 1) / LANES * LANES;
-    list_window(s, layer, first, first + count - 1);
+    list_window(layer, first, first + count - 1, s.m->window);
+    expect_rows(s, layer, first + count);
+    g.split = s.one && (int64_t)s.m->window.size() + std::min(visible(layer, first), s_.index_topk) > SPLIT;
     window_logits(s, g);
     if (g.shared) attend_shared(s, layer, g);
     for (int i = g.shared; i < count; i++) attend_own(s, layer, g, i, s.m->chosen[in_run + i]);
@@ -363,10 +365,25 @@ inline void Runner::attend_group(const Share& s, const Layer& layer, int first, 
     for (int i = 0; i < count; i++)
         for (int h = 0; h < heads; h++) {
             float* x = s.m->sums.get() + (int64_t)(i * heads + h) * c_tiles * LANES;
-            for (int j = from; j < to; j++) x[j] *= s.m->inverse[i * heads + h];
+            for (int j = from; j < to; j++) x[j] *= weigher(s, g).inverse[i * heads + h];
             turn(x, c, cosine(first + i, layer.ratio != 0), sine(first + i, layer.ratio != 0), half_, -1.0f, from, to);
             if (to > from) write_row((int)s_.output_kind, out.row(first + i), out.low, h * c + from, x + from, to - from);
         }
+}
+
+// Where another sequence's token comes next, its rows are asked for while those of this one are packed.
+inline void Runner::expect_rows(const Share& s, const Layer& layer, int token) {
+    KeyList& keys = s.m->upcoming;
+    keys.clear();
+    if (token < s.tokens.end && segment_of_[token] != segment_of_[token - 1]) {
+        list_window(layer, token, token, keys);
+        if (layer.ratio && !selects(layer, token)) {
+            const int64_t window = (int64_t)keys.size(), entries = visible(layer, token);
+            keys.resize(window + entries);
+            entry_rows(layer.ratio == 4 ? pools_.csa : pools_.hca, layer, (*segments_)[segment_of_[token]], 0, entries, keys.data() + window);
+        }
+    }
+    s.m->rows->expect(keys.data(), (int)keys.size());
 }
 
 // How many tokens of a group come before the first that selects.
@@ -425,10 +442,12 @@ inline void Runner::soften_token(const Share& s, const Layer& layer, const Group
         {lanes, (int)round_up(all, LANES), 0, (int)entries},
     };
     const float* logits = logits_of(s);
-    s.m->inverse.resize(GROUP * heads);
-    for (int h = 0; h < heads; h++)
-        s.m->inverse[i * heads + h] = soften(logits + (i * heads + h) * lanes_, spans, 2, 1.0f / std::sqrt((float)s_.head_dim), layer.t.sink[h],
-                                             (int)s_.attention_kind, s.m->weights.get() + (i * heads + h) * lanes_);
+    MemberBuffers& to = weigher(s, g);
+    const Range mine = g.split ? part(heads, s.member, s.parts) : Range{0, heads};
+    for (int h = mine.begin; h < mine.end; h++)
+        to.inverse[i * heads + h] = soften(logits + (i * heads + h) * lanes_, spans, 2, 1.0f / std::sqrt((float)s_.head_dim), layer.t.sink[h],
+                                           (int)s_.attention_kind, to.weights.get() + (i * heads + h) * lanes_);
+    if (g.split) meet_alone(s);
 }
 
 // Begins the sums of tokens i .. i + count - 1 of a group with the listed entries, weighted.
@@ -437,11 +456,11 @@ inline void Runner::sum_entries(const Share& s, const Group& g, int i, int count
     const int64_t stride = round_up(s_.head_dim, LANES);
     float* sums = s.m->sums.get() + i * heads * stride;
     for (int r = 0; r < count * heads; r++) std::fill(sums + r * stride + g.tiles.begin * LANES, sums + r * stride + g.tiles.end * LANES, 0.0f);
-    weighted_values(*s.m->rows, s.m->entries, g.tiles, weights_of(s, i), count * heads, (int64_t)s.m->window.size(), sums, stride);
+    weighted_values(*s.m->rows, s.m->entries, g.tiles, weights_of(s, g, i), count * heads, (int64_t)s.m->window.size(), sums, stride);
 }
 
 inline void Runner::window_sums(const Share& s, const Group& g) {
-    weighted_values(*s.m->rows, s.m->window, g.tiles, weights_of(s, 0), g.count * (int)s_.heads, 0, s.m->sums.get(),
+    weighted_values(*s.m->rows, s.m->window, g.tiles, weights_of(s, g, 0), g.count * (int)s_.heads, 0, s.m->sums.get(),
                     round_up(s_.head_dim, LANES));
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,15 +238,14 @@ class NativeStep:
         for tensor in streams:
             if tensor is not None and (tensor.shape != size or tensor.dtype != torch.float32 or not tensor.is_contiguous()):
                 raise ValueError(f"streams are float32 {size}, contiguous; got {tensor.dtype} {tuple(tensor.shape)}")
-        table = (_Piece * len(pieces))()
-        flat: list[int] = []
+        table, flat = (_Piece * len(pieces))(), array("q")
         for record, piece, numbers in zip(table, pieces, blocks, strict=True):
             record.slot, record.start, record.count, record.wanted = piece
             record.block_offset = len(flat)
-            flat += numbers
-        logits = torch.empty(rows, self.model.config.vocab_size)
+            flat.extend(numbers)
+        tokens, logits = array("q", ids), torch.empty(rows, self.model.config.vocab_size)
         failed = self.model.library.step(
-            self.handle, table, len(pieces), (_int * len(ids))(*ids), (_int * max(1, len(flat)))(*flat),
+            self.handle, table, len(pieces), tokens.buffer_info()[0], flat.buffer_info()[0],
             logits.data_ptr(), *(None if tensor is None else tensor.data_ptr() for tensor in streams),
         )  # fmt: skip
         if failed:

@@ -78,11 +78,15 @@ class Selection {
     // The k-th best score so far; minus infinity while there are fewer.
     float kth_best() { return count_ < k_ ? -__builtin_inff() : kth(0); }
 
+    // Scores under `least` are not among the best: k others reach it.
+    void leave_out_under(float least) { limit_ = std::max(limit_, std::nextafter(least, -__builtin_inff())); }
+
     // Takes in the candidates of a stream whose indices all come after those seen here.
     void append(const Selection& later) {
-        for (int i = 0; i < later.count_; i++) {
-            if (later.score_[i] > limit_) score_[count_] = later.score_[i], index_[count_++] = later.index_[i];
-            if (count_ + ROOM > (int)score_.size()) trim();
+        for (int i = 0; i < later.count_; i += LANES) {
+            ivec at;
+            std::memcpy(&at, later.index_.data() + i, sizeof at);
+            push_at(load(later.score_.data() + i), at, later.count_ - i);
         }
     }
 

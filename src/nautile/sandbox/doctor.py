@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from nautile.sandbox import cgroup, native, seat, seccomp
+from nautile.sandbox import cgroup, native, seat, seccomp, worker
 from nautile.sandbox.errors import SandboxError, SubstrateUnavailable
 from nautile.sandbox.guest.kernel import cache_directory
 from nautile.sandbox.limits import MIB, Limits
@@ -79,6 +79,9 @@ def _substrate(kind: str) -> Finding:
     program = shutil.which("bwrap" if kind == "function" else "crun")
     if kind == "container" and native.compiled(seat.PROGRAM, cache_directory() / "seat") is None:
         text = f"{program}, as {user}; commands are started in a slower way: the C compiler is missing, or fails"
+        return Finding(kind, "degraded", text, "apt-get install gcc libc6-dev", seconds)
+    if kind == "function" and native.compiled(worker.LOOP, cache_directory() / "function", library=True) is None:
+        text = f"{program}, as {user}; calls take more of the processor: the C compiler is missing, or fails"
         return Finding(kind, "degraded", text, "apt-get install gcc libc6-dev", seconds)
     return Finding(kind, "ok", f"{program}, as {user}", "", seconds)
 

@@ -1,4 +1,4 @@
-"""Our own small program in C, compiled at its first use and kept in the cache; and programs as files that cannot be changed."""
+"""Our own small programs in C, compiled at their first use and kept in the cache; and programs that nobody can change."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from pathlib import Path
 
 __all__ = ["compiled", "sealed"]
 
-_FLAGS = ("-static", "-O2", "-s", "-std=gnu11", "-fstack-protector-strong", "-D_FORTIFY_SOURCE=2")
+_FLAGS = ("-O2", "-s", "-std=gnu11", "-fstack-protector-strong", "-D_FORTIFY_SOURCE=2")
+_PROGRAM, _LIBRARY = ("-static",), ("-shared", "-fPIC", "-Wl,-z,now")
 _F_ADD_SEALS, _ALL_SEALS = 1033, 0x1 | 0x2 | 0x4 | 0x8  # seal, shrink, grow, write
 _COMPILE_LIMIT = 60.0  # seconds
 
 
-def compiled(source: Path, cache: Path) -> Path | None:
-    """The program of one C file; None where it cannot be compiled, which a caller must have another way for."""
+def compiled(source: Path, cache: Path, *, library: bool = False) -> Path | None:
+    """The program, or the shared library, of one C file; None where it cannot be compiled: a caller must have another way."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         return None
-    told = " ".join([compiler, *_FLAGS, os.uname().machine])
+    flags = (*_FLAGS, *(_LIBRARY if library else _PROGRAM))
+    told = " ".join([compiler, *flags, os.uname().machine])
     target = cache / f"{source.stem}-{hashlib.sha256(source.read_bytes() + told.encode()).hexdigest()[:16]}"
     if target.exists():
         return target
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as work:
         made = Path(work, source.stem)
-        argv = [compiler, *_FLAGS, "-o", str(made), str(source)]
+        argv = [compiler, *flags, "-o", str(made), str(source)]
         try:
             done = subprocess.run(argv, capture_output=True, check=False, timeout=_COMPILE_LIMIT)
         except (OSError, subprocess.TimeoutExpired):

@@ -21,15 +21,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nautile.sandbox import cgroup, seccomp
+from nautile.sandbox import cgroup, native, seccomp
 from nautile.sandbox.driver import Order, Watch
 from nautile.sandbox.errors import InvalidRequest, SubstrateUnavailable
+from nautile.sandbox.guest.kernel import cache_directory
 from nautile.sandbox.inside import supervise
 from nautile.sandbox.inside import worker as inside
 from nautile.sandbox.limits import Limits
 from nautile.sandbox.result import RunResult
 
-__all__ = ["ENVIRONMENT", "MASKED", "MASKED_DIRECTORIES", "Lost", "Plan", "Worker", "host_directories", "message_of"]
+__all__ = ["ENVIRONMENT", "LOOP", "MASKED", "MASKED_DIRECTORIES", "Lost", "Plan", "Worker", "host_directories", "message_of"]
 
 ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
@@ -50,6 +51,8 @@ _START_LIMIT = 15.0  # seconds
 _ANSWER_LIMIT = 1.0  # seconds in which process 1 must have ended a call that is over its time; else the whole worker is killed
 _GRACE = 5.0  # seconds that killed processes may take to be gone before this is an infrastructure failure
 _MOST = 16 * 2**20  # bytes of a call without its stdin
+LOOP = Path(inside.__file__).with_name("loop.c")
+_LOADED = "/nautile/loop.so"
 _FIRST_ID, _LAST_ID = 524_288, 1_878_982_656  # user ids that no account has
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
@@ -76,6 +79,7 @@ class Plan:
     limits: Limits
     workspace: Path | None
     user: int | None  # host user id of the tenant, when we are root
+    loop: bytes | None = None  # the library of inside/loop.c; None where it cannot be compiled
 
     @classmethod
     def make(cls, limits: Limits, workspace: Path | None) -> Plan:
@@ -93,7 +97,15 @@ class Plan:
             user = workspace.stat().st_uid if workspace else _FIRST_ID + secrets.randbelow(_LAST_ID - _FIRST_ID)
             if user and shutil.which("setpriv") is None:
                 raise SubstrateUnavailable("function", "setpriv is missing", "apt-get install util-linux")
-        return cls(bwrap, python, limits, workspace, user or None)
+        return cls(bwrap, python, limits, workspace, user or None, _loop())
+
+
+def _loop() -> bytes | None:
+    """The library of inside/loop.c; None where there is no compiler, or no cache that can be written."""
+    with contextlib.suppress(OSError):
+        library = native.compiled(LOOP, cache_directory() / "function", library=True)
+        return None if library is None else library.read_bytes()
+    return None
 
 
 class Lost(Exception):  # noqa: N818
@@ -120,11 +132,11 @@ class Worker:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._calls, their_calls = socket.socketpair()
         self._calls.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(_START_LIMIT), 0))
-        program = os.memfd_create("seccomp")
+        files = [_file(seccomp.program(system_v=False))]
         try:
-            os.write(program, seccomp.program(system_v=False))
-            os.lseek(program, 0, os.SEEK_SET)
-            argv = [*self._entrance(), *self._confinement(program)]
+            if self.plan.loop is not None:
+                files.append(_file(self.plan.loop))
+            argv = [*self._entrance(), *self._confinement(*files)]
             code = "import sys; sys.path.insert(0, '/nautile'); from nautile.sandbox.inside.worker import main; main()"
             self.process = subprocess.Popen(
                 [*argv, "--", self.plan.python, "-I", "-S", "-B", "-c", code],
@@ -132,7 +144,7 @@ class Worker:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 env=ENVIRONMENT,
-                pass_fds=(program,),
+                pass_fds=files,
                 start_new_session=True,
                 cwd="/",
             )
@@ -141,7 +153,8 @@ class Worker:
         finally:
             theirs.close()
             their_calls.close()
-            os.close(program)
+            for file in files:
+                os.close(file)
 
     def _entrance(self) -> list[str]:
         """A shell that enters the cgroup, then becomes bubblewrap, as a user who owns nothing if we are root."""
@@ -153,7 +166,7 @@ class Worker:
             argv += ["setpriv", "--reuid", user, "--regid", user, "--clear-groups", "--inh-caps=-all", "--"]
         return argv
 
-    def _confinement(self, program: int) -> list[str]:
+    def _confinement(self, program: int, loop: int | None = None) -> list[str]:
         limits, size = self.plan.limits, str(self.plan.limits.disk)
         argv = [self.plan.bwrap, "--unshare-all", "--unshare-user", "--disable-userns", "--uid", "1000", "--gid", "1000"]
         argv += ["--cap-drop", "ALL", "--new-session", "--hostname", "sandbox", "--clearenv", "--as-pid-1"]
@@ -170,6 +183,8 @@ class Worker:
         argv += ["--remount-ro", "/proc", "--dev", "/dev", "--size", size, "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
         argv += host_directories()
         argv += ["--ro-bind", str(Path(inside.__file__).parent), "/nautile/nautile/sandbox/inside"]
+        if loop is not None:
+            argv += ["--perms", "0555", "--ro-bind-data", str(loop), _LOADED]
         argv += ["--size", size, "--tmpfs", "/tmp"]
         if self.plan.workspace is not None:
             argv += ["--bind", str(self.plan.workspace), "/workspace"]
@@ -183,7 +198,8 @@ class Worker:
         if "memory" not in self.group.enforced:
             rlimits["RLIMIT_DATA"] = limits.memory  # of each process: the caller allowed to go without the cgroup's sum
         wipe = ["/tmp", "/dev/shm", *([] if self.plan.workspace else ["/workspace"])]
-        settings = {"rlimits": rlimits, "wipe": wipe, "workspace": "/workspace", "environment": ENVIRONMENT}
+        loop = None if self.plan.loop is None else _LOADED
+        settings = {"rlimits": rlimits, "wipe": wipe, "workspace": "/workspace", "environment": ENVIRONMENT, "loop": loop}
         with contextlib.suppress(OSError):  # it has died: what follows says so
             socket.send_fds(self._control, [json.dumps(settings).encode()], [calls.fileno()])
             calls.close()
@@ -342,6 +358,14 @@ class _Pump:
                         return False
                     time.sleep(0.001)
         return True
+
+
+def _file(data: bytes) -> int:
+    """A descriptor of a file in memory, at its beginning."""
+    file = os.memfd_create("sandbox", os.MFD_CLOEXEC)
+    os.write(file, data)
+    os.lseek(file, 0, os.SEEK_SET)
+    return file
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ file systems with it. The tenant has the same user id, so process 1 is not dumpa
 opened), no signal has a handler in it (so none arrives), and it ends when its scheduling has been changed.
 
 Everything here is written for few pages: after a fork each page that either side touches is copied, and that is what a call
-costs. So there are no frames, no selectors and no objects that need not be.
+costs. So there are no frames, no selectors and no objects that need not be, and the loop of process 1 is in C where it can be
+compiled (loop.c).
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ _PR_SET_DUMPABLE = 4
 _LENGTH = 4  # bytes before a call
 _PIECE = 2**16
 _ALL = 2**30  # more than any descriptor
+_FORK, _LEFT = 0, 1  # what loop.c returns
+_MEMORY = 2048  # bytes of what it remembers
 _SCHEDULING = {"x86_64": (315, 252), "aarch64": (275, 31)}  # numbers of sched_getattr and ioprio_get
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -56,6 +59,19 @@ def main() -> NoReturn:
     gc.collect()
     gc.freeze()
     gc.disable()
+    if settings["loop"] is not None:
+        _serve_in_c(control, calls, settings, streams)
+    _serve(control, calls, settings, streams, scheduling)
+
+
+def _serve(
+    control: _socket.socket,
+    calls: _socket.socket,
+    settings: dict[str, Any],
+    streams: tuple[io.TextIOWrapper, ...],
+    scheduling: tuple[bytes, int, set[int]],
+) -> NoReturn:
+    """Where there is no C compiler: what ``loop.c`` does, which is described there."""
     turn = 0
     while True:
         turn = (turn + 1) % 256
@@ -68,6 +84,26 @@ def main() -> NoReturn:
         _reap()
         control.send(ENDED + status.to_bytes(4, "little"))
         if not _wipe(settings["wipe"]) or _pending(calls) or _scheduling() != scheduling:
+            os._exit(0)
+
+
+def _serve_in_c(
+    control: _socket.socket, calls: _socket.socket, settings: dict[str, Any], streams: tuple[io.TextIOWrapper, ...]
+) -> NoReturn:
+    """Between two calls nothing of the interpreter runs, and so nothing of it is copied."""
+    serve, memory = ctypes.PyDLL(settings["loop"]).serve, ctypes.create_string_buffer(_MEMORY)
+    serve.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t]
+    places = b"".join(place.encode() + b"\0" for place in settings["wipe"]) + b"\0"
+    after_fork = ctypes.pythonapi.PyOS_AfterFork_Child
+    after_fork.restype = None
+    while True:
+        ended = serve(control.fileno(), calls.fileno(), places, ctypes.addressof(memory), _MEMORY)
+        if ended == _FORK:
+            after_fork()
+            _take(calls, settings, streams)
+        if ended < 0:
+            raise OSError(-ended, os.strerror(-ended))
+        if ended != _LEFT or not _wipe(settings["wipe"]):
             os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""What one rank of a parallel test does; a module of its own because ranks are started with spawn."""
+"""What one rank of a parallel test does; a module of its own because ranks are processes of their own."""
 
 import os
 import sys

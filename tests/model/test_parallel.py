@@ -1,15 +1,15 @@
 """Heads, experts and prompts divided over processes give the logits and tokens of one process."""
 
 import pytest
-import torch.multiprocessing as processes
 
 from model.parallel_ranks import rank_main
 from nautile.model.parallel import prompt_slices
+from ranks import run_ranks
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_agree_with_one_process(ranks, tmp_path):
-    processes.spawn(rank_main, (ranks, str(tmp_path)), nprocs=ranks)
+    run_ranks(rank_main, ranks, str(tmp_path))
     assert sorted(path.name for path in tmp_path.glob("done*")) == [f"done{rank}" for rank in range(ranks)]
 
 

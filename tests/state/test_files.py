@@ -8,8 +8,6 @@ import json
 import os
 import resource
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from hypothesis import strategies as st
 
 from nautile.state import PoolOptions, StatePool, fingerprint
 from nautile.state.files import MAGIC, StateFile, StoreError, StoreUnavailable, read_header, write_file
+from ranks import clean_context
 from state.pools import close, feed, logits_of, model, row
 
 SECTIONS = {"first": torch.arange(100, dtype=torch.int32), "none": torch.empty(0), "second": torch.rand(7, 3)}
@@ -318,34 +317,29 @@ def test_another_process_takes_files_away(tmp_path: Path) -> None:
     pool.check()
 
 
-_PROCESS = """
-import sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from state.pools import close, feed, logits_of, row
-from state.test_files import disk_pool
-reports = []
-pool = disk_pool(Path(sys.argv[1]), reports, blocks=6, disk_bytes=400_000)
-for turn in range(6):
-    seed = turn % 3
-    sequence = pool.open(row(seed)[:450])
-    close(feed(pool, sequence, row(seed)[sequence.cached : 450]), logits_of(row(seed))[:450][sequence.cached :])
-    pool.release(sequence)
-    pool.check()
-pool.close()
-assert all("is gone" in text for text in reports), reports
-print("fine")
-"""
+def use_for_a_while(directory: Path) -> None:
+    """What each of two processes does."""
+    torch.set_num_threads(1)
+    reports: list[str] = []
+    pool = disk_pool(directory, reports, blocks=6, disk_bytes=400_000)
+    for turn in range(6):
+        seed = turn % 3
+        sequence = pool.open(row(seed)[:450])
+        close(feed(pool, sequence, row(seed)[sequence.cached : 450]), logits_of(row(seed))[:450][sequence.cached :])
+        pool.release(sequence)
+        pool.check()
+    pool.close()
+    assert all("is gone" in text for text in reports), reports
 
 
 def test_two_processes_on_one_directory(tmp_path: Path) -> None:
     """Both write, read and evict the same names at the same time; neither ever computes something wrong."""
-    code = _PROCESS.format(tests=str(Path(__file__).parents[1]))
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [clean_context().Process(target=use_for_a_while, args=(tmp_path,)) for _ in range(2)]
     for process in both:
-        out, error = process.communicate(timeout=300)
-        assert out == "fine\n", error
+        process.start()
+    for process in both:
+        process.join(300)
+        assert process.exitcode == 0  # a traceback is above
     assert not list(tmp_path.glob(".*.tmp")) and not list(tmp_path.glob("*.bad"))
 
 

@@ -4,15 +4,15 @@ import json
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from nautile.train.losses import LossWeights, training_losses
 from nautile.train.optimizer import Optimizers
+from ranks import run_ranks
 from train import distributed_worker as worker
 
 
 def run(ranks, directory, until, steps=4):
-    mp.spawn(worker.main, (ranks, str(directory), steps, until), nprocs=ranks)
+    run_ranks(worker.main, ranks, str(directory), steps, until)
     rows = json.loads((directory / f"rows-{until}.json").read_text())
     return rows, torch.load(directory / f"state-{until}.pt", weights_only=True)
 
@@ -80,7 +80,7 @@ def test_one_rank_goes_on_as_two(tmp_path, plain):
 
 
 def test_what_goes_wrong_is_said_by_every_rank(tmp_path):
-    mp.spawn(worker.failing, (2, str(tmp_path)), nprocs=2)
+    run_ranks(worker.failing, 2, str(tmp_path))
     for rank in range(2):
         rows, experts, nan, untouched, other = json.loads((tmp_path / f"said-{rank}.json").read_text())
         assert "3 rows cannot be shared by 2 ranks" in rows

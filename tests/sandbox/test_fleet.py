@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -404,6 +405,24 @@ def test_nobody_there_is_said_in_time():
     assert time.monotonic() - began < 60  # of the patience that it was given, not of the usual one of a minute and more
     with pytest.raises(InvalidRequest, match="URL of a gateway"):
         Sandbox.create("function", fleet="gateway", token="t")
+
+
+def test_edges_that_do_not_answer_are_not_full(fleet):
+    """A client waits for them as long as it has patience: an edge that is started meanwhile takes the sandbox."""
+    lonely = Process("gateway", str(fleet.tokens), "--edge", f"unix:{fleet.place}/late.sock", "--listen", "127.0.0.1:0")
+    try:
+        with pytest.raises(EdgeGone, match="none of the fleet's 1 edges"):
+            Sandbox.create("function", limits=SMALL, fleet=Fleet(lonely.url, fleet.token, patience=0.3))
+        asked = Fleet(lonely.url, fleet.token, patience=120.0)
+        with ThreadPoolExecutor(1) as pool:
+            made = pool.submit(Sandbox.create, "function", limits=SMALL, fleet=asked)
+            edge = fleet.edge("late", "--capacity", "1")
+            try:
+                made.result().close()
+            finally:
+                edge.end()
+    finally:
+        lonely.end()
 
 
 def test_many_at_once_through_one_gateway(fleet):

@@ -74,6 +74,8 @@ class SandboxLost(SandboxError):  # noqa: N818
 class EdgeGone(SandboxLost):
     """No gateway, or not the edge that holds the sandbox, answers. The sandbox may live on: try again, or give it up."""
 
+    untouched = False  # nothing of what was asked has been begun: it may be asked again, whatever it was
+
 
 class FleetFull(SandboxError):  # noqa: N818
     """No edge of the fleet takes another sandbox now."""

@@ -112,8 +112,10 @@ class Fleet:
             except (httpx.TransportError, EdgeGone) as error:
                 gateway = self.gateways[self._at]
                 self._at = (self._at + 1) % len(self.gateways)
-                # What could not even connect has not happened.
-                may = again or isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+                # What could not even connect has not happened, nor what a gateway found nobody for.
+                may = (
+                    again or isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) or getattr(error, "untouched", False)
+                )
                 if not may or time.monotonic() + pause > deadline:
                     if isinstance(error, EdgeGone):
                         raise

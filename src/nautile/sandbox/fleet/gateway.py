@@ -177,6 +177,10 @@ class _Service:
                     return answer, edge.name if answer.is_success else None
                 refusals.append(answer.json()["text"])
             edges = await self._fresh(asked, header)
+        if not self.watcher.seen:  # nothing is known of any room: a client tries again for as long as it has patience
+            nobody = EdgeGone(f"none of the fleet's {len(self.watcher.edges.now())} edges answers this gateway")
+            nobody.untouched = not asked
+            raise nobody
         said = f": {refusals[0]}" if refusals else "; none that answers offers this kind and has room"
         raise FleetFull(f"none of {len(asked)} edges takes the sandbox{said}")
 

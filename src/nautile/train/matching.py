@@ -22,7 +22,7 @@ import copy
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,9 @@ from nautile.train.spans import _prepared, _Row, block_in_spans
 from nautile.train.stages import DENSE, configuration, load_weights
 from nautile.train.vocabulary import check_same, record
 
-__all__ = ["MatchConfig", "Matched", "match", "recall", "widened"]
+__all__ = ["Loss", "MatchConfig", "Matched", "match", "recall", "widened"]
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of weights, scores and what is visible, [1, Q, n] each
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,9 @@ class _Parts(nn.Module):
 class _Pupil:
     """One CSA layer: its attention as it was, and as it becomes."""
 
-    def __init__(self, number: int, attn: Attention, config: MatchConfig) -> None:
+    def __init__(self, number: int, attn: Attention, config: MatchConfig, loss: Loss | None = None) -> None:
         assert attn.indexer is not None
-        self.number, self.attn, self.config = number, attn, config
+        self.number, self.attn, self.config, self.loss = number, attn, config, loss or _divergence
         self.before = copy.deepcopy(attn).requires_grad_(False)
         attn.requires_grad_(False)
         attn.indexer.requires_grad_(True)
@@ -144,7 +146,7 @@ class _Pupil:
                 assert entries is not None
                 out, weights = _attention(attn, row, chunk, places, visible, entries)
                 moved = (out - wanted).float().square().sum() / wanted.float().square().sum()
-            divergence = _divergence(weights, scores, visible)
+            divergence = self.loss(weights, scores, visible)
         (divergence + self.config.hold * moved).backward()
         self._update(rate)
         shown = recall(weights.detach(), scores.detach(), visible, self.config.index_topk)
@@ -257,7 +259,13 @@ def match(
 def _one_row(
     frozen: Transformer, pupils: dict[int, _Pupil], batch: Batch, draw: Callable[[], Tensor], span: int, rate: float
 ) -> list[Matched]:
-    device, found, last = batch.ids.device.type, [], max(pupils)
+    inputs = _layer_inputs(frozen, pupils, batch, span)
+    return [pupils[number].learn(row, chunk, draw, rate) for number, row, chunk in inputs]
+
+
+def _layer_inputs(frozen: Transformer, wanted: Collection[int], batch: Batch, span: int) -> Iterator[tuple[int, _Row, Chunk]]:
+    """What the attentions of the layers ``wanted`` get from one row, without gradients, one layer after the other."""
+    device = batch.ids.device.type
     chunk = frozen.new_chunk(batch.ids, documents=batch.documents)
     with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         embedded = frozen.embed(batch.ids)
@@ -265,15 +273,14 @@ def _one_row(
         streams = embedded.unsqueeze(-2).expand(-1, -1, frozen.config.hc_mult, -1).contiguous()
     for number, block in enumerate(frozen.layers):
         assert isinstance(block, Block)
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            row = _Row(*_prepared(block, streams, chunk)) if number in pupils else None
-        if row is not None:
-            found.append(pupils[number].learn(row, chunk, draw, rate))
-        if number == last:
-            break
+        if number in wanted:
+            with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                row = _Row(*_prepared(block, streams, chunk))
+            yield number, row, chunk
+        if number == max(wanted):
+            return
         with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             streams, _, _, _ = block_in_spans(block, streams, chunk, span)
-    return found
 
 
 def main() -> None:

@@ -272,8 +272,11 @@ def train(
     generator, along = torch.Generator().manual_seed(0), dict[str, float]()
     for step in range(variant.steps):
         one = learning[int(torch.randint(len(learning), (1,), generator=generator))]
-        places = one.places[torch.randint(len(one.places), (_QUERIES,), generator=generator)]
-        pupil.learn(one.row, one.chunk, lambda places=places: places, learning_rate(step / variant.steps, step, schedule))
+
+        def draw(places: Tensor = one.places) -> Tensor:
+            return places[torch.randint(len(places), (_QUERIES,), generator=generator)]
+
+        pupil.learn(one.row, one.chunk, draw, learning_rate(step / variant.steps, step, schedule))
         if step + 1 in (variant.steps // 4, variant.steps // 2):
             along[str(step + 1)] = round(100 * fmean(row.recall for row in judge(attn, judged)), 1)
     return along

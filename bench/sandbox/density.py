@@ -29,15 +29,16 @@ def left():
     """Mounts, cgroups and processes of ours."""
     mounts = Path("/proc/self/mountinfo").read_text().count("nautile")
     groups = len(list(Path("/sys/fs/cgroup").glob("*/nautile/*/c-*")))
-    inits = sum(_command(place) == b"/dev/init\0" for place in Path("/proc").glob("[0-9]*"))
+    inits = sum(_name(place) == "init\n" and place.name != "1" for place in Path("/proc").glob("[0-9]*"))
     return {"mounts": mounts, "cgroups": groups, "processes": inits}
 
 
-def _command(place):
+def _name(place):
+    """A container's first process has no command line any more: it has unmapped its stack."""
     try:
-        return (place / "cmdline").read_bytes()
+        return (place / "comm").read_text()
     except OSError:
-        return b""
+        return ""
 
 
 def main():

@@ -58,6 +58,9 @@ def test_a_wider_indexer_leaves_dense_attention_alone():
     assert wide.config.index_head_dim == model.config.head_dim != model.config.index_head_dim
     ids = batch(2).ids[:, :64]  # as many entries as the indexer keeps
     torch.testing.assert_close(wide(ids), model(ids))
+    same = widened(model, model.config.head_dim)  # as many heads as before, whose weights were learnt for other heads
+    old, new = (one.layers[1].attn.indexer.weights_proj.weight for one in (model, same))
+    assert new.shape == old.shape and not torch.equal(new, old)
     with pytest.raises(ValueError, match="the attention's own"):
         widened(model, 8)
 
